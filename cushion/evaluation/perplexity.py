@@ -1,0 +1,82 @@
+"""Perplexity: token-level, over non-overlapping blocks, each behind a fresh copy of the prefix.
+
+The prefix's own tokens are never predicted, and it predicts none itself: it is keys and values only. The first token of
+a block is predicted only where BOS stands before it and `eval.predict_first` says so, so that all rows of a table,
+with and without a prefix, count the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cushion.config import EvalConfig
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+
+POSITIONS_PER_CHUNK = 256
+"""Positions whose log-probabilities are formed at once, to bound memory by this times the vocabulary."""
+
+
+@dataclass(frozen=True)
+class BlockLoss:
+    """Summed negative log-likelihood (nats) of one batch of blocks, and how many tokens were predicted."""
+
+    loss: float
+    tokens: int
+
+
+def perplexity(losses: list[BlockLoss]) -> float:
+    """`exp` of the mean negative log-likelihood per predicted token."""
+    return math.exp(min(sum(b.loss for b in losses) / sum(b.tokens for b in losses), 700.0))
+
+
+@torch.no_grad()
+def block_losses(
+    lm: LanguageModel, prefix: Prefix, blocks: Tensor, config: EvalConfig, start: int = 0
+) -> Iterator[BlockLoss]:
+    """Loss of each batch of blocks, in order.
+
+    Args:
+        blocks: token ids, (blocks, block length).
+        config: batch size, BOS policy and whether the first token is predicted.
+        start: number of batches to leave out, because an earlier run has them.
+
+    """
+    for index in range(start, math.ceil(len(blocks) / config.batch_size)):
+        batch = blocks[index * config.batch_size : (index + 1) * config.batch_size].to(lm.device)
+        yield _batch_loss(lm, prefix, batch, config)
+
+
+def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalConfig) -> BlockLoss:
+    inputs = batch
+    if config.bos == "block":
+        assert lm.bos_token_id is not None  # see check_evaluation
+        inputs = torch.cat([torch.full_like(batch[:, :1], lm.bos_token_id), batch], dim=1)
+    targets = batch if config.predict_first else batch[:, 1:]
+    logits = lm.model(input_ids=inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).logits
+    logits = logits[:, :-1][:, -targets.shape[1] :]
+    loss = 0.0
+    for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
+        part = slice(low, low + POSITIONS_PER_CHUNK)
+        predicted, wanted = logits[:, part].flatten(0, 1).float(), targets[:, part].flatten()
+        loss += functional.cross_entropy(predicted, wanted, reduction="sum").double().item()
+    return BlockLoss(loss, targets.numel())
+
+
+def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int) -> None:
+    """Raise `ConfigError` when prefix, BOS and block do not fit the model's context, or BOS does not exist."""
+    if config.bos != "none" and lm.bos_token_id is None:
+        raise ConfigError(f"eval.bos={config.bos} needs a BOS token, and {lm.label} has none: set eval.bos=none")
+    needed = prefix_length + config.block_length + (config.bos != "none")
+    if lm.context_length is not None and needed > lm.context_length:
+        raise ConfigError(
+            f"eval.block_length={config.block_length} and a prefix of {prefix_length} tokens need {needed} positions, "
+            f"but {lm.label} has {lm.context_length}: shorten the blocks or the prefix"
+        )

@@ -1,0 +1,180 @@
+"""A loaded language model together with its tokenizer and its entry in the architecture table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cushion.config import ModelConfig, PathsConfig
+from cushion.errors import ConfigError, ModelNotFoundError, did_you_mean
+from cushion.hashing import tensor_digest
+from cushion.models.architectures import Architecture, find_architecture
+from cushion.models.embedded import embedded_model
+from cushion.models.tiny import byte_tokenizer, tiny_model
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model in evaluation mode, frozen, with what the rest of Cushion needs to know of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    label: str
+    fingerprint: str
+    """Changes whenever the weights, the dtype or the source do: the model's part in every cache key."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        blocks = self.model.get_submodule(self.architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The table of input embeddings, (vocabulary, features)."""
+        weight = self.model.get_input_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.embeddings.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that have an embedding and that the tokenizer knows; candidates lie below it."""
+        return min(len(self.tokenizer), self.embeddings.shape[0])
+
+    @property
+    def context_length(self) -> int | None:
+        """Largest number of positions the model was made for, or None where the configuration names none."""
+        value = getattr(self.model.config, "max_position_embeddings", None)
+        return None if value is None else int(value)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that stands for the beginning of a text: the tokenizer's BOS, else its EOS, else None."""
+        bos = self.tokenizer.bos_token_id
+        return cast("int | None", bos if bos is not None else self.tokenizer.eos_token_id)
+
+    def linears(self, targets: list[str] | None = None) -> dict[str, nn.Linear]:
+        """The linear layers of the decoder blocks by full name, in order; lm_head is none of them.
+
+        Args:
+            targets: last parts of the names to keep (`["down_proj"]`), `["all"]` or None for all of them.
+
+        Raises:
+            ConfigError: a target that no linear of this model is called.
+
+        """
+        blocks = self.architecture.blocks
+        found = {
+            f"{blocks}.{name}": module for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)
+        }
+        if targets is None or targets == ["all"]:
+            return found
+        known = sorted({name.rsplit(".", 1)[-1] for name in found})
+        for target in targets:
+            if target not in known:
+                raise ConfigError(
+                    f"quantizer.targets names {target!r}, but the linears of {self.label} are called "
+                    f"{', '.join(known)}{did_you_mean(target, known)}"
+                )
+        return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids of `text` without special tokens: a vector of shape (number of tokens,)."""
+        ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return cast(str, self.tokenizer.decode(list(token_ids)))
+
+    def check_token_ids(self, token_ids: list[int], key: str) -> None:
+        """Raise `ConfigError` for a token id outside the vocabulary."""
+        for token in token_ids:
+            if not 0 <= token < self.vocabulary_size:
+                raise ConfigError(
+                    f"{key}={token} is outside the vocabulary of {self.label}: 0 to {self.vocabulary_size - 1}"
+                )
+
+    def body(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Run the decoder without lm_head. `input_ids`: (batch, tokens)."""
+        body = cast(Any, self.model.base_model)
+        return body(input_ids=input_ids.to(self.device), **kwargs)
+
+
+def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "cpu", seed: int = 0) -> LanguageModel:
+    """Load a model and its tokenizer, frozen and in evaluation mode.
+
+    Weights come from safetensors, from GGUF (dequantized), or from torch files read in the weights-only mode.
+
+    Raises:
+        ModelNotFoundError: no such model, no access to it, or damaged files.
+        UnsupportedModelError: its architecture is not in the table.
+
+    """
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    scheme, _, name = config.path.partition(":")
+    if scheme == "tiny":
+        model, tokenizer = tiny_model(name, seed=seed), byte_tokenizer()
+        if config.dtype != "auto":
+            cast(Any, model).to(dtype=getattr(torch, config.dtype))
+    else:
+        folder = config.path
+        if scheme == "embedded":
+            folder = str(embedded_model(name, Path(paths.model_dir).expanduser()))
+        model, tokenizer = _from_pretrained(folder, config)
+    architecture = find_architecture(model.config.model_type, config.path)
+    if config.device_map is None:
+        cast(Any, model).to(device)
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))
+
+
+def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is not None:
+        shared["gguf_file"] = config.gguf_file
+    looks_like_a_path = folder.startswith((".", "/", "~")) or folder.count("/") > 1
+    if looks_like_a_path:
+        folder = str(Path(folder).expanduser())
+        if not Path(folder).is_dir():
+            raise ModelNotFoundError(f"model.path={config.path!r} is not a folder: check the path")
+    try:
+        # the architecture is checked before any weight is read
+        auto_config = AutoConfig.from_pretrained(folder, **shared)
+        find_architecture(auto_config.model_type, config.path)
+        dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=config.device_map, weights_only=True, **shared
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"model.path={config.path!r} cannot be loaded: {first_line} -- check the id or folder; a gated model needs "
+            "its licence accepted on the hub and `hf auth login`"
+        ) from error
+    return model, tokenizer
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> str:
+    """Hash of source and weights. A hub commit stands for its weights; anything else is hashed tensor by tensor."""
+    commit = getattr(model.config, "_commit_hash", None)
+    tensors = {} if commit else dict(model.named_parameters())
+    label = [config.path, str(model.dtype), len(tokenizer), tokenizer.bos_token_id, commit, list(tensors)]
+    return tensor_digest(tensors.values(), label=label)

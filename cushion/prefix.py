@@ -1,0 +1,174 @@
+"""The prefix: token ids and, for every layer, the keys and values that stand before a text.
+
+Keys and values stay in full precision, and because the prefix enters a forward pass only through the cache, its
+positions never reach a quantized linear, a scale or a statistic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from cushion.errors import ArtifactError
+from cushion.hashing import tensor_digest
+
+FORMAT = "cushion-prefix-1"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix of key-value cache.
+
+    Args:
+        token_ids: the prompt tokens it was made from, in order; its length is the number of positions it takes.
+        keys, values: one tensor per layer, shape (key-value heads, length, head size). Rotary positions, where the
+            model has them, are already applied to the keys, as in the cache of a forward pass.
+        tuned: whether keys and values were tuned after they were computed from `token_ids`.
+        metadata: free JSON: the model it belongs to, its text, how it was found.
+
+    """
+
+    token_ids: tuple[int, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    tuned: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def empty(cls) -> Prefix:
+        """The prefix of length 0: with it, every call behaves as if there were none."""
+        return cls((), (), ())
+
+    @classmethod
+    @torch.no_grad()
+    def from_tokens(
+        cls, model: PreTrainedModel, token_ids: Sequence[int], metadata: dict[str, Any] | None = None
+    ) -> Prefix:
+        """The keys and values that `model` computes for `token_ids` from position 0 on."""
+        if not token_ids:
+            return cls.empty()
+        cache = DynamicCache(config=model.config)
+        input_ids = torch.tensor([list(token_ids)], device=model.device)
+        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        keys = tuple(layer.keys[0].clone() for layer in layers)
+        values = tuple(layer.values[0].clone() for layer in layers)
+        return cls(tuple(int(t) for t in token_ids), keys, values, False, metadata or {})
+
+    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+        """A fresh cache that holds the prefix for each row of a batch.
+
+        A forward pass changes its cache in place, so take a new one for every call. In `generate`, which expects the
+        ids of what is cached among its inputs, use `prepend`:
+        `model.generate(**prefix.prepend(inputs), past_key_values=prefix.cache(model, batch_size))`.
+
+        Raises:
+            ArtifactError: the prefix was made for a model of another shape.
+
+        """
+        cache = DynamicCache(config=model.config)
+        if len(self) == 0:
+            return cache
+        if len(cache.layers) not in (0, len(self.keys)):
+            raise ArtifactError(
+                f"the prefix has {len(self.keys)} layers, the model {len(cache.layers)}: it belongs to another model"
+            )
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(_batched(key, batch_size, model), _batched(value, batch_size, model), index)
+        return cache
+
+    def prepend(self, inputs: Any) -> dict[str, Any]:
+        """Tokenizer output with the prefix's token ids in front, as `generate` wants it beside a filled cache.
+
+        The mask is extended with ones, so rows that are padded on the left keep their padding between the prefix and
+        their text.
+
+        Args:
+            inputs: mapping with `input_ids` and optionally `attention_mask`, both (batch, tokens).
+
+        """
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        own = torch.tensor(self.token_ids, dtype=ids.dtype, device=ids.device).expand(ids.shape[0], -1)
+        return {
+            "input_ids": torch.cat([own, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(own), mask], dim=1),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of token ids, keys and values: the prefix's part in every cache key."""
+        return tensor_digest((*self.keys, *self.values), label=[list(self.token_ids), self.tuned])
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`.safetensors (keys and values) and `path`.json (everything else), each atomically."""
+        base = Path(path)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"keys.{i}": key.detach().cpu().contiguous() for i, key in enumerate(self.keys)}
+        tensors |= {f"values.{i}": value.detach().cpu().contiguous() for i, value in enumerate(self.values)}
+        record = {
+            "format": FORMAT,
+            "token_ids": list(self.token_ids),
+            "layers": len(self.keys),
+            "tuned": self.tuned,
+            "metadata": self.metadata,
+        }
+        temporary = base.with_name(base.name + ".safetensors.part")
+        # the description travels in the tensor file too, so that the two files can be checked against each other
+        save_file(tensors, temporary, metadata={"format": FORMAT, "token_ids": json.dumps(list(self.token_ids))})
+        temporary.replace(base.with_name(base.name + ".safetensors"))
+        temporary = base.with_name(base.name + ".json.part")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(base.with_name(base.name + ".json"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prefix:
+        """Read a saved prefix; `path` as given to `save`, or either of its two files.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, or the two do not belong together.
+
+        """
+        base = Path(path)
+        if base.suffix in (".safetensors", ".json"):
+            base = base.with_suffix("")
+        tensor_file, json_file = base.with_name(base.name + ".safetensors"), base.with_name(base.name + ".json")
+        for file in (json_file, tensor_file):
+            if not file.is_file():
+                raise ArtifactError(f"no prefix file {file}: a saved prefix is a .safetensors and a .json file")
+        try:
+            record = json.loads(json_file.read_text(encoding="utf-8"))
+            if record.get("format") != FORMAT:
+                raise ArtifactError(f"{json_file} is of format {record.get('format')!r}, not {FORMAT!r}")
+            with safe_open(tensor_file, framework="pt") as file:
+                if json.loads((file.metadata() or {}).get("token_ids", "null")) != record["token_ids"]:
+                    raise ArtifactError(f"{tensor_file} and {json_file} are of two different prefixes")
+                keys = tuple(file.get_tensor(f"keys.{i}") for i in range(record["layers"]))
+                values = tuple(file.get_tensor(f"values.{i}") for i in range(record["layers"]))
+            return cls(tuple(record["token_ids"]), keys, values, bool(record["tuned"]), record["metadata"])
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            SafetensorError,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as error:
+            raise ArtifactError(f"the prefix {base} is damaged ({error}): find or tune it again") from error
+
+
+def _batched(tensor: Tensor, batch_size: int, model: PreTrainedModel) -> Tensor:
+    return tensor.to(device=model.device, dtype=model.dtype).unsqueeze(0).expand(batch_size, *tensor.shape)

@@ -1,0 +1,1 @@
+"""Simulated quantization: the grid, quantized linears, calibration and SmoothQuant."""

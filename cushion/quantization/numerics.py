@@ -1,0 +1,113 @@
+"""The grid: bits, symmetry and levels to scale and offset, then quantize-dequantize. Tensors in, tensors out.
+
+Everything here is a pure function of its arguments; nothing is changed in place. The definition is CushionCache's
+(arXiv 2406.12016, section 2, equation 1): `X_int = round((X - z) / s)` and `q(X) = s * X_int + z`, where the offset `z`
+is the real number `min X` in the asymmetric case and 0 in the symmetric one. That is not the integer zero point of
+most integer kernels: the two agree wherever `z / s` is an integer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An integer grid of `bits` bits.
+
+    Args:
+        bits: width of the integers, 2 to 8.
+        symmetric: offset 0 and as many levels below zero as above, or offset `min X` and levels upwards from it.
+        levels: how many steps the range is cut into. `full`: `abs-max / (2^(N-1) - 1)` when symmetric and
+            `(max - min) / (2^N - 1)` when asymmetric, so that all codes are used. `paper`: the denominator as printed
+            in CushionCache, `(max - min) / (2^(N-1) - 1)` in both cases, which leaves half of the codes unused.
+
+    """
+
+    bits: int
+    symmetric: bool
+    levels: str = "full"
+
+    @property
+    def steps(self) -> int:
+        """The denominator of the scale: the number of steps that the (half) range is divided into."""
+        if self.levels == "full" and not self.symmetric:
+            return 2**self.bits - 1
+        return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest code; codes outside are clamped (only static ranges can overflow)."""
+        return (-self.steps if self.symmetric else 0), self.steps
+
+    def parameters(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale `s` and offset `z` for values that lie in `[minimum, maximum]`, elementwise over any shape.
+
+        A range of width zero gets the scale 1: its only value is then reproduced exactly.
+        """
+        if not self.symmetric:
+            width, offset = maximum - minimum, minimum
+        elif self.levels == "full":
+            width, offset = torch.maximum(maximum, -minimum), torch.zeros_like(minimum)
+        else:
+            width, offset = maximum - minimum, torch.zeros_like(minimum)
+        scale = width / self.steps
+        return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
+
+
+def fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """`q(X) = s * clamp(round((X - z) / s)) + z`: quantize and dequantize, ties to even.
+
+    Args:
+        values: any shape and floating dtype; half precision is computed in float32 and returned in its own dtype.
+        scale, offset: broadcastable to `values`, in the unit of `values`.
+        grid: gives the bounds of the codes.
+
+    Returns:
+        A new tensor of the shape and dtype of `values`.
+
+    """
+    low, high = grid.bounds
+    if grid.symmetric:
+        codes = (values.float() / scale.float()).round_().clamp_(low, high)
+        return codes.mul_(scale.float()).to(values.dtype)
+    codes = (values.float() - offset.float()).div_(scale.float()).round_().clamp_(low, high)
+    return codes.mul_(scale.float()).add_(offset.float()).to(values.dtype)
+
+
+def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of `values` over `dims` (all of them when None), with the reduced dimensions kept at 1."""
+    if dims is None:
+        dims = tuple(range(values.dim()))
+    return values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
+
+
+def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: int | None = None) -> Tensor:
+    """Quantize-dequantize the weight of a linear layer.
+
+    Args:
+        weight: `(out_features, in_features)`.
+        grid: the integer grid.
+        granularity: `per_tensor` (one scale), `per_channel` (one scale per output row) or `per_group` (one scale per
+            output row and `group_size` neighbouring inputs).
+        group_size: number of inputs per group; must divide `in_features`.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    """
+    dims: tuple[int, ...]
+    if granularity == "per_tensor":
+        shaped, dims = weight, (0, 1)
+    elif granularity == "per_channel":
+        shaped, dims = weight, (1,)
+    elif granularity == "per_group":
+        assert group_size is not None and weight.shape[1] % group_size == 0
+        shaped, dims = weight.reshape(weight.shape[0], -1, group_size), (2,)
+    else:
+        raise AssertionError(f"unknown weight granularity {granularity!r}")
+    scale, offset = grid.parameters(*dynamic_range(shaped.float(), dims))
+    return fake_quantize(shaped, scale, offset, grid).reshape(weight.shape)

@@ -1,0 +1,126 @@
+"""The result of a run, and its one file: result.json, schema version 1, written atomically.
+
+docs/results.md describes every field for readers of the file; tables and figures are made from it alone.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cushion
+from cushion.artifacts import read_json, write_json
+from cushion.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "result.json"
+_PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "accelerate")
+
+
+@dataclass
+class Row:
+    """One line of the comparison: a model with or without quantizer and prefix, and what was measured on it.
+
+    `perplexity` by corpus; `largest_activation` and `quantization_error` (L_q) are over the texts of the activation
+    curves, on the full-precision model behind this row's prefix; `seconds` is what the row cost in all: finding and
+    tuning its prefix, calibrating, and evaluating (as first computed, also where the cache had it).
+    """
+
+    name: str
+    label: str
+    prefix: str
+    quantized: bool
+    perplexity: dict[str, float]
+    largest_activation: float
+    quantization_error: float
+    seconds: float
+
+
+@dataclass
+class RunResult:
+    """Everything a run found out. All fields are plain JSON."""
+
+    status: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    prefix: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
+    activations: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: dict[str, str] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> Path:
+        """Write `folder/result.json`; returns its path."""
+        path = folder / FILE_NAME
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> RunResult:
+        """Read a result.json.
+
+        Raises:
+            ArtifactError: the file is damaged or of another schema version.
+
+        """
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(f"{path} is not a result of schema version {SCHEMA_VERSION}: delete it and run again")
+        try:
+            return cls(**{**record, "rows": [Row(**row) for row in record["rows"]]})
+        except (TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}): delete it and run again") from error
+
+
+def finished_result(folder: Path) -> RunResult | None:
+    """The completed result in `folder`, or None when the run has not been done, or failed."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    result = RunResult.read(path)
+    return result if result.status == "completed" else None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, git state and device: what else a number may depend on."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "cushion": cushion.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "git": _git_state(Path(__file__).resolve().parent.parent),
+        "device": device,
+    }
+
+
+def _git_state(source: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout Cushion runs from; None for an installed package or without git."""
+    if not (source / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", str(source), "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(status.strip())}

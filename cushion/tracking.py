@@ -1,0 +1,169 @@
+"""Where a run is logged. A tracker listens to the run's events; when it fails, it says so and the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlparse
+
+from cushion.config import TrackingConfig
+from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
+from cushion.hashing import digest
+
+logger = logging.getLogger(__name__)
+
+NETWORK_TIMEOUT = 3.0
+"""Seconds to wait for an answer of the W&B server before going offline."""
+
+
+class WandbTracker:
+    """Logs a run to Weights & Biases: configuration, search and tuning steps, curves, metrics, prefix, figures.
+
+    Offline when there is no key or no network (or when told so); the run is always closed. A failure in here is logged
+    as a warning and switches the tracker off.
+    """
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
+        self._run: Any = None
+        self._failed = False
+        self.location: str | None = None
+        """Where the run can be seen: its address when online, its folder when offline."""
+
+    def __call__(self, event: Event) -> None:
+        """Log an event; never raises."""
+        if self._failed:
+            return
+        try:
+            self._log(event)
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run must go on
+            logger.warning("W&B logging failed and is switched off for this run: %s", error)
+            self._failed = True
+            self.close(exit_code=1)
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the W&B run if one is open; never raises."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=exit_code)
+        except Exception as error:  # noqa: BLE001
+            logger.warning("closing the W&B run failed: %s", error)
+
+    def _log(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif self._run is None:
+            return
+        elif isinstance(event, Record):
+            values = {f"{event.kind}/{key}": value for key, value in event.values.items() if value is not None}
+            self._run.log({f"{event.kind}/step": event.step, **values})
+        elif isinstance(event, RunFinished):
+            self._finish(event)
+            self.close()
+        elif isinstance(event, RunFailed):
+            self._run.summary["error"] = event.error
+            self.close(exit_code=1)
+
+    def _start(self, event: RunStarted) -> None:
+        import wandb  # slow to import, and not needed with tracking=none
+
+        mode = self._config.mode if self._config.mode != "auto" else choose_mode()
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            group=self._config.group or event.config["experiment"],
+            name=event.name,
+            id=digest(str(event.folder.resolve())),
+            resume="allow" if mode == "online" else None,
+            mode=cast(Any, mode),
+            dir=str(event.folder),
+            tags=self._config.tags or None,
+            config=event.config,
+            settings=wandb.Settings(console="off", init_timeout=30),
+        )
+        self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
+        for kind in ("search", "tuning", "curve"):
+            self._run.define_metric(f"{kind}/step")
+            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+
+    def _finish(self, event: RunFinished) -> None:
+        import wandb
+
+        result = event.result
+        curves = result["activations"].get("curves", {})
+        for layer in range(len(next(iter(curves.values()))["top1"]) if curves else 0):
+            point = {
+                f"curve/{stage}/{key}": values[layer]
+                for stage, curve in curves.items()
+                for key, values in curve.items()
+            }
+            self._run.log({"curve/step": layer, **point})
+        self._run.summary.update(flatten(result["metrics"]))
+        columns: list[str | int] = [
+            "row",
+            "prefix",
+            "perplexity",
+            "largest_activation",
+            "quantization_error",
+            "seconds",
+        ]
+        table = wandb.Table(columns=columns)
+        for row in result["rows"]:
+            table.add_data(
+                row["label"], row["prefix"], *row["perplexity"].values(),
+                row["largest_activation"], row["quantization_error"], row["seconds"],
+            )  # fmt: skip
+        if result["rows"] and all(len(row["perplexity"]) == 1 for row in result["rows"]):
+            self._run.log({"comparison": table})
+        for figure in event.figures:
+            self._run.log({f"figures/{figure.stem}": wandb.Image(str(figure))})
+        if event.prefix is not None:
+            artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")
+            for suffix in (".safetensors", ".json"):
+                artifact.add_file(str(event.prefix.with_name(event.prefix.name + suffix)))
+            self._run.log_artifact(artifact)
+
+
+def choose_mode(reachable: Callable[[str, int], bool] | None = None) -> str:
+    """`online` when there is a key and the server answers, else `offline`; W&B's own setting of the mode wins.
+
+    Args:
+        reachable: whether a host answers on a port; for tests.
+
+    """
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen in ("online", "offline", "disabled"):
+        return chosen
+    import wandb
+
+    settings = wandb.Settings()
+    base = urlparse(os.environ.get("WANDB_BASE_URL") or settings.base_url)
+    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    port = base.port or (443 if base.scheme == "https" else 80)
+    return "online" if key and (reachable or _reachable)(base.hostname or "", port) else "offline"
+
+
+def _reachable(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=NETWORK_TIMEOUT).close()
+    except OSError:
+        return False
+    return True
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined with slashes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
