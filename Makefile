@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: run test lint format clean
 
 run: $(STAMP)  ## the main job on the embedded model: outliers, greedy prefix, tuned prefix, quantized perplexity
-	$(BIN)/cushion +experiment=main
+	$(BIN)/cushion experiment=main
 
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest

@@ -24,10 +24,14 @@ def hidden_states(value: Any) -> Tensor:
 @contextmanager
 def observe_outputs(modules: Mapping[str, nn.Module], observer: Observer) -> Iterator[None]:
     """Call `observer(name, output)` after every forward of each module, while the block runs."""
-    handles = [
-        module.register_forward_hook(lambda _m, _a, output, name=name: observer(name, hidden_states(output)))
-        for name, module in modules.items()
-    ]
+
+    def hook(name: str) -> Callable[..., None]:
+        def call(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            observer(name, hidden_states(output))
+
+        return call
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield
     finally:

@@ -48,11 +48,11 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or raise `ArtifactError` naming the file when it is damaged."""
+    """Read JSON; a file that is missing or damaged is an `ArtifactError` that names it and the folder to delete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): delete it and run again") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again") from error
 
 
 class Checkpoint:
@@ -73,7 +73,9 @@ class Checkpoint:
             try:
                 tensors = load_file(self._path.with_name(record["tensors"]))
             except (OSError, SafetensorError) as error:
-                raise ArtifactError(f"the checkpoint {self._path} is damaged ({error}): delete it") from error
+                raise ArtifactError(
+                    f"the checkpoint {self._path} is damaged ({error}): delete the folder {self._path.parent}"
+                ) from error
         return record["state"], tensors
 
     def due(self) -> bool:
@@ -86,9 +88,8 @@ class Checkpoint:
         name = None
         if tensors is not None:
             name = f"{self._path.stem}-{time.time_ns()}.safetensors"
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self._path.with_name(name)
-            )
+            copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+            save_file(copies, self._path.with_name(name))
         write_json(self._path, {"state": state, "tensors": name})
         for old in self._path.parent.glob(f"{self._path.stem}-*.safetensors"):
             if old.name != name:
@@ -134,6 +135,8 @@ class ArtifactStore:
         with self._locked(folder):
             if folder.is_dir():  # another process made it while this one waited
                 return folder, True
+            for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
+                shutil.rmtree(left_over)
             checkpoint_folder = folder.with_name(folder.name + ".partial")
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             try:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -52,27 +55,38 @@ def execute(config: RunConfig) -> Path:
     """Do one run with progress bars and the configured tracker, print its table, return the path of result.json."""
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
     from cushion.artifacts import read_json, write_json
+    from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
+    from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table
     from cushion.results import FILE_NAME
     from cushion.tracking import WandbTracker
+
+    def draw(event: Event) -> None:
+        if isinstance(event, RunFinished):
+            draw_figures(event.result, event.folder)
 
     folder = pipeline.run_folder(config)
     place = folder / "tracking.json"
     tracker = WandbTracker(config.tracking) if config.tracking.backend == "wandb" else None
     with ProgressBars() as bars:
+        listeners: list[Listener] = [bars, draw]  # figures are drawn before the tracker looks for them
+        if tracker is not None:
+            listeners.append(tracker)
         try:
-            result = pipeline.run(config, [bars] if tracker is None else [bars, tracker])
+            result = pipeline.run(config, listeners)
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
     if tracker is not None and tracker.location is not None:
         write_json(place, {"location": tracker.location})
+    draw_figures(asdict(result), folder)  # a run that was killed between its result and its figures
     print(comparison_table(asdict(result)))
     print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
-    print(f"figure   {folder / 'figures' / 'activation_curves.png'}")
+    for figure in figures_of(folder).values():
+        print(f"figure   {figure}")
     print(f"W&B run  {read_json(place)['location'] if place.is_file() else 'none'}")
     print("results")
     path = (folder / FILE_NAME).resolve()
@@ -82,7 +96,25 @@ def execute(config: RunConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _hydra_main(config: DictConfig) -> str:
-    return str(execute(to_run_config(config)))
+    try:
+        return str(execute(to_run_config(config)))
+    except Exception as error:  # reported here, job by job: at the end of a sweep Hydra knows only the first
+        report(error)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            sys.exit(1)
+        raise _ReportedError from error
+
+
+class _ReportedError(Exception):
+    """A job of a sweep failed and the user has been told; the sweep goes on and exits with status 1."""
+
+
+def report(error: BaseException) -> None:
+    """Tell the user of an error on standard error: one line for a mistake, the whole traceback for a bug."""
+    if isinstance(error, (CushionError, HydraException, OmegaConfBaseException)):
+        print(f"cushion: error: {one_line(error)}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
 
 
 def main() -> None:
@@ -93,31 +125,42 @@ def main() -> None:
     register_schema()
     try:
         _hydra_main()
-    except (CushionError, HydraException, OmegaConfBaseException) as error:
-        print(f"cushion: error: {one_line(error)}", file=sys.stderr)
+    except _ReportedError:
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - told to the user, and the exit status says so
+        report(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("cushion: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
+_NOISE = ("reference_type=", "object_type=", "full_key:", "Config search path", "provider=")
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line, with the nearest key where a key is misspelt."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("reference_type=", "object_type=", "Config search path"))]
-    hint = ""
-    if cause := _misspelt(error):
-        hint = did_you_mean(*cause)
-    return " ".join(kept) + hint
+    """The message of an error and of what caused it in one line, with the nearest key where a key is misspelt."""
+    parts: list[str] = []
+    link: BaseException | None = error
+    while link is not None:
+        lines = [line.strip() for line in str(link).splitlines()]
+        text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+        if text and not any(text in part for part in parts):
+            parts.append(text)
+        link = link.__cause__ if isinstance(error, HydraException) else None
+    cause = _misspelt(error)
+    return ": ".join(parts) + (did_you_mean(*cause) if cause else "")
 
 
 def _misspelt(error: BaseException) -> tuple[str, list[str]] | None:
-    """The unknown key of a configuration error and the keys there are, if that is what the error is about."""
+    """The unknown key or option that an error is about and those there are, if that is what it is about."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        return error.missing_cfg_file.rpartition("/")[2], list(error.options)
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, OmegaConfBaseException) and chain.key is not None and chain.parent_node is not None:
+        if isinstance(chain, OmegaConfBaseException) and chain.key is not None:
             parent: Any = chain.parent_node
-            if OmegaConf.is_dict(parent):
+            if OmegaConf.is_dict(parent) and chain.key not in parent:
                 return str(chain.key), [str(key) for key in parent]
         chain = chain.__cause__
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cushion.errors import ConfigError, did_you_mean
@@ -67,7 +68,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        require(bool(self.path.strip()), "model.path", self.path, "name a hub id or a local folder")
+        require(bool(self.path.strip()), "model.path", self.path, "set it to a hub id or a local folder")
         one_of("model.dtype", self.dtype, DTYPES)
 
     @property
@@ -107,7 +108,8 @@ class DataConfig:
             one_of(f"data.{purpose}.source", corpus.source, SOURCES)
             one_of(f"data.{purpose}.split", corpus.split, SPLITS)
             if corpus.source == "file":
-                require(corpus.path is not None, f"data.{purpose}.path", corpus.path, "source=file needs a file")
+                reason = f"source=file needs a file: set data.path, or data.{purpose}.path for this purpose alone"
+                require(bool(corpus.path), f"data.{purpose}.path", corpus.path, reason)
             else:
                 require(
                     corpus.path is None,
@@ -303,7 +305,6 @@ class EvalConfig:
     """Group `eval`: what is measured on the finished model, and on which controls beside it."""
 
     name: str = "short"
-    perplexity: bool = True
     block_length: int = 512
     blocks: int | None = 16
     batch_size: int = 1
@@ -346,9 +347,15 @@ class PathsConfig:
     """`paths`: where results, cached steps and converted models go, and where named sets are read from."""
 
     output_dir: str = "outputs"
-    cache_dir: str = "outputs/cache"
+    cache_dir: str | None = None
     model_dir: str = "~/.cache/cushion/models"
     data_dir: str | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the cached steps: `cache_dir`, by default a folder inside `output_dir`."""
+        folder = Path(self.output_dir) / "cache" if self.cache_dir is None else Path(self.cache_dir)
+        return folder.expanduser()
 
 
 @dataclass
@@ -393,15 +400,17 @@ def options_without_effect(config: RunConfig) -> list[str]:
                      for k in keys if getattr(part, k) != getattr(defaults, k))  # fmt: skip
 
     search, tuning, quantizer = config.search, config.tuning, config.quantizer
-    greedy_keys = ("proposal", "candidates", "frequent", "objective", "tau", "max_length", "start", "batch_size")
     if search.method != "greedy":
-        changed("search", search, greedy_keys, f"with search.method={search.method}")
+        shared = ("name", "method", "tokens", "token_ids", "bits", "symmetric", "levels")
+        keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in shared)
+        changed("search", search, keys, f"with search.method={search.method}")
     elif search.proposal != "sampled":
         changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
     if search.method != "tokens":
         changed("search", search, ("tokens", "token_ids"), f"with search.method={search.method}")
     if search.method == "greedy" and search.objective == "maximum_activation":
-        changed("search", search, ("symmetric",), "on the search with search.objective=maximum_activation")
+        grid_keys = ("bits", "symmetric", "levels")
+        changed("search", search, grid_keys, "on the search with search.objective=maximum_activation")
     if tuning.method == "none":
         keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
         changed("tuning", tuning, keys, "with tuning.method=none")

@@ -129,20 +129,22 @@ def load_corpora(config: DataConfig, paths: PathsConfig) -> dict[str, Corpus]:
 
     """
     purposes = config.purposes()
-    pools: dict[str, list[str]] = {}
-    pool_of: dict[str, str] = {}
+    pools: dict[tuple[str, str], list[str]] = {}
+    pool_of: dict[str, tuple[str, str]] = {}
     for purpose, corpus in purposes.items():
         origin, read = _locate(corpus, paths)
-        if origin not in pools:
-            pools[origin] = [document for document in read() if document.strip()]
-        pool_of[purpose] = origin
+        pool = (origin, corpus.text_field if origin.endswith(".jsonl") else "")
+        if pool not in pools:
+            pools[pool] = [document for document in read() if document.strip()]
+        pool_of[purpose] = pool
     claimed: set[bytes] = set()
     corpora = {}
     for purpose, corpus in purposes.items():
-        origin = pool_of[purpose]
-        sharing = [p for p in purposes if pool_of[p] == origin]
+        pool = pool_of[purpose]
+        origin = pool[0]
+        sharing = [p for p in purposes if pool_of[p] == pool]
         documents, dropped = [], 0
-        for document in _share(pools[origin], sharing, purpose):
+        for document in _share(pools[pool], sharing, purpose):
             if _hash(document) in claimed:
                 dropped += 1
             else:
@@ -151,7 +153,7 @@ def load_corpora(config: DataConfig, paths: PathsConfig) -> dict[str, Corpus]:
         if not documents:
             raise DataError(
                 f"data.{purpose} ({origin}) has no document left for it: it is shared by {', '.join(sharing)} and has "
-                f"{len(pools[origin])} documents; name another source or a longer one"
+                f"{len(pools[pool])} documents; name another source or a longer one"
             )
         provenance: dict[str, object] = {
             "source": corpus.source,
@@ -165,6 +167,12 @@ def load_corpora(config: DataConfig, paths: PathsConfig) -> dict[str, Corpus]:
         }
         corpora[purpose] = Corpus(purpose, documents, provenance)
     return corpora
+
+
+def local_files(config: DataConfig, paths: PathsConfig) -> list[Path]:
+    """The files that the four corpora are read from, where they are files of the user's and not sets from elsewhere."""
+    origins = {_locate(corpus, paths)[0] for corpus in config.purposes().values()}
+    return [Path(origin) for origin in sorted(origins) if Path(origin).is_absolute()]
 
 
 def _hash(document: str) -> bytes:

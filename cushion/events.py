@@ -22,7 +22,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """A point of a series: kind `search` or `tuning`, with the step's number and values as plain scalars."""
+    """A point of a series (`search`, `tuning` or `perplexity`): the step's number and its values as plain scalars."""
 
     kind: str
     step: int
@@ -40,11 +40,10 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class RunFinished:
-    """A run is complete: its result as written, and the files made beside it."""
+    """A run is complete: its result as written, and where its prefix was saved."""
 
     folder: Path
     result: dict[str, Any]
-    figures: list[Path]
     prefix: Path | None
 
 

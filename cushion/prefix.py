@@ -24,7 +24,7 @@ from cushion.hashing import tensor_digest
 FORMAT = "cushion-prefix-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
     """A prefix of key-value cache.
 
@@ -81,13 +81,21 @@ class Prefix:
         cache = DynamicCache(config=model.config)
         if len(self) == 0:
             return cache
-        if len(cache.layers) not in (0, len(self.keys)):
-            raise ArtifactError(
-                f"the prefix has {len(self.keys)} layers, the model {len(cache.layers)}: it belongs to another model"
-            )
+        self._check_model(model)
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(_batched(key, batch_size, model), _batched(value, batch_size, model), index)
         return cache
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        own = (len(self.keys), self.keys[0].shape[0], self.keys[0].shape[2])
+        if own != (config.num_hidden_layers, heads, size):
+            raise ArtifactError(
+                f"the prefix has (layers, key-value heads, head size) {own}, the model "
+                f"{(config.num_hidden_layers, heads, size)}: it belongs to another model"
+            )
 
     def prepend(self, inputs: Any) -> dict[str, Any]:
         """Tokenizer output with the prefix's token ids in front, as `generate` wants it beside a filled cache.
@@ -114,8 +122,11 @@ class Prefix:
         return tensor_digest((*self.keys, *self.values), label=[list(self.token_ids), self.tuned])
 
     def save(self, path: str | Path) -> None:
-        """Write `path`.safetensors (keys and values) and `path`.json (everything else), each atomically."""
-        base = Path(path)
+        """Write `path`.safetensors (keys and values) and `path`.json (everything else), each atomically.
+
+        `path` may also be given with either suffix.
+        """
+        base = _base(path)
         base.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"keys.{i}": key.detach().cpu().contiguous() for i, key in enumerate(self.keys)}
         tensors |= {f"values.{i}": value.detach().cpu().contiguous() for i, value in enumerate(self.values)}
@@ -124,11 +135,11 @@ class Prefix:
             "token_ids": list(self.token_ids),
             "layers": len(self.keys),
             "tuned": self.tuned,
+            "fingerprint": self.fingerprint,
             "metadata": self.metadata,
         }
         temporary = base.with_name(base.name + ".safetensors.part")
-        # the description travels in the tensor file too, so that the two files can be checked against each other
-        save_file(tensors, temporary, metadata={"format": FORMAT, "token_ids": json.dumps(list(self.token_ids))})
+        save_file(tensors, temporary, metadata={"format": FORMAT})
         temporary.replace(base.with_name(base.name + ".safetensors"))
         temporary = base.with_name(base.name + ".json.part")
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -142,9 +153,7 @@ class Prefix:
             ArtifactError: a file is missing, damaged, or the two do not belong together.
 
         """
-        base = Path(path)
-        if base.suffix in (".safetensors", ".json"):
-            base = base.with_suffix("")
+        base = _base(path)
         tensor_file, json_file = base.with_name(base.name + ".safetensors"), base.with_name(base.name + ".json")
         for file in (json_file, tensor_file):
             if not file.is_file():
@@ -154,11 +163,9 @@ class Prefix:
             if record.get("format") != FORMAT:
                 raise ArtifactError(f"{json_file} is of format {record.get('format')!r}, not {FORMAT!r}")
             with safe_open(tensor_file, framework="pt") as file:
-                if json.loads((file.metadata() or {}).get("token_ids", "null")) != record["token_ids"]:
-                    raise ArtifactError(f"{tensor_file} and {json_file} are of two different prefixes")
                 keys = tuple(file.get_tensor(f"keys.{i}") for i in range(record["layers"]))
                 values = tuple(file.get_tensor(f"values.{i}") for i in range(record["layers"]))
-            return cls(tuple(record["token_ids"]), keys, values, bool(record["tuned"]), record["metadata"])
+            prefix = cls(tuple(record["token_ids"]), keys, values, bool(record["tuned"]), record["metadata"])
         except (
             json.JSONDecodeError,
             UnicodeDecodeError,
@@ -168,6 +175,14 @@ class Prefix:
             TypeError,
         ) as error:
             raise ArtifactError(f"the prefix {base} is damaged ({error}): find or tune it again") from error
+        if prefix.fingerprint != record.get("fingerprint"):
+            raise ArtifactError(f"{tensor_file} and {json_file} do not belong together: find or tune the prefix again")
+        return prefix
+
+
+def _base(path: str | Path) -> Path:
+    base = Path(path)
+    return base.with_suffix("") if base.suffix in (".safetensors", ".json") else base
 
 
 def _batched(tensor: Tensor, batch_size: int, model: PreTrainedModel) -> Tensor:

@@ -76,11 +76,16 @@ class RunResult:
         """
         record = read_json(path)
         if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            raise ArtifactError(f"{path} is not a result of schema version {SCHEMA_VERSION}: delete it and run again")
+            raise ArtifactError(
+                f"{path} is not a result of schema version {SCHEMA_VERSION}: "
+                f"delete the folder {path.parent} and run again"
+            )
         try:
             return cls(**{**record, "rows": [Row(**row) for row in record["rows"]]})
         except (TypeError, KeyError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): delete it and run again") from error
+            raise ArtifactError(
+                f"{path} is damaged ({error}): delete the folder {path.parent} and run again"
+            ) from error
 
 
 def finished_result(folder: Path) -> RunResult | None:

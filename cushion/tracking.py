@@ -89,7 +89,7 @@ class WandbTracker:
             settings=wandb.Settings(console="off", init_timeout=30),
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
-        for kind in ("search", "tuning", "curve"):
+        for kind in ("search", "tuning", "curve", "perplexity"):
             self._run.define_metric(f"{kind}/step")
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
@@ -122,7 +122,7 @@ class WandbTracker:
             )  # fmt: skip
         if result["rows"] and all(len(row["perplexity"]) == 1 for row in result["rows"]):
             self._run.log({"comparison": table})
-        for figure in event.figures:
+        for figure in sorted((event.folder / "figures").glob("*.png")):
             self._run.log({f"figures/{figure.stem}": wandb.Image(str(figure))})
         if event.prefix is not None:
             artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")

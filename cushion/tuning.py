@@ -36,6 +36,8 @@ from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid, fake_quantize
 from cushion.quantization.simulate import quantized
 
+_IGNORED = -100
+
 
 @dataclass(frozen=True)
 class TuningStep:
@@ -116,7 +118,8 @@ def differentiable_error(values: Tensor, grid: Grid, gradient: str) -> Tensor:
 
     """
     flat = values.flatten(1).float()
-    scale, offset = grid.parameters(flat.amin(1, keepdim=True), flat.amax(1, keepdim=True))
+    low, high = torch.aminmax(flat, dim=1, keepdim=True)
+    scale, offset = grid.parameters(low, high)
     constant, fixed_scale = flat.detach(), scale.detach()
     rounded = fake_quantize(constant, fixed_scale, offset.detach(), grid)
     if gradient == "range":
@@ -155,7 +158,9 @@ class TuningLoss:
         with self._observed(observe):
             cache = prefix.cache(self._lm.model, len(texts))
             logits = self._lm.model(input_ids=texts, past_key_values=cache, use_cache=True).logits
-        prediction = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), texts[:, 1:].flatten())
+        # the last position predicts nothing: an ignored target, where slicing would copy logits and their gradient
+        targets = functional.pad(texts[:, 1:], (0, 1), value=_IGNORED).flatten()
+        prediction = functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=_IGNORED)
         error = torch.stack(errors).sum() if errors else prediction.new_zeros(())
         return prediction + config.lambda_q * error, prediction, error
 
@@ -202,7 +207,8 @@ def tune_prefix(
         state: go on from here instead of from the start.
 
     Yields:
-        The state after every step, the same object each time; its `best` is the prefix to keep.
+        The state after every step, the same object each time; its `best` is the prefix to keep. Between two steps the
+        quantizer is still on the model: close the generator before using the model for anything else.
 
     Raises:
         TuningError: the loss is not finite any more. The state yielded last is still good.
@@ -225,10 +231,11 @@ def tune_prefix(
             rate = config.learning_rate * schedule(step)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            loss, prediction, error = loss_of(
-                _with(found, parameters), texts[batch_indices(config, len(texts), step, seed)]
-            )
-            loss.backward()
+            with torch.enable_grad():
+                loss, prediction, error = loss_of(
+                    _with(found, parameters), texts[batch_indices(config, len(texts), step, seed)]
+                )
+                loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
                 raise TuningError(

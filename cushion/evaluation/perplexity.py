@@ -77,6 +77,6 @@ def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int) 
     needed = prefix_length + config.block_length + (config.bos != "none")
     if lm.context_length is not None and needed > lm.context_length:
         raise ConfigError(
-            f"eval.block_length={config.block_length} and a prefix of {prefix_length} tokens need {needed} positions, "
-            f"but {lm.label} has {lm.context_length}: shorten the blocks or the prefix"
+            f"eval.block_length={config.block_length} with a prefix of up to {prefix_length} tokens needs {needed} "
+            f"positions, but {lm.label} has {lm.context_length}: shorten the blocks or the prefix"
         )

@@ -19,14 +19,15 @@ class Architecture:
         blocks: path of the `ModuleList` of decoder blocks, from the causal language model.
         smoothing: for each norm of a block, the linears that read its output: the pairs into which SmoothQuant's scale
             is folded (arXiv 2211.10438, section 4). Paths from the block.
-        learned_positions: whether positions come from a table of fixed length (which then bounds the context).
+        smoothing_requires: values that the model's configuration must have for those pairs to be right: variants of a
+            family that put their norms elsewhere cannot be smoothed.
 
     """
 
     model_type: str
     blocks: str
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
-    learned_positions: bool = False
+    smoothing_requires: tuple[tuple[str, bool], ...] = ()
 
 
 _LLAMA_SMOOTHING = (
@@ -47,7 +48,7 @@ ARCHITECTURES = {
                 ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
                 ("final_layer_norm", ("fc1",)),
             ),
-            learned_positions=True,
+            smoothing_requires=(("do_layer_norm_before", True),),
         ),
         Architecture(
             "bloom",
@@ -56,6 +57,7 @@ ARCHITECTURES = {
                 ("input_layernorm", ("self_attention.query_key_value",)),
                 ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
             ),
+            smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
         ),
     )
 }

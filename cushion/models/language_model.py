@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle  # only for the error that torch raises when it refuses to unpickle code
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cushion.config import ModelConfig, PathsConfig
-from cushion.errors import ConfigError, ModelNotFoundError, did_you_mean
+from cushion.errors import ConfigError, CushionError, ModelNotFoundError, did_you_mean
 from cushion.hashing import tensor_digest
 from cushion.models.architectures import Architecture, find_architecture
 from cushion.models.embedded import embedded_model
@@ -159,16 +160,31 @@ def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel,
         auto_config = AutoConfig.from_pretrained(folder, **shared)
         find_architecture(auto_config.model_type, config.path)
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=config.device_map, weights_only=True, **shared
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=config.device_map,
+            weights_only=True,
+            output_loading_info=True,
+            **shared,
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except CushionError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ModelNotFoundError(
-            f"model.path={config.path!r} cannot be loaded: {first_line} -- check the id or folder; a gated model needs "
-            "its licence accepted on the hub and `hf auth login`"
+            f"model.path={config.path!r} cannot be loaded: {reason} -- check the id or folder; a gated model needs its "
+            "licence accepted on the hub and `hf auth login`; code in a repository runs only with "
+            "model.trust_remote_code=true"
         ) from error
+    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelNotFoundError(
+            f"model.path={config.path!r} cannot be loaded: its files lack {len(info['missing_keys'])} of the model's "
+            f"tensors ({missing}, ...): download it again"
+        )
     return model, tokenizer
 
 
@@ -176,5 +192,13 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
     """Hash of source and weights. A hub commit stands for its weights; anything else is hashed tensor by tensor."""
     commit = getattr(model.config, "_commit_hash", None)
     tensors = {} if commit else dict(model.named_parameters())
-    label = [config.path, str(model.dtype), len(tokenizer), tokenizer.bos_token_id, commit, list(tensors)]
+    settings = json.loads(model.config.to_json_string(use_diff=False))
+    for key in ("transformers_version", "_name_or_path", "name_or_path"):
+        settings.pop(key, None)
+    label = {
+        "source": [config.path, commit, config.gguf_file, str(model.dtype)],
+        "tokenizer": [len(tokenizer), tokenizer.bos_token_id],
+        "config": settings,
+        "tensors": list(tensors),
+    }
     return tensor_digest(tensors.values(), label=label)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of the second argument with the gradient of the first."""
+
+    @staticmethod
+    def forward(_context: Any, values: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.view_as(values)
+
+    @staticmethod
+    def backward(_context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class ActivationQuantizer:
@@ -41,7 +56,7 @@ class ActivationQuantizer:
         else:
             scale, offset = self.parameters
         quantized = fake_quantize(constant, scale, offset, self.grid)
-        return values + (quantized - constant) if self.straight_through else quantized
+        return _StraightThrough.apply(values, quantized) if self.straight_through else quantized
 
 
 class QuantizedLinear(nn.Module):

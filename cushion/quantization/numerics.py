@@ -52,8 +52,8 @@ class Grid:
             width, offset = maximum - minimum, minimum
         elif self.levels == "full":
             width, offset = torch.maximum(maximum, -minimum), torch.zeros_like(minimum)
-        else:
-            width, offset = maximum - minimum, torch.zeros_like(minimum)
+        else:  # the range is widened to contain 0, without which the printed formula leaves the codes of N bits
+            width, offset = maximum.clamp(min=0) - minimum.clamp(max=0), torch.zeros_like(minimum)
         scale = width / self.steps
         return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
 
@@ -80,8 +80,12 @@ def fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> 
 
 def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
     """Minimum and maximum of `values` over `dims` (all of them when None), with the reduced dimensions kept at 1."""
-    if dims is None:
-        dims = tuple(range(values.dim()))
+    if dims is None:  # one pass for both; there is no such kernel for several dimensions
+        low, high = torch.aminmax(values)
+        return low.reshape([1] * values.dim()), high.reshape([1] * values.dim())
+    if len(dims) == 1:
+        low, high = torch.aminmax(values, dim=dims[0], keepdim=True)
+        return low, high
     return values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
 
 

@@ -54,6 +54,7 @@ def quantized(
         ConfigError: a target or group size does not fit the model.
 
     """
+    assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
     check_quantizer(lm, config)
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
@@ -71,17 +72,24 @@ def quantized(
             bias = None if linear.bias is None else linear.bias.detach()
             parent, _, leaf = name.rpartition(".")
             replacements.put(lm.model.get_submodule(parent), leaf, QuantizedLinear(weight, bias, activation))
-        with torch.enable_grad() if straight_through else torch.no_grad():
-            yield lm
+        yield lm
     finally:
         replacements.undo()
 
 
 def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
-    """Raise `ConfigError` when a target or the group size does not fit this model. Costs no computation."""
+    """Raise `ConfigError` when a target, the group size or smoothing does not fit this model, without computing."""
+    for key, needed in lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ():
+        if getattr(lm.model.config, key) != needed:
+            raise ConfigError(
+                f"quantizer.smoothing_alpha={config.smoothing_alpha} cannot be used with {lm.label}: its configuration "
+                f"has {key}={getattr(lm.model.config, key)}, so its norms do not stand before the linears; use "
+                "quantizer.smoothing_alpha=null"
+            )
+    size = config.weights.group_size
+    in_groups = config.weights.bits is not None and config.weights.granularity == "per_group"
     for name, linear in lm.linears(config.targets).items():
-        size = config.weights.group_size
-        if config.weights.granularity == "per_group" and linear.in_features % size:
+        if in_groups and linear.in_features % size:
             raise ConfigError(
                 f"quantizer.weights.group_size={size} does not divide the {linear.in_features} inputs of {name}: "
                 "choose a divisor"

@@ -1,4 +1,4 @@
-"""Figures from result.json, as PNG and PDF files fit for a paper."""
+"""Figures from result.json, as PNG files fit for a paper."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ _LINES = (
     ("top10_percent", "top 10 %", "#4393c3", "-"),
     ("median", "median", "#2166ac", ":"),
 )
+
+
+def figures_of(folder: Path) -> dict[str, Path]:
+    """The figures of the run in `folder`, by name: where they are or will be."""
+    return {"activation_curves": folder / "figures" / "activation_curves.png"}
+
+
+def draw_figures(result: dict[str, Any], folder: Path) -> None:
+    """Draw every figure of a run that is not there yet."""
+    path = figures_of(folder)["activation_curves"]
+    if not path.is_file():
+        activation_curves(result, path)
 
 
 def activation_curves(result: dict[str, Any], path: Path) -> Path:
@@ -43,7 +55,9 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     figure.suptitle(f"Activation magnitudes, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=200, format="png")
+    temporary.replace(path)  # a reader never finds half a figure
     pyplot.close(figure)
     return path
 

@@ -100,6 +100,8 @@ def greedy_search(
     """
     objective = Objective(config)
     sizer = BatchSizer(lm, config, texts.shape[1] + 1)
+    if len(state.token_ids) >= config.max_length:  # the start of the prompt fills it already
+        state.finished, state.stop_reason = True, "max_length"
     while not state.finished:
         step = len(state.steps)
         text = texts[step]

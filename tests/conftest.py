@@ -1,0 +1,45 @@
+"""What the tests share: tiny random models made on the spot, small texts, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that reaches for the hub fails at once
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+
+from cushion.config import ModelConfig, PathsConfig
+from cushion.models import LanguageModel, load_language_model
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and two test runs side by side lose nothing
+
+FAMILIES = ("llama", "mistral", "qwen2", "opt", "bloom")
+
+
+@pytest.fixture
+def tiny() -> Callable[..., LanguageModel]:
+    """`tiny("llama")`: a fresh tiny model of a family, with grouped-query attention where the family has it."""
+
+    def make(family: str = "llama") -> LanguageModel:
+        return load_language_model(ModelConfig(path=f"tiny:{family}"), PathsConfig())
+
+    return make
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """60 different English-looking documents, separated by blank lines: enough for every purpose of a tiny run."""
+    sentence = "the a prefix of keys and values takes the sink so that no token after it has an outlier in any block"
+    words = sentence.split()
+    documents = []
+    for index in range(60):
+        picked = [words[(index * 7 + step * (index % 5 + 3)) % len(words)] for step in range(120)]
+        documents.append(f"Document {index}. " + " ".join(picked) + ".")
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+    return path

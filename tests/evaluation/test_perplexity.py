@@ -1,0 +1,118 @@
+"""Perplexity against an independent computation from log-probabilities over plain tokens, without cache or batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor
+
+from cushion.config import EvalConfig
+from cushion.errors import ConfigError
+from cushion.evaluation import perplexity as module
+from cushion.evaluation.perplexity import BlockLoss, block_losses, check_evaluation, perplexity
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+
+Tiny = Callable[..., LanguageModel]
+POLICIES = [{"bos": "none"}, {"bos": "block"}, {"bos": "block", "predict_first": True}]
+
+
+def some_blocks(rows: int = 5, length: int = 12) -> Tensor:
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def by_hand(lm: LanguageModel, prompt: list[int], blocks: Tensor, policy: dict[str, Any]) -> tuple[float, int]:
+    """Perplexity and number of predicted tokens, one block at a time, over the tokens [prompt, BOS?, block]."""
+    total, count = 0.0, 0
+    for block in blocks.tolist():
+        before = [*prompt, *([256] if policy["bos"] == "block" else [])]
+        logits = lm.model(input_ids=torch.tensor([before + block]), use_cache=False).logits[0]
+        log_probabilities = torch.log_softmax(logits.double(), dim=-1)
+        for index, token in enumerate(block):
+            if index == 0 and not policy.get("predict_first"):
+                continue
+            total -= log_probabilities[len(before) + index - 1, token].item()
+            count += 1
+    return math.exp(total / count), count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("prompt", [[], [7, 99]], ids=["bare", "prefix"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_perplexity_equals_log_probabilities(
+    tiny: Tiny, policy: dict[str, Any], prompt: list[int], batch_size: int
+) -> None:
+    lm, blocks = tiny(), some_blocks()
+    config = EvalConfig(batch_size=batch_size, block_length=12, **policy)
+    losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, config))
+    expected, count = by_hand(lm, prompt, blocks, policy)
+    assert len(losses) == math.ceil(5 / batch_size)
+    assert sum(loss.tokens for loss in losses) == count
+    assert perplexity(losses) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_counts_as_its_tokens_in_every_family(tiny: Tiny, family: str) -> None:
+    lm, blocks, prompt = tiny(family), some_blocks(3), [256, 10, 65]
+    losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, EvalConfig(batch_size=2)))
+    expected, _ = by_hand(lm, prompt, blocks, {"bos": "none"})
+    bare, _ = by_hand(lm, [], blocks, {"bos": "none"})
+    assert perplexity(losses) == pytest.approx(expected, rel=1e-4)
+    assert abs(expected / bare - 1) > 1e-3  # the prefix is not without effect
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_chunks_of_positions_are_all_counted_once(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
+) -> None:
+    lm, blocks, config = tiny(), some_blocks(), EvalConfig(batch_size=2, **policy)
+    whole = list(block_losses(lm, Prefix.empty(), blocks, config))
+    for size in (1, 5, 11, 12):
+        monkeypatch.setattr(module, "POSITIONS_PER_CHUNK", size)
+        parts = list(block_losses(lm, Prefix.empty(), blocks, config))
+        assert [part.tokens for part in parts] == [loss.tokens for loss in whole]
+        assert perplexity(parts) == pytest.approx(perplexity(whole), rel=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_start_leaves_out_the_batches_that_are_done(tiny: Tiny, start: int) -> None:
+    lm, config = tiny(), EvalConfig(batch_size=2)
+    prefix = Prefix.from_tokens(lm.model, [7])
+    whole = list(block_losses(lm, prefix, some_blocks(), config))
+    assert len(whole) == 3
+    assert list(block_losses(lm, prefix, some_blocks(), config, start=start)) == whole[start:]
+
+
+def test_mean_is_over_tokens_and_not_over_batches() -> None:
+    assert perplexity([BlockLoss(30.0, 10), BlockLoss(1.0, 1)]) == pytest.approx(math.exp(31 / 11))
+    assert math.isfinite(perplexity([BlockLoss(1e9, 10)]))
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bos", "prefix_length", "longest"), [("none", 0, 256), ("none", 6, 250), ("block", 6, 249)])
+def test_block_longer_than_the_context_is_refused(tiny: Tiny, bos: str, prefix_length: int, longest: int) -> None:
+    check_evaluation(tiny(), EvalConfig(block_length=longest, bos=bos), prefix_length)
+    message = rf"eval.block_length={longest + 1} .*prefix of .*{prefix_length} tokens need.* 257 positions.* has 256"
+    with pytest.raises(ConfigError, match=message):
+        check_evaluation(tiny(), EvalConfig(block_length=longest + 1, bos=bos), prefix_length)
+
+
+def test_prefix_longer_than_the_context_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"a prefix of .*300 tokens.* has 256"):
+        check_evaluation(tiny(), EvalConfig(block_length=12), 300)
+
+
+def test_bos_policy_without_a_bos_token_is_refused(tiny: Tiny) -> None:
+    lm = tiny()
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    check_evaluation(lm, EvalConfig(block_length=12), 0)
+    with pytest.raises(ConfigError, match=r"eval.bos=block needs a BOS token.*set eval.bos=none"):
+        check_evaluation(lm, EvalConfig(block_length=12, bos="block"), 0)

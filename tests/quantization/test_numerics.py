@@ -1,0 +1,288 @@
+"""The grid: against torch's own quantizers, against its definition, and its properties at every number of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize, quantize_weight
+
+ALL_BITS = tuple(range(2, 9))
+GRIDS = [
+    pytest.param(Grid(bits, symmetric, levels), id=f"{bits}-{'symmetric' if symmetric else 'asymmetric'}-{levels}")
+    for bits in ALL_BITS
+    for symmetric in (True, False)
+    for levels in ("full", "paper")
+]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def quantize_to_range(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The values quantized with the range that they span themselves, with its scale and offset."""
+    scale, offset = grid.parameters(values.min(), values.max())
+    return fake_quantize(values, scale, offset, grid), scale, offset
+
+
+def away_from_ties(positions: Tensor) -> Tensor:
+    """Where `positions`, in units of the scale, are not so close to a half that x / s and x * (1 / s) may part."""
+    keep = ((positions - positions.floor()) - 0.5).abs() > 1e-3
+    assert keep.float().mean() > 0.98, "the comparison would leave out too much"
+    return keep
+
+
+# Against torch's own quantizers. Theirs has an integer zero point and rounds x / s before adding it; ours has the real
+# offset z and rounds (x - z) / s. They coincide when z is a multiple of s, but for ties: shifting a tie by an odd
+# number changes which neighbour is even.
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_per_tensor_agrees_with_torch(bits: int) -> None:
+    grid = Grid(bits, symmetric=True)
+    values = draw(64, 32)
+    scale, _ = grid.parameters(*dynamic_range(values))
+    torch.testing.assert_close(scale, values.abs().max().reshape(1, 1) / (2 ** (bits - 1) - 1), rtol=0, atol=0)
+    values = torch.cat([values, values[:8] * 4])  # some overflow the range, as under a static scale
+    low, high = -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
+    expected = torch.fake_quantize_per_tensor_affine(values, scale.item(), 0, low, high)
+    keep = away_from_ties(values / scale)
+    assert torch.equal(fake_quantize(values, scale, torch.zeros(()), grid)[keep], expected[keep])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_per_channel_agrees_with_torch(bits: int) -> None:
+    grid = Grid(bits, symmetric=True)
+    weight = draw(24, 96) * torch.logspace(-3, 2, 24)[:, None]
+    scale = weight.abs().amax(1) / (2 ** (bits - 1) - 1)
+    zero_points = torch.zeros(24, dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(
+        weight, scale, zero_points, 0, -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
+    )
+    keep = away_from_ties(weight / scale[:, None])
+    assert torch.equal(quantize_weight(weight, grid, "per_channel")[keep], expected[keep])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_point_share", [0.0, 0.3, 0.5, 1.0])
+def test_asymmetric_per_tensor_agrees_with_torch(bits: int, zero_point_share: float) -> None:
+    grid = Grid(bits, symmetric=False)
+    steps = 2**bits - 1
+    scale, zero_point = 0.0371, round(zero_point_share * steps)
+    low, high = torch.tensor(-zero_point * scale), torch.tensor((steps - zero_point) * scale)
+    own_scale, own_offset = grid.parameters(low, high)
+    assert own_scale.item() == pytest.approx(scale)
+    values = draw(64, 64) * steps * scale / 6 + (low + high) / 2  # both ends are overflowed
+    assert values.min() < low and values.max() > high
+    expected = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, steps)
+    keep = away_from_ties(values / scale)
+    result = fake_quantize(values, own_scale, own_offset, grid)
+    torch.testing.assert_close(result[keep], expected[keep], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_asymmetric_per_channel_agrees_with_torch(bits: int) -> None:
+    grid = Grid(bits, symmetric=False)
+    steps = 2**bits - 1
+    scale = torch.logspace(-3, 1, 16)
+    zero_points = torch.arange(16, dtype=torch.int32) * steps // 15
+    low, high = (-zero_points * scale)[:, None], ((steps - zero_points) * scale)[:, None]
+    values = (low + high) / 2 + draw(16, 256) * (high - low) / 6
+    expected = torch.fake_quantize_per_channel_affine(values, scale, zero_points, 0, 0, steps)
+    keep = away_from_ties(values / scale[:, None])
+    result = fake_quantize(values, *grid.parameters(low, high), grid)
+    torch.testing.assert_close((result / scale[:, None])[keep], (expected / scale[:, None])[keep], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ties_go_to_the_even_code_bit_for_bit_as_in_torch(bits: int, symmetric: bool) -> None:
+    grid = Grid(bits, symmetric)
+    low, high = grid.bounds
+    scale, zero_point = 0.125, 0 if symmetric else 2 ** (bits - 1)  # a power of two is exact; an even zero point
+    ties = (torch.arange(low, high) - zero_point + 0.5) * scale
+    offset = torch.tensor(-zero_point * scale)
+    result = fake_quantize(ties, torch.tensor(scale), offset, grid)
+    assert torch.equal(result, torch.fake_quantize_per_tensor_affine(ties, scale, zero_point, low, high))
+    assert torch.all(torch.remainder((result - offset) / scale, 2) == 0)
+
+
+def test_at_an_odd_offset_ties_are_even_as_counted_from_the_offset() -> None:
+    grid, scale, zero_point = Grid(4, symmetric=False), 0.125, 3
+    ties = (torch.arange(0, 15) - zero_point + 0.5) * scale
+    result = fake_quantize(ties, torch.tensor(scale), torch.tensor(-zero_point * scale), grid)
+    assert torch.all(torch.remainder(result / scale + zero_point, 2) == 0)
+    theirs = torch.fake_quantize_per_tensor_affine(ties, scale, zero_point, 0, 15)
+    assert torch.all((result - theirs).abs() == scale), "here the two definitions part, by one step"
+
+
+# Against the definition.
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize(
+    ("symmetric", "levels", "denominator"),
+    [
+        (True, "full", lambda n: 2 ** (n - 1) - 1),
+        (False, "full", lambda n: 2**n - 1),
+        (True, "paper", lambda n: 2 ** (n - 1) - 1),
+        (False, "paper", lambda n: 2 ** (n - 1) - 1),
+    ],
+)
+def test_scale_and_offset_follow_the_definition(
+    bits: int, symmetric: bool, levels: str, denominator: Callable[[int], int]
+) -> None:
+    low, high = torch.tensor([-1.5, -7.0]), torch.tensor([4.0, 2.0])
+    width = [4.0, 7.0] if symmetric and levels == "full" else [5.5, 9.0]
+    scale, offset = Grid(bits, symmetric, levels).parameters(low, high)
+    torch.testing.assert_close(scale, torch.tensor([value / denominator(bits) for value in width]))
+    assert torch.equal(offset, torch.zeros(2) if symmetric else low)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_values_agree_with_the_formula_in_plain_python(grid: Grid) -> None:
+    values = draw(50)
+    result, scale, offset = quantize_to_range(values, grid)
+    s, z = scale.item(), offset.item()
+    for value, quantized in zip(values.tolist(), result.tolist(), strict=True):
+        if abs((value - z) / s % 1 - 0.5) > 1e-3:
+            assert quantized == pytest.approx(s * round((value - z) / s) + z, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_dense_range_uses_all_codes_and_no_others(grid: Grid) -> None:
+    full = 2**grid.bits - 1 if grid.symmetric else 2**grid.bits
+    paper = 2 ** (grid.bits - 1) - 1 if grid.symmetric else 2 ** (grid.bits - 1)  # half of the codes lie idle
+    values = torch.linspace(-1.9999, 1.9999, 4001)  # not quite to the ends, which are ties under `paper`
+    scale, offset = grid.parameters(torch.tensor(-2.0), torch.tensor(2.0))
+    codes = ((fake_quantize(values, scale, offset, grid) - offset) / scale).round().unique()
+    assert len(codes) == (full if grid.levels == "full" else paper)
+    assert grid.bounds[0] <= codes.min() and codes.max() <= grid.bounds[1]
+
+
+# Properties.
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "values",
+    [draw(400), draw(400).abs(), -draw(400).abs(), draw(400).abs() + 20, -draw(400).abs() - 20],
+    ids=["both_signs", "not_negative", "not_positive", "far_above_zero", "far_below_zero"],
+)
+def test_the_error_in_range_is_at_most_half_a_step(grid: Grid, values: Tensor) -> None:
+    result, scale, _ = quantize_to_range(values, grid)
+    assert (result - values).abs().max() <= scale / 2 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_quantizing_twice_changes_nothing(grid: Grid) -> None:
+    once, scale, offset = quantize_to_range(draw(500), grid)
+    assert torch.equal(fake_quantize(once, scale, offset, grid), once)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_order_is_kept(grid: Grid) -> None:
+    result, _, _ = quantize_to_range(draw(500).sort().values, grid)
+    assert torch.all(result.diff() >= 0)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_overflow_of_a_static_range_is_clamped_to_its_ends(grid: Grid) -> None:
+    low, high = torch.tensor(-1.0), torch.tensor(1.0)
+    scale, offset = grid.parameters(low, high)
+    ends = fake_quantize(torch.tensor([-1e6, 1e6]), scale, offset, grid)
+    torch.testing.assert_close(ends, scale * torch.tensor(grid.bounds) + offset)
+    if grid.levels == "full":
+        torch.testing.assert_close(ends, torch.stack([low, high]))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("value", [0.0, 5.3, -0.0007, 1e6, -41.0])
+def test_a_range_of_width_zero_is_reproduced(grid: Grid, value: float) -> None:
+    constant = torch.full((7,), value)
+    result, scale, _ = quantize_to_range(constant, grid)
+    assert torch.isfinite(scale) and scale > 0
+    if grid.symmetric and value != 0:  # abs-max / steps * steps: exact but for the rounding of floating point
+        torch.testing.assert_close(result, constant, rtol=3e-7, atol=0)
+    else:
+        assert torch.equal(result, constant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("grid", [Grid(8, True), Grid(8, False), Grid(3, False, "paper")])
+def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype: torch.dtype, grid: Grid) -> None:
+    values = draw(40, 8).to(dtype)
+    scale, offset = grid.parameters(values.float().min(), values.float().max())
+    result = fake_quantize(values, scale, offset, grid)
+    assert result.dtype == dtype and result.shape == values.shape
+    assert torch.equal(result, fake_quantize(values.float(), scale, offset, grid).to(dtype))
+    for granularity in ("per_tensor", "per_channel", "per_group"):
+        weight = quantize_weight(values, grid, granularity, 4)
+        assert weight.dtype == dtype and weight.shape == values.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("grid", [Grid(8, True), Grid(8, False), Grid(4, True, "paper")])
+def test_the_input_is_never_changed_in_place(dtype: torch.dtype, grid: Grid) -> None:
+    values = draw(12, 8).to(dtype)
+    before = values.clone()
+    low, high = dynamic_range(values, (1,))
+    limits = low.clone(), high.clone()
+    scale, offset = grid.parameters(low, high)
+    parameters = scale.clone(), offset.clone()
+    results = [fake_quantize(values, scale, offset, grid)]
+    results += [quantize_weight(values, grid, name, 4) for name in ("per_tensor", "per_channel", "per_group")]
+    for result in results:
+        assert result.data_ptr() != values.data_ptr()
+        result.fill_(0)
+    assert torch.equal(values, before)
+    assert torch.equal(low, limits[0]) and torch.equal(high, limits[1])
+    assert torch.equal(scale, parameters[0]) and torch.equal(offset, parameters[1])
+
+
+# Granularities of weights.
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_groups_are_channels_of_the_reshaped_weight(bits: int, group_size: int) -> None:
+    grid, weight = Grid(bits, symmetric=True), draw(6, 16)
+    channels = quantize_weight(weight.reshape(-1, group_size), grid, "per_channel").reshape(6, 16)
+    groups = quantize_weight(weight, grid, "per_group", group_size)
+    assert torch.equal(groups, channels)
+    first = quantize_weight(weight[2:3, :group_size], grid, "per_tensor")  # a group knows nothing of the others
+    assert torch.equal(groups[2:3, :group_size], first)
+
+
+def test_the_whole_row_as_one_group_is_per_channel() -> None:
+    weight = draw(6, 16)
+    assert torch.equal(
+        quantize_weight(weight, Grid(4, True), "per_group", 16), quantize_weight(weight, Grid(4, True), "per_channel")
+    )
+
+
+def test_finer_granularity_confines_an_outlier_to_its_own_scale() -> None:
+    weight = draw(8, 32)
+    weight[3, 5] = 1000.0
+    errors = {
+        name: (quantize_weight(weight, Grid(8, True), name, 8) - weight).abs()
+        for name in ("per_tensor", "per_channel", "per_group")
+    }
+    everywhere_else = torch.arange(8) != 3
+    assert errors["per_tensor"][everywhere_else].mean() > 10 * errors["per_channel"][everywhere_else].mean()
+    assert errors["per_channel"][3, 8:].mean() > 10 * errors["per_group"][3, 8:].mean()
+
+
+def test_dynamic_range_over_some_and_over_all_dimensions() -> None:
+    values = draw(3, 5, 7)
+    low, high = dynamic_range(values)
+    assert low.shape == (1, 1, 1) and low.item() == values.min() and high.item() == values.max()
+    low, high = dynamic_range(values, (-1,))
+    assert low.shape == (3, 5, 1)
+    for i in range(3):
+        for j in range(5):
+            assert low[i, j, 0] == min(values[i, j].tolist()) and high[i, j, 0] == max(values[i, j].tolist())

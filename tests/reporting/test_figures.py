@@ -1,0 +1,77 @@
+"""The figure of activation magnitudes: a PNG fit for a paper, one panel per prefix, every curve with its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from matplotlib import pyplot
+
+from cushion.reporting.figures import activation_curves, draw_figures, figures_of
+
+KEYS = ("top1", "top2", "top3", "top10_percent", "median")
+
+
+def result(stages: int, layers: int = 5) -> dict[str, Any]:
+    """The part of result.json that the figure is drawn from."""
+    names = ["none", "found", "tuned"][:stages]
+    curves = {
+        name: {key: [100.0 / (rank + 1) + layer + stage for layer in range(layers)] for rank, key in enumerate(KEYS)}
+        for stage, name in enumerate(names)
+    }
+    return {
+        "model": {"label": "some model"},
+        "activations": {"curves": curves, "titles": {name: f"title of {name}" for name in names}},
+    }
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_figure_is_a_png_whose_width_grows_with_the_panels(tmp_path: Path, stages: int) -> None:
+    path = tmp_path / "new" / "curves.png"
+    before = pyplot.get_fignums()
+    assert activation_curves(result(stages), path) == path
+    assert path.read_bytes().startswith(b"\x89PNG")
+    height, width, _ = matplotlib.image.imread(path).shape
+    assert 500 <= height <= 2000
+    assert 500 * stages <= width <= 1200 * stages
+    assert pyplot.get_fignums() == before, "no figure stays open"
+
+
+def test_every_prefix_has_a_panel_with_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = result(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
+        activation_curves(record, tmp_path / "curves.png")
+    figure = pyplot.gcf()
+    try:
+        curves = record["activations"]["curves"]
+        assert [axis.get_title() for axis in figure.axes] == list(record["activations"]["titles"].values())
+        for axis, curve in zip(figure.axes, curves.values(), strict=True):
+            assert [list(line.get_ydata()) for line in axis.get_lines()] == [curve[key] for key in KEYS]
+            assert axis.get_yscale() == "log"
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["top-1", "top-2", "top-3", "top 10 %", "median"]
+        limits = {axis.get_ylim() for axis in figure.axes}
+        assert len(limits) == 1, "panels share their scale"
+    finally:
+        pyplot.close(figure)
+
+
+def test_a_magnitude_of_zero_is_drawn_all_the_same(tmp_path: Path) -> None:
+    record = result(2)
+    record["activations"]["curves"]["none"]["median"] = [0.0] * 5
+    assert activation_curves(record, tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_figures_are_drawn_where_they_are_missing_and_left_alone_where_they_are(tmp_path: Path) -> None:
+    draw_figures(result(2), tmp_path)
+    (path,) = figures_of(tmp_path).values()
+    assert path.read_bytes().startswith(b"\x89PNG")
+    path.write_bytes(b"drawn before")
+    draw_figures(result(2), tmp_path)
+    assert path.read_bytes() == b"drawn before"
+    path.unlink()
+    draw_figures(result(2), tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")

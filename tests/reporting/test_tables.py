@@ -1,0 +1,39 @@
+"""The comparison table: a line for every row, with its numbers under their headings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cushion.reporting.tables import comparison_table
+
+
+def row(label: str, perplexity: dict[str, float]) -> dict[str, Any]:
+    return {
+        "label": label,
+        "perplexity": perplexity,
+        "largest_activation": 1234.56,
+        "quantization_error": 98765.4,
+        "seconds": 12.4,
+    }
+
+
+def test_there_is_a_line_for_every_row_with_its_numbers() -> None:
+    labels = ["full precision", "naive W8A8", "naive W8A8 + greedy prefix"]
+    rows = [row(label, {"wikitext2": 10.0 + index}) for index, label in enumerate(labels)]
+    lines = comparison_table({"rows": rows}).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert "perplexity wikitext2" in lines[0]
+    assert len({len(line) for line in lines}) == 1, "columns are aligned"
+    for index, (label, line) in enumerate(zip(labels, lines[2:], strict=True)):
+        assert line.startswith(label)
+        assert line[len(label) :].split()[-4:] == [f"{10 + index}.00", "1234.6", "9.88e+04", "12"]
+
+
+def test_every_corpus_has_a_column() -> None:
+    lines = comparison_table({"rows": [row("x", {"one": 1.0, "two": 2.0})]}).splitlines()
+    assert lines[0].index("perplexity one") < lines[0].index("perplexity two")
+    assert lines[2].split()[1:3] == ["1.00", "2.00"]
+
+
+def test_a_result_without_rows_has_a_table_without_lines() -> None:
+    assert len(comparison_table({"rows": []}).splitlines()) == 2

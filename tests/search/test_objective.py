@@ -1,0 +1,114 @@
+"""The objective against an independent formula, and against plain forward passes over [p, p', t] without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor
+
+from cushion.config import SearchConfig
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.numerics import Grid
+from cushion.search.objective import Objective, quantization_error
+
+Tiny = Callable[..., LanguageModel]
+GRIDS = [(bits, symmetric, levels) for bits in (2, 4, 8) for symmetric in (False, True) for levels in ("full", "paper")]
+
+
+def squared_error(values: Tensor, bits: int = 8, symmetric: bool = False, levels: str = "full") -> float:
+    """||X - q(X)||^2 of one text in float64, straight from the definition."""
+    x = values.double().numpy().ravel()
+    half = 2 ** (bits - 1) - 1
+    if symmetric:
+        scale = abs(x).max() / half if levels == "full" else (x.max() - x.min()) / half
+        quantized = scale * np.clip(np.round(x / scale), -half, half)
+    else:
+        steps = 2**bits - 1 if levels == "full" else half
+        scale = (x.max() - x.min()) / steps
+        quantized = scale * np.round((x - x.min()) / scale) + x.min()
+    return float(((x - quantized) ** 2).sum())
+
+
+@torch.no_grad()
+def block_outputs(lm: LanguageModel, ids: list[int]) -> list[Tensor]:
+    """The output of every block for one row of tokens, by hooks of our own and without a cache."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0].clone())
+
+    handles = [block.register_forward_hook(keep) for block in lm.blocks]
+    lm.model(input_ids=torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "levels"), GRIDS)
+def test_error_equals_the_formula(bits: int, symmetric: bool, levels: str) -> None:
+    values = torch.randn(3, 11, 16, generator=torch.Generator().manual_seed(0))
+    values[1, 4, 5] = 300.0  # an outlier in one text must not reach the others
+    actual = quantization_error(values, Grid(bits, symmetric, levels))
+    expected = [squared_error(text, bits, symmetric, levels) for text in values]
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-3)
+
+
+def test_values_on_the_grid_have_no_error_and_the_input_is_left_alone() -> None:
+    values = torch.arange(16.0).reshape(1, 4, 4)
+    before = values.clone()
+    assert quantization_error(values, Grid(4, False)).item() < 1e-9
+    assert quantization_error(torch.full((1, 2, 2), 3.7), Grid(4, False)).item() == 0
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("start", [(), (256, 10)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_objective_equals_plain_forward_passes(tiny: Tiny, family: str, start: tuple[int, ...]) -> None:
+    lm = tiny(family)
+    text, candidates = [65, 66, 200, 67, 13, 90, 7], [5, 256]
+    prefix = Prefix.from_tokens(lm.model, start)
+    rows = torch.tensor([[candidate, *text] for candidate in candidates])
+    alone = [output[-len(text) :] for output in block_outputs(lm, [*start, *text])]
+    behind = [
+        [output[-len(text) :] for output in block_outputs(lm, [*start, candidate, *text])] for candidate in candidates
+    ]
+    judges: dict[str, Callable[[list[Tensor]], float]] = {
+        "quantization_error": lambda outputs: sum(squared_error(output) for output in outputs),
+        "maximum_activation": lambda outputs: max(output.abs().max().item() for output in outputs),
+    }
+    for name, judge in judges.items():
+        objective = Objective(SearchConfig(objective=name))
+        scores = objective(lm, prefix, rows, skip=1)
+        assert scores.dtype == torch.float64
+        np.testing.assert_allclose(scores.numpy(), [judge(outputs) for outputs in behind], rtol=1e-3)
+        without = objective(lm, prefix, torch.tensor([text]), skip=0)
+        np.testing.assert_allclose(without.numpy(), [judge(alone)], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["quantization_error", "maximum_activation"])
+def test_positions_before_the_text_never_enter_a_range(tiny: Tiny, name: str) -> None:
+    lm = tiny()
+    lm.embeddings[5] *= 1e4  # a token with a massive activation of its own
+    text = [65, 66, 200, 67, 13, 90, 7]
+    objective = Objective(SearchConfig(objective=name))
+    rows = torch.tensor([[5, *text]])
+    excluded = objective(lm, Prefix.empty(), rows, skip=1).item()
+    assert objective(lm, Prefix.empty(), rows, skip=0).item() > 10 * excluded
+    behind = objective(lm, Prefix.from_tokens(lm.model, [5]), torch.tensor([text]), skip=0).item()
+    assert behind == pytest.approx(excluded, rel=1e-3)
+
+
+def test_lm_head_is_not_run_and_no_hook_is_left(tiny: Tiny) -> None:
+    lm = tiny()
+
+    def fail(*_: object) -> None:
+        raise AssertionError("lm_head was run")
+
+    lm.model.get_output_embeddings().register_forward_hook(fail)
+    Objective(SearchConfig())(lm, Prefix.empty(), torch.tensor([[1, 2, 3]]), skip=0)
+    assert not any(block._forward_hooks for block in lm.blocks)

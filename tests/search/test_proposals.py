@@ -1,0 +1,62 @@
+"""Which tokens a search tries: all of them, or a seeded sample with the special and the frequent ones in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cushion.config import SearchConfig
+from cushion.models import LanguageModel
+from cushion.search.proposals import propose
+
+Tiny = Callable[..., LanguageModel]
+SPECIAL = {256, 257, 258, 259}
+
+
+@pytest.fixture
+def counts() -> torch.Tensor:
+    """Token 100 + k occurs k times, for k up to 40; all others never."""
+    counts = torch.zeros(260, dtype=torch.long)
+    counts[100:141] = torch.arange(41)
+    return counts
+
+
+def test_exhaustive_is_the_whole_vocabulary(tiny: Tiny, counts: torch.Tensor) -> None:
+    lm = tiny()
+    config = SearchConfig(proposal="exhaustive", candidates=3)
+    assert propose(lm, config, counts, 0) == list(range(lm.vocabulary_size))
+
+
+@pytest.mark.parametrize("asked", [260, 1000])
+def test_a_sample_as_large_as_the_vocabulary_is_the_vocabulary(tiny: Tiny, counts: torch.Tensor, asked: int) -> None:
+    assert propose(tiny(), SearchConfig(candidates=asked), counts, 0) == list(range(260))
+
+
+@pytest.mark.parametrize("size", [1, 4, 17, 64, 259])
+def test_sample_has_the_size_asked_for(tiny: Tiny, counts: torch.Tensor, size: int) -> None:
+    found = propose(tiny(), SearchConfig(candidates=size, frequent=8), counts, 0)
+    assert len(found) == size
+    assert found == sorted(set(found))
+    assert all(0 <= token < 260 for token in found)
+
+
+def test_sample_holds_special_and_most_frequent_tokens(tiny: Tiny, counts: torch.Tensor) -> None:
+    for seed in range(5):
+        found = set(propose(tiny(), SearchConfig(candidates=30, frequent=10), counts, seed))
+        assert found >= SPECIAL | set(range(131, 141))
+
+
+def test_tokens_that_never_occur_are_not_frequent(tiny: Tiny) -> None:
+    counts = torch.zeros(260, dtype=torch.long)
+    counts[200] = 1
+    drawn = [set(propose(tiny(), SearchConfig(candidates=40, frequent=30), counts, seed)) for seed in range(4)]
+    assert set.intersection(*drawn) >= SPECIAL | {200}
+    assert len(set.intersection(*drawn)) < 20  # the rest is a draw, not the first tokens of the vocabulary
+
+
+def test_draw_follows_the_seed(tiny: Tiny, counts: torch.Tensor) -> None:
+    config = SearchConfig(candidates=60, frequent=8)
+    assert propose(tiny(), config, counts, 3) == propose(tiny(), config, counts, 3)
+    assert propose(tiny(), config, counts, 3) != propose(tiny(), config, counts, 4)

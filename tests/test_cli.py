@@ -1,0 +1,263 @@
+"""The command line: what it prints, one line and exit status 1 for every mistake of a user, sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from cushion import cli
+from cushion.results import FILE_NAME
+
+SMALL = ["tracking=none", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
+         "eval.block_length=32", "eval.blocks=2", "eval.activation_blocks=1"]  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def arguments(text_file: Path) -> list[str]:
+    """The overrides of a run that takes a second."""
+    return ["model=tiny", "data=file", f"data.path={text_file}", "search=none", *SMALL]
+
+
+@pytest.fixture
+def cushion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """`cushion("model=tiny", ...)`: the command in this process, in a folder of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by the command, and taken back after the test
+
+    def run(*overrides: str) -> Outcome:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["cushion", *overrides])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    yield run
+    GlobalHydra.instance().clear()
+
+
+def one_error(outcome: Outcome) -> str:
+    """The only line on standard error of a refused command."""
+    assert outcome.code == 1
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1, outcome.err
+    assert lines[0].startswith("cushion: error: ")
+    assert "Traceback" not in outcome.err
+    return lines[0]
+
+
+# ---- a run --------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
+    cushion: Callable[..., Outcome], arguments: list[str]
+) -> None:
+    first = cushion(*arguments)
+    assert first.code == 0
+    path = Path(first.out.splitlines()[-1])
+    assert path.is_absolute()
+    assert path.name == FILE_NAME
+    result = json.loads(path.read_text())
+    assert result["status"] == "completed"
+    for row in result["rows"]:
+        assert row["label"] in first.out
+    (figure,) = [line.split()[-1] for line in first.out.splitlines() if line.startswith("figure ") and ".png" in line]
+    assert Path(figure).is_file()
+    assert "perplexity" in first.err, "progress bars go to standard error"
+    second = cushion(*arguments)
+    assert (second.code, second.out, second.err) == (0, first.out, "")
+
+
+def test_the_command_works_as_a_program_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments, "search.tau=0.25"]
+    source = str(Path(cli.__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+
+    def program() -> Outcome:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    done = program()
+    assert done.code == 0, done.err
+    path = Path(done.out.splitlines()[-1])
+    assert path.is_file()
+    assert tmp_path in path.parents
+    assert "WARNING: search.tau=0.25 has no effect with search.method=none" in done.err
+    command[-1] = "search.tau=2"
+    line = one_error(program())
+    assert line == "cushion: error: search.tau=2.0 is not allowed: above 0, at most 1"
+
+
+# ---- a user's mistakes --------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown option": (["quantizer=per_tensor_sttic"], "quantizer/per_tensor_sttic", "per_tensor_static"),
+    "unknown experiment": (["experiment=mian"], "experiment/mian", "main"),
+    "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
+    "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
+    "misspelt group": (["quantiser=none"], "'quantiser'", "did you mean 'quantizer'?"),
+    "wrong type": (["quantizer.weights.bits=eight"], "quantizer.weights.bits=eight", "Integer"),
+    "bits 0": (["quantizer.weights.bits=0"], "quantizer.weights.bits=0 is not allowed", "2 to 8"),
+    "tau 2": (["search.tau=2"], "search.tau=2.0 is not allowed", "at most 1"),
+    "negative search text": (["search.text_length=-3"], "search.text_length=-3 is not allowed", "at least 2"),
+    "negative prefix": (["search.max_length=-1"], "search.max_length=-1 is not allowed", "at least 1"),
+    "negative block": (["eval.block_length=-5"], "eval.block_length=-5 is not allowed", "at least 2"),
+    "negative sequence": (["tuning.sequence_length=-5"], "tuning.sequence_length=-5 is not allowed", "at least 2"),
+    "negative calibration": (["quantizer.calibration.length=-5"], "quantizer.calibration.length=-5", "at least 2"),
+    "misspelt value": (["search.objective=quantisation_error"], "search.objective", "mean 'quantization_error'?"),
+    "nothing to tune": (["tuning=short"], "tuning=short has no prefix to tune", "search=greedy_sampled"),
+    "tokens not named": (["search=tokens"], "search.tokens=None", "needs search.tokens or search.token_ids"),
+    "missing model folder": (["model.path=/nowhere/model"], "model.path='/nowhere/model'", "check the path"),
+    "missing model folder, relative": (["model.path=./nowhere"], "model.path='./nowhere'", "check the path"),
+    "model not on the hub": (["model.path=some/model"], "model.path='some/model'", "check the id or folder"),
+    "no model named": (["model=hub", "data.path=/nowhere.txt"], "model.path", "hub id or a local folder"),
+    "unknown tiny model": (["model.path=tiny:lama"], "model.path='tiny:lama' does not exist", "did you mean"),
+    "unsupported architecture": (["model.path=./gpt2"], "architecture 'gpt2'", "not supported (supported: bloom"),
+    "architecture nobody knows": (["model.path=./nonsense"], "model.path='./nonsense'", "nonsense"),
+    "model folder without architecture": (["model.path=./empty"], "model.path='./empty'", "model_type"),
+    "model folder without weights": (["model.path=./llama"], "model.path='./llama' cannot be loaded", "safetensors"),
+    "too few blocks": (["eval.blocks=100000"], "data.evaluation", "100000 were asked for"),
+    "too few texts": (["quantizer.calibration.samples=99999"], "data.calibration", "99999 were asked for"),
+    "prefix longer than context": (
+        ["search=tokens", f"search.token_ids=[{','.join(['5'] * 300)}]"],
+        "300 tokens",
+        "but tiny_llama has 256",
+    ),
+    "search longer than context": (
+        ["search=greedy_sampled", "search.text_length=250"],
+        "search.text_length=250 need 258 positions",
+        "but tiny_llama has 256",
+    ),
+    "token outside the vocabulary": (
+        ["search=tokens", "search.token_ids=[5,100000]"],
+        "search.token_ids=100000 is outside the vocabulary",
+        "0 to 259",
+    ),
+    "negative token": (["search=tokens", "search.token_ids=[-3]"], "search.token_ids=[-3]", "not negative"),
+    "missing text": (["data.path=/nowhere.txt"], "no data file /nowhere.txt", "check the path"),
+    "missing data folder": (["data=wikitext2", "paths.data_dir=/nowhere"], "paths.data_dir='/nowhere'", "folder"),
+    "override without value": (["data.path"], "data.path", "missing EQUAL"),
+    "no such device": (["device=gpu"], "device='gpu' is not allowed", "auto, cpu, cuda"),
+    "no such linear": (["quantizer.targets=[q_prj]"], "quantizer.targets names 'q_prj'", "did you mean 'q_proj'?"),
+}  # fmt: skip
+"""Overrides, what the one line names, and what it says about the way out."""
+
+
+@pytest.fixture
+def model_folders(tmp_path: Path) -> None:
+    """Folders that look like models, beside where the command runs."""
+    for name in ("gpt2", "nonsense", "llama", "empty"):
+        folder = tmp_path / "work" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}" if name == "empty" else json.dumps({"model_type": name}))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.usefixtures("model_folders")
+def test_a_mistake_ends_with_one_line_that_names_it(
+    cushion: Callable[..., Outcome], arguments: list[str], mistake: str
+) -> None:
+    overrides, named, way_out = MISTAKES[mistake]
+    replaced = {override.split("=")[0] for override in overrides}
+    line = one_error(cushion(*(a for a in arguments if a.split("=")[0] not in replaced), *overrides))
+    assert named in line
+    assert way_out in line
+
+
+def test_a_file_that_nobody_named_is_asked_for(cushion: Callable[..., Outcome]) -> None:
+    assert "data.path" in one_error(cushion("model=tiny", "data=file", *SMALL))
+
+
+def test_a_damaged_result_and_a_damaged_artifact_are_named(
+    cushion: Callable[..., Outcome], arguments: list[str]
+) -> None:
+    path = Path(cushion(*arguments).out.splitlines()[-1])
+    path.write_text(path.read_text()[:50])
+    assert f"{FILE_NAME} is damaged" in one_error(cushion(*arguments))
+    path.unlink()
+    (ranges,) = Path("outputs/cache/calibration").glob("*/ranges.safetensors")
+    ranges.write_bytes(b"damaged")
+    assert "ranges.safetensors is damaged" in one_error(cushion(*arguments))
+
+
+def test_a_refused_run_leaves_a_failed_result(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+    one_error(cushion(*arguments, "eval.blocks=100000"))
+    (path,) = Path("outputs").rglob(FILE_NAME)
+    assert json.loads(path.read_text())["status"] == "failed"
+
+
+def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
+    cushion: Callable[..., Outcome], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("cushion.pipeline.run", broken)
+    outcome = cushion(*arguments)
+    assert outcome.code == 1
+    assert outcome.err.startswith("Traceback")
+    assert "AssertionError: a bug" in outcome.err
+    assert "cushion: error" not in outcome.err
+
+
+def test_an_interrupted_run_ends_with_one_line_and_its_own_status(
+    cushion: Callable[..., Outcome], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cushion.pipeline.run", interrupt)
+    outcome = cushion(*arguments)
+    assert outcome.code == 130
+    assert outcome.err == "cushion: interrupted; the same command goes on from here\n"
+
+
+# ---- sweeps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_over_quantizers_completes_every_run(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+    outcome = cushion("-m", *arguments, "quantizer=per_tensor_dynamic,smoothquant_o1")
+    assert outcome.code == 0
+    results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
+    assert {result["config"]["quantizer"]["name"] for result in results} == {"per_tensor_dynamic", "smoothquant_o1"}
+    assert {result["status"] for result in results} == {"completed"}
+    assert len([line for line in outcome.out.splitlines() if line.endswith(FILE_NAME)]) == 2
+    assert Path(outcome.out.splitlines()[-1]).is_file()
+
+
+def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
+    cushion: Callable[..., Outcome], arguments: list[str]
+) -> None:
+    arguments = [argument for argument in arguments if not argument.startswith("eval.blocks=")]
+    outcome = cushion("-m", *arguments, "eval.blocks=100000,2")
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("cushion: error: ")]
+    assert "100000 were asked for" in line
+    assert "Traceback" not in outcome.err
+    results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
+    assert {result["config"]["eval"]["blocks"]: result["status"] for result in results} == {
+        100000: "failed", 2: "completed",
+    }  # fmt: skip

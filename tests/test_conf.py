@@ -1,0 +1,116 @@
+"""Every shipped YAML file composes and converts to a RunConfig; a new file is covered as soon as it exists."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from cushion.cli import config_folder, register_schema, to_run_config
+from cushion.config import RunConfig, options_without_effect, to_dict
+
+CONF = config_folder()
+OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
+EXPERIMENTS = sorted(path.relative_to(CONF) for path in CONF.glob("experiment/*.yaml"))
+NEEDED = {"search/tokens": ["search.tokens=a"]}
+"""What a user has to say beside an option, where the option alone is not a whole configuration."""
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> RunConfig:
+    return to_run_config(compose("config", list(overrides)))
+
+
+def mandatory(file: Path) -> list[str]:
+    """Overrides for the keys that a file leaves open, with ??? or an empty text."""
+    record = OmegaConf.to_container(OmegaConf.load(CONF / file))
+    return [f"{file.parent}.{key}=given" for key, value in record.items() if value in ("???", "")]
+
+
+def command_of(file: Path) -> list[str]:
+    """The overrides of the command that an experiment carries in its first lines."""
+    head = (CONF / file).read_text(encoding="utf-8").splitlines()[:3]
+    commands = [line.removeprefix("# ") for line in head if line.startswith("# cushion ")]
+    assert len(commands) == 1, f"{file} says in its first lines by which command it is run"
+    return [word for word in shlex.split(commands[0])[1:] if word not in ("-m", "--multirun")]
+
+
+def test_every_group_of_the_configuration_has_files() -> None:
+    assert {file.parent.name for file in OPTIONS} == {
+        "model", "data", "quantizer", "search", "tuning", "eval", "tracking",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=str)
+def test_every_option_composes_and_brings_its_values(file: Path) -> None:
+    group, option = file.parent.name, file.stem
+    extra = mandatory(file) + NEEDED.get(f"{group}/{option}", [])
+    config = composed(f"{group}={option}", *extra)
+    assert isinstance(config, RunConfig)
+    part = to_dict(config)[group]
+    for key, value in OmegaConf.to_container(OmegaConf.load(CONF / file)).items():
+        if value in ("???", ""):
+            assert part[key] == "given"
+        elif isinstance(value, dict):
+            assert {name: part[key][name] for name in value if value[name] != "${data.path}"} == {
+                name: item for name, item in value.items() if item != "${data.path}"
+            }
+        else:
+            assert part[key] == value
+    assert options_without_effect(config) == []
+
+
+@pytest.mark.parametrize("file", [file for file in OPTIONS if file.parent.name != "model"], ids=str)
+def test_an_options_name_is_its_files_name(file: Path) -> None:
+    assert OmegaConf.load(CONF / file)["name"] == file.stem
+
+
+@pytest.mark.parametrize("file", [file for file in OPTIONS if mandatory(file)], ids=str)
+def test_a_value_left_open_must_be_given(file: Path) -> None:
+    with pytest.raises(ValueError, match="path"):
+        composed(f"{file.parent.name}={file.stem}")
+
+
+def test_one_path_serves_all_purposes_of_a_file() -> None:
+    config = composed("data=file", "data.path=mine.txt")
+    assert {corpus.path for corpus in config.data.purposes().values()} == {"mine.txt"}
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
+def test_every_experiment_composes_by_the_command_in_its_head(file: Path) -> None:
+    overrides = command_of(file)
+    assert any(word.endswith(f"experiment={file.stem}") for word in overrides)
+    config = composed(*overrides)
+    assert config.experiment == file.stem
+    assert options_without_effect(config) == []
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
+def test_the_command_line_wins_over_an_experiment(file: Path) -> None:
+    config = composed(*command_of(file), "tuning=none", "search=none", "seed=7")
+    assert (config.tuning.method, config.search.method, config.seed) == ("none", "none", 7)
+
+
+def test_the_default_is_the_embedded_model_and_the_embedded_text() -> None:
+    config = composed()
+    assert config.model.path.startswith("embedded:")
+    assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}
+
+
+@pytest.mark.parametrize("search", ["none", "greedy_sampled", "greedy_exhaustive"])
+@pytest.mark.parametrize("quantizer", [file.stem for file in OPTIONS if file.parent.name == "quantizer"])
+def test_quantizers_and_searches_combine_freely(quantizer: str, search: str) -> None:
+    config = composed(f"quantizer={quantizer}", f"search={search}")
+    assert (config.quantizer.name, config.search.name) == (quantizer, search)

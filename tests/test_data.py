@@ -1,0 +1,274 @@
+"""Text for the four purposes: never overlapping, cut exactly, in a seeded order, and refused by file and line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import file_data
+
+from cushion.config import CorpusConfig, DataConfig, PathsConfig
+from cushion.data import SHARES, Corpus, load_corpora
+from cushion.errors import DataError
+from cushion.models import LanguageModel
+from cushion.models.tiny import byte_tokenizer
+
+Tiny = Callable[..., LanguageModel]
+
+
+def documents(count: int, words: int = 40, name: str = "d") -> list[str]:
+    """Documents of which no two windows of text are equal: every word carries its place."""
+    return [" ".join(f"{name}{index}w{word}" for word in range(words)) for index in range(count)]
+
+
+def written(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+def four(evaluation: Path, calibration: Path, tuning: Path, search: Path) -> DataConfig:
+    paths = (evaluation, calibration, tuning, search)
+    return DataConfig("file", *(CorpusConfig("file", path=str(path)) for path in paths))
+
+
+# ---- sharing out --------------------------------------------------------------------------------------------------
+
+
+def test_purposes_that_share_a_file_divide_it_by_documents(tmp_path: Path) -> None:
+    pool = documents(100)
+    corpora = load_corpora(file_data(written(tmp_path / "a.txt", pool)), PathsConfig())
+    assert list(corpora) == ["evaluation", "calibration", "tuning", "search"]
+    assert [document for corpus in corpora.values() for document in corpus.documents] == pool
+    total = sum(SHARES.values())
+    for purpose, corpus in corpora.items():
+        share = sum(map(len, corpus.documents)) / sum(map(len, pool))
+        assert share == pytest.approx(SHARES[purpose] / total, abs=0.02)
+        assert corpus.provenance["shared_by"] == list(corpora)
+
+
+def test_a_document_that_two_sources_repeat_stays_with_the_first_purpose(tmp_path: Path) -> None:
+    mine, other = documents(12), documents(12, name="e")
+    first = written(tmp_path / "a.txt", mine)
+    second = written(tmp_path / "b.txt", [mine[3] + "  ", *other, mine[7], mine[8]])
+    corpora = load_corpora(four(first, second, second, second), PathsConfig())
+    sets = {purpose: {text.strip() for text in corpus.documents} for purpose, corpus in corpora.items()}
+    for one, two in combinations(sets, 2):
+        assert not sets[one] & sets[two], (one, two)
+    assert set().union(*sets.values()) == set(mine) | set(other)
+    assert sum(int(str(corpus.provenance["duplicates_dropped"])) for corpus in corpora.values()) == 3
+
+
+def test_a_document_that_one_source_repeats_does_not_cross_purposes(tmp_path: Path) -> None:
+    pool = documents(30)
+    repeated = [*pool, *pool[:3]]  # the first documents belong to evaluation, their copies lie in the search's share
+    corpora = load_corpora(file_data(written(tmp_path / "a.txt", repeated)), PathsConfig())
+    sets = [set(corpus.documents) for corpus in corpora.values()]
+    assert all(not one & two for one, two in combinations(sets, 2))
+    assert pool[0] in sets[0]
+
+
+def test_a_file_with_too_few_documents_for_all_purposes_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", documents(2))
+    with pytest.raises(DataError, match=r"data\.calibration .*no document left .*has 2 documents"):
+        load_corpora(file_data(path), PathsConfig())
+
+
+def test_two_fields_of_one_file_are_two_sources(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    ours, theirs = documents(20, name="ours"), documents(20, name="theirs")
+    path.write_text("\n".join(json.dumps({"x": x, "y": y}) for x, y in zip(ours, theirs, strict=True)))
+    corpora = [CorpusConfig("file", path=str(path), text_field=field) for field in ("x", "y", "y", "y")]
+    found = load_corpora(DataConfig("file", *corpora), PathsConfig())
+    assert found["evaluation"].documents == ours
+    assert [text for purpose in ("calibration", "tuning", "search") for text in found[purpose].documents] == theirs
+
+
+def test_provenance_names_the_source_and_hashes_its_text(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", documents(30))
+    corpus = load_corpora(file_data(path), PathsConfig())["tuning"]
+    text = "\n\n".join(corpus.documents)
+    assert corpus.provenance["origin"] == str(path.resolve())
+    assert corpus.provenance["documents"] == len(corpus.documents)
+    assert corpus.provenance["characters"] == sum(map(len, corpus.documents))
+    assert corpus.provenance["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- blocks and samples -------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_the_tokens_of_the_documents_joined_with_blank_lines(tiny: Tiny) -> None:
+    lm, texts = tiny(), documents(6)
+    corpus = Corpus("evaluation", texts, {"origin": "here"})
+    independent = byte_tokenizer()("\n\n".join(texts), add_special_tokens=False)["input_ids"]
+    for length, count in ((16, 5), (7, 3), (32, None)):
+        blocks = corpus.blocks(lm.encode, length, count)
+        rows = len(independent) // length if count is None else count
+        assert blocks.shape == (rows, length)
+        assert blocks.flatten().tolist() == independent[: rows * length]
+    whole = corpus.blocks(lm.encode, 16, 20)
+    assert lm.decode(whole.flatten().tolist()) == "\n\n".join(texts)[:320]
+
+
+def test_too_many_blocks_are_refused_with_how_many_there_are(tiny: Tiny) -> None:
+    corpus = Corpus("evaluation", ["a" * 50], {"origin": "here"})
+    assert corpus.blocks(tiny().encode, 10, 5).shape == (5, 10)
+    with pytest.raises(DataError, match=r"data\.evaluation \(here\) fills 5 blocks of 10 tokens, but 6 were asked for"):
+        corpus.blocks(tiny().encode, 10, 6)
+    with pytest.raises(DataError, match=r"fills 0 blocks of 51 tokens, but 1 were asked for"):
+        corpus.blocks(tiny().encode, 51, None)
+
+
+def test_samples_are_exact_distinct_and_whole_windows_of_documents(tiny: Tiny) -> None:
+    lm, texts = tiny(), documents(7, words=9)
+    corpus = Corpus("tuning", texts, {"origin": "here"})
+    windows = [text[start : start + 20] for text in texts for start in range(0, len(text) - 19, 20)]
+    samples = corpus.samples(lm.encode, 20, len(windows), seed=0)
+    assert samples.shape == (len(windows), 20)
+    assert sorted(lm.decode(row.tolist()) for row in samples) == sorted(windows)
+    starts = {lm.decode(row.tolist()) for row in samples[: len(texts)]}
+    assert starts == {text[:20] for text in texts}, "every document gives its beginning before one gives more"
+
+
+def test_samples_are_seeded(tiny: Tiny) -> None:
+    lm = tiny()
+    corpus = Corpus("tuning", documents(30), {"origin": "here"})
+    first = corpus.samples(lm.encode, 20, 12, seed=3)
+    assert torch.equal(first, Corpus("tuning", documents(30), {}).samples(lm.encode, 20, 12, seed=3))
+    assert not torch.equal(first, corpus.samples(lm.encode, 20, 12, seed=4))
+    assert torch.equal(first[:5], corpus.samples(lm.encode, 20, 5, seed=3)), "asking for fewer gives the first ones"
+
+
+def test_too_many_samples_are_refused_with_how_many_there_are(tiny: Tiny) -> None:
+    corpus = Corpus("search", ["a" * 50, "b" * 9], {"origin": "here"})
+    assert corpus.samples(tiny().encode, 10, 5, seed=0).shape == (5, 10)
+    with pytest.raises(DataError, match=r"data\.search \(here\) holds 5 texts of 10 tokens, but 6 were asked for"):
+        corpus.samples(tiny().encode, 10, 6, seed=0)
+
+
+def test_token_counts_count_the_first_documents(tiny: Tiny) -> None:
+    lm = tiny()
+    counts = Corpus("search", ["aab", "abc", "zzz"], {}).token_counts(lm.encode, lm.vocabulary_size, documents=2)
+    assert counts.shape == (lm.vocabulary_size,)
+    assert {lm.decode([token]): int(counts[token]) for token in counts.nonzero().flatten().tolist()} == {
+        "a": 3, "b": 2, "c": 1,
+    }  # fmt: skip
+
+
+# ---- the folder of paths.data_dir ---------------------------------------------------------------------------------
+
+ARTICLE = [
+    "",
+    " = Title {} = \n",
+    "",
+    " Text {} goes on . \n",
+    " = = Section = = \n",
+    " = not a title \n",
+    " More {} . \n",
+    "",
+]
+
+
+def wikitext_rows(articles: int, start: int = 0) -> list[str]:
+    return [row.replace("{}", str(index)) for index in range(start, start + articles) for row in ARTICLE]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """The named sets as a folder, small."""
+    root = tmp_path / "data"
+    for name, rows in (("test", wikitext_rows(3)), ("train.head", wikitext_rows(40, start=100))):
+        path = root / "wikitext2_raw" / f"{name}.rows.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(json.dumps({"text": row}) for row in rows) + "\n", encoding="utf-8")
+    (root / "c4").mkdir()
+    (root / "c4" / "c4.utf8").write_text("\n".join(documents(20, name="c")) + "\n", encoding="utf-8")
+    return root
+
+
+def wikitext2() -> DataConfig:
+    train = CorpusConfig("wikitext2", "train")
+    return DataConfig("wikitext2", CorpusConfig("wikitext2", "test"), train, train, CorpusConfig("c4", "train"))
+
+
+def test_articles_of_wikitext_join_back_to_its_rows_exactly(data_dir: Path) -> None:
+    corpora = load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir)))
+    assert "\n\n".join(corpora["evaluation"].documents) == "\n\n".join(wikitext_rows(3))
+    assert len(corpora["evaluation"].documents) == 3
+    for index, document in enumerate(corpora["evaluation"].documents):
+        assert f" = Title {index} = \n" in document
+        assert " = = Section = = \n" in document
+
+
+def test_the_train_split_is_shared_and_c4_has_one_document_a_line(data_dir: Path) -> None:
+    corpora = load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir)))
+    train = corpora["calibration"].documents + corpora["tuning"].documents
+    assert "\n\n".join(train) == "\n\n".join(wikitext_rows(40, start=100))
+    assert corpora["search"].documents == documents(20, name="c")
+    assert [corpus.provenance["split"] for corpus in corpora.values()] == ["test", "train", "train", "train"]
+
+
+def test_a_missing_folder_or_file_of_it_is_named(data_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"paths\.data_dir='.*nowhere' is not a folder"):
+        load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir / "nowhere")))
+    (data_dir / "c4" / "c4.utf8").unlink()
+    with pytest.raises(DataError, match=r"no data file .*c4\.utf8"):
+        load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir)))
+
+
+# ---- files of the user's ------------------------------------------------------------------------------------------
+
+
+def test_a_text_file_without_blank_lines_has_one_document_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(documents(20)) + "\n", encoding="utf-8")
+    corpora = load_corpora(file_data(path), PathsConfig())
+    assert [text for corpus in corpora.values() for text in corpus.documents] == documents(20)
+
+
+def test_json_lines_are_read_by_field_and_keep_line_separators_inside_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = [f"{text}\nsecond line\u2028third\n\nfourth" for text in documents(20)]
+    lines = [json.dumps({"body": text, "other": 1}, ensure_ascii=False) for text in texts]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    data = DataConfig("file", *(CorpusConfig("file", path=str(path), text_field="body") for _ in range(4)))
+    corpora = load_corpora(data, PathsConfig())
+    assert [text for corpus in corpora.values() for text in corpus.documents] == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", r"a\.jsonl line 3 is not a JSON record"),
+        ("[1, 2]", r"a\.jsonl line 3 is not a JSON record"),
+        ('"only text"', r"a\.jsonl line 3 is not a JSON record"),
+        ('{"txet": "a"}', r"a\.jsonl line 3 has no field 'text', only \['txet'\]"),
+        ('{"text": 5}', r"a\.jsonl line 3: the field 'text' is no text but int"),
+    ],
+)
+def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n' + line + '\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=message):
+        load_corpora(file_data(path), PathsConfig())
+
+
+def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data file .*nowhere\.txt"):
+        load_corpora(file_data(tmp_path / "nowhere.txt"), PathsConfig())
+    with pytest.raises(DataError, match="no data file"):
+        load_corpora(file_data(tmp_path), PathsConfig())
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00abc")
+    with pytest.raises(DataError, match=r"binary\.txt is not UTF-8 text"):
+        load_corpora(file_data(tmp_path / "binary.txt"), PathsConfig())
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n\n")
+    with pytest.raises(DataError, match=r"data\.evaluation .*no document left .*has 0 documents"):
+        load_corpora(file_data(tmp_path / "empty.txt"), PathsConfig())

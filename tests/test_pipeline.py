@@ -1,0 +1,343 @@
+"""Whole runs on a tiny model: their rows, what they share through the cache, what they are identified by."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import TUNED_ROWS, searching_config, small_config, tuning_config
+
+from cushion import pipeline
+from cushion.config import ActivationConfig, CorpusConfig, QuantizerConfig, RunConfig, SearchConfig, WeightConfig
+from cushion.errors import ArtifactError, ConfigError, DataError
+from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
+from cushion.models import load_language_model
+from cushion.prefix import Prefix
+from cushion.results import FILE_NAME, RunResult
+
+
+def stages(events: list[Event]) -> set[str]:
+    """The first words of the stages that made progress."""
+    return {event.stage.split(",")[0].split(" step")[0] for event in events if isinstance(event, Progress)}
+
+
+# ---- a run with everything ----------------------------------------------------------------------------------------
+
+
+def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    events: list[Event] = []
+    result = pipeline.run(config, [events.append])
+    folder = pipeline.run_folder(config)
+
+    assert result.status == "completed"
+    assert [row.name for row in result.rows] == TUNED_ROWS
+    for row in result.rows:
+        numbers = [*row.perplexity.values(), row.largest_activation, row.quantization_error, row.seconds]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert list(row.perplexity) == ["text"]
+    assert [row.quantized for row in result.rows] == [False, False, True, True, True]
+    assert result.metrics["perplexity"] == result.rows[-1].perplexity
+    assert RunResult.read(folder / FILE_NAME) == result
+
+    assert result.search is not None
+    assert result.tuning is not None
+    assert result.prefix is not None
+    assert [step["accepted"] for step in result.search["steps"]] == [True, True]
+    assert result.search["token_ids"] == [step["token_id"] for step in result.search["steps"]]
+    assert result.prefix["token_ids"] == result.search["token_ids"]
+    assert len(result.tuning["steps"]) == config.tuning.steps
+    assert list(result.activations["curves"]) == ["none", "found", "tuned"]
+    for curve in result.activations["curves"].values():
+        assert {len(values) for values in curve.values()} == {result.model["blocks"]} == {3}
+
+    saved = Prefix.load(folder / "prefix")
+    assert list(saved.token_ids) == result.prefix["token_ids"]
+    assert saved.fingerprint == result.prefix["fingerprint"]
+
+    assert isinstance(events[0], RunStarted)
+    assert isinstance(events[-1], RunFinished)
+    assert events[-1].result == asdict(result)
+    for kind, steps in (("search", result.search["steps"]), ("tuning", result.tuning["steps"])):
+        recorded = [event for event in events if isinstance(event, Record) and event.kind == kind]
+        assert [{"step": event.step, **event.values} for event in recorded] == steps
+
+    later: list[Event] = []
+    assert pipeline.run(config, [later.append]) == result
+    assert later == [], "a finished run is returned at once"
+
+
+def test_a_rows_perplexity_is_that_of_an_independent_computation(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.quantizer = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None))
+    result = pipeline.run(config)
+    assert [row.name for row in result.rows] == ["full_precision"]
+
+    lm = load_language_model(config.model, config.paths)
+    tokens = lm.encode(text_file.read_text())[: config.eval.block_length * (config.eval.blocks or 0)]
+    losses = []
+    for block in tokens.split(config.eval.block_length):
+        scores = torch.log_softmax(lm.model(input_ids=block[None]).logits[0].double(), dim=-1)
+        losses += [-scores[position, block[position + 1]].item() for position in range(len(block) - 1)]
+    assert result.rows[0].perplexity["text"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_without_controls_only_the_runs_own_row_is_evaluated(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.eval.controls = False
+    result = pipeline.run(config)
+    assert [row.name for row in result.rows] == ["quantized_tuned"]
+
+
+def test_a_given_prefix_is_used_as_it_is(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.search = SearchConfig(name="tokens", method="tokens", tokens="ab")
+    result = pipeline.run(config)
+    assert result.prefix is not None
+    assert result.prefix["text"] == "ab"
+    assert [row.name for row in result.rows] == [
+        "full_precision",
+        "full_precision_found",
+        "quantized",
+        "quantized_found",
+    ]
+
+
+def test_a_search_that_accepts_nothing_goes_on_without_a_prefix_and_says_so(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.search.tau = 1e-9
+    result = pipeline.run(config)
+    assert result.prefix is None
+    assert result.tuning is None
+    assert [row.name for row in result.rows] == ["full_precision", "quantized"]
+    assert any("found no prefix" in warning for warning in result.warnings)
+
+
+def test_options_without_effect_are_logged_and_kept_in_the_result(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.search.tau = 0.25
+    with caplog.at_level(logging.WARNING):
+        result = pipeline.run(config)
+    assert ["search.tau=0.25 has no effect" in warning for warning in result.warnings] == [True]
+    assert "search.tau=0.25 has no effect" in caplog.text
+
+
+# ---- what runs share ----------------------------------------------------------------------------------------------
+
+
+def test_two_quantizers_share_one_search_and_one_evaluation_of_full_precision(text_file: Path, tmp_path: Path) -> None:
+    results = []
+    for granularity in ("per_tensor", "per_token"):
+        config = searching_config(text_file, tmp_path / "out")
+        config.quantizer.name = granularity
+        config.quantizer.activations = ActivationConfig(range="dynamic", granularity=granularity)
+        events: list[Event] = []
+        results.append(pipeline.run(config, [events.append]))
+        assert ("search" in stages(events)) == (granularity == "per_tensor")
+    cache = tmp_path / "out" / "cache"
+    assert len([path for path in (cache / "search").iterdir() if path.is_dir()]) == 1
+    assert results[0].search == results[1].search
+    shared = [[row for row in result.rows if not row.quantized] for result in results]
+    assert shared[0] == shared[1]
+    assert results[0].rows[-1].perplexity != results[1].rows[-1].perplexity
+
+
+@pytest.mark.parametrize("change", ["tau", "seed", "text"])
+def test_another_search_is_computed_anew(text_file: Path, tmp_path: Path, change: str) -> None:
+    pipeline.run(searching_config(text_file, tmp_path / "out"))
+    config = searching_config(text_file, tmp_path / "out")
+    if change == "tau":
+        config.search.tau = 0.9
+    elif change == "seed":
+        config.seed = 1
+    else:
+        text_file.write_text(text_file.read_text().replace("outlier", "inlier"))
+    events: list[Event] = []
+    pipeline.run(config, [events.append])
+    assert "search" in stages(events)
+
+
+# ---- failed runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_leaves_its_error_and_raises(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.eval.blocks = 10**6
+    events: list[Event] = []
+    with pytest.raises(DataError, match="1000000 were asked for"):
+        pipeline.run(config, [events.append])
+    result = RunResult.read(pipeline.run_folder(config) / FILE_NAME)
+    assert result.status == "failed"
+    assert result.error is not None
+    assert result.error["type"] == "DataError"
+    assert "1000000 were asked for" in result.error["message"]
+    assert isinstance(events[-1], RunFailed)
+    with pytest.raises(DataError):
+        pipeline.run(config)  # a failed run is tried again, not skipped
+
+
+def test_a_run_that_failed_is_completed_by_the_next_try(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage.startswith("perplexity"):
+            raise RuntimeError("in the evaluation")
+
+    with pytest.raises(RuntimeError, match="in the evaluation"):
+        pipeline.run(config, [fail])
+    assert RunResult.read(pipeline.run_folder(config) / FILE_NAME).status == "failed"
+    result = pipeline.run(config)
+    assert (result.status, result.error) == ("completed", None)
+
+
+def test_a_damaged_artifact_is_named_whichever_step_it_is_of(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    perplexities = [row.perplexity for row in pipeline.run(config).rows]
+    for step in ("search", "tuning", "calibration", "activations", "perplexity"):
+        files = [path for path in (tmp_path / "out" / "cache" / step).glob("*/*") if path.name != "depends_on.json"]
+        sound = {path: path.read_bytes() for path in files}
+        for path, content in sound.items():
+            path.write_bytes(content[:7])
+        (pipeline.run_folder(config) / FILE_NAME).unlink()
+        with pytest.raises(ArtifactError, match=f"/{step}/.* damaged"):
+            pipeline.run(config)
+        for path, content in sound.items():
+            path.write_bytes(content)
+    assert [row.perplexity for row in pipeline.run(config).rows] == perplexities
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("search", "token_ids", [5, 260], r"search\.token_ids=260 is outside the vocabulary of tiny_llama: 0 to 259"),
+        ("search", "token_ids", [5] * 230, r"block_length=32 .*230 tokens.* 262 positions.*has 256"),
+        ("eval", "block_length", 257, r"eval\.block_length=257"),
+        ("quantizer", "targets", ["q_prj"], r"quantizer\.targets names 'q_prj'.*did you mean 'q_proj'\?"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_work(
+    text_file: Path, tmp_path: Path, section: str, key: str, value: Any, message: str
+) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.search = SearchConfig(name="tokens", method="tokens", token_ids=[1])
+    setattr(getattr(config, section), key, value)
+    events: list[Event] = []
+    with pytest.raises(ConfigError, match=message):
+        pipeline.run(config, [events.append])
+    assert stages(events) == set()
+
+
+def test_a_device_that_is_not_there_is_refused(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.device = "gpu"
+    with pytest.raises(ConfigError, match="device='gpu' is not allowed"):
+        pipeline.run(config)
+
+
+# ---- what a run is identified by ----------------------------------------------------------------------------------
+
+
+def leaves(part: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths of all single values of a configuration."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, (*path, field.name))
+        else:
+            yield (*path, field.name)
+
+
+def with_another_value(config: RunConfig, path: tuple[str, ...]) -> RunConfig:
+    changed = copy.deepcopy(config)
+    part: Any = changed
+    for name in path[:-1]:
+        part = getattr(part, name)
+    value = getattr(part, path[-1])
+    other: Any
+    if value is None:
+        other = "another"
+    elif isinstance(value, bool):
+        other = not value
+    elif isinstance(value, list):
+        other = [*value, "another"]
+    elif isinstance(value, str):
+        other = value + "another"
+    else:
+        other = value + 1
+    setattr(part, path[-1], other)
+    return changed
+
+
+LEAVES = list(leaves(RunConfig()))
+
+
+@pytest.mark.parametrize("path", [path for path in LEAVES if path[0] in ("tracking", "paths")], ids=".".join)
+def test_a_runs_identity_ignores_where_it_is_logged_and_kept(path: tuple[str, ...]) -> None:
+    first, second = (pipeline.run_folder(c) for c in (RunConfig(), with_another_value(RunConfig(), path)))
+    if path == ("paths", "data_dir"):
+        assert first.name != second.name
+    elif path == ("paths", "output_dir"):
+        assert (first.name, first.parent.name) == (second.name, second.parent.name)
+    else:
+        assert first == second
+
+
+def test_a_runs_identity_changes_with_everything_else() -> None:
+    paths = [path for path in LEAVES if path[0] not in ("tracking", "paths", "experiment")]
+    assert len(paths) > 60
+    folders = [pipeline.run_folder(with_another_value(RunConfig(), path)) for path in paths]
+    same = [".".join(path) for path, folder in zip(paths, folders, strict=True) if folder.name == default_name()]
+    assert same == []
+    assert len(set(folders)) == len(folders)
+
+
+def default_name() -> str:
+    return pipeline.run_folder(RunConfig()).name
+
+
+def test_a_runs_folder_is_named_after_what_the_run_is(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.experiment = "mine"
+    folder = pipeline.run_folder(config)
+    expected = tmp_path / "out" / "mine" / "tiny_llama" / "per_tensor_static-greedy_sampled-short"
+    assert folder.parent == expected
+
+
+def test_a_runs_identity_changes_with_the_content_of_its_files(text_file: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = small_config(text_file, tmp_path / "out")
+    config.model.path = str(model)
+    folders = [pipeline.run_folder(config)]
+    assert pipeline.run_folder(config) == folders[0]
+    text_file.write_text(text_file.read_text() + "\n\nOne more document.")
+    folders.append(pipeline.run_folder(config))
+    (model / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    folders.append(pipeline.run_folder(config))
+    assert len(set(folders)) == 3
+
+
+def test_a_runs_identity_changes_with_the_content_of_the_folder_of_named_sets(tmp_path: Path) -> None:
+    path = tmp_path / "c4" / "c4.utf8"
+    path.parent.mkdir()
+    path.write_text("one\ntwo\nthree\n")
+    config = RunConfig()
+    config.data.search = CorpusConfig("c4")
+    config.paths.data_dir = str(tmp_path)
+    before = pipeline.run_folder(config)
+    path.write_text("one\ntwo\nthree\nfour\n")
+    os.utime(path, (1, 1))
+    assert pipeline.run_folder(config) != before

@@ -1,0 +1,72 @@
+"""A run that is killed with SIGKILL goes on where it stopped and ends with the same result as an unbroken one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import processes, tuning_config
+
+from cushion import pipeline
+from cushion.artifacts import Checkpoint
+from cushion.events import Event, Progress
+from cushion.results import RunResult, finished_result
+
+KILLS = {
+    "search step 2": 12,  # the second step of the search, in its third batch of candidates
+    "tuning": 3,
+    "perplexity, full precision": 3,
+    "perplexity, per_tensor_static W8A8 + tuned prefix": 3,
+}
+"""Stage, and the unit of it that is done when the process is killed: before the checkpoint that would hold it."""
+
+
+def run_until_killed(text: Path, output: Path, stage: str, done: int, threads: int) -> None:
+    """In a process of its own: run, keeping a checkpoint after every unit of work, and die without a word."""
+    torch.set_num_threads(threads)  # as in the unbroken run: sums may differ in their last bits otherwise
+    Checkpoint.due = lambda self: True  # type: ignore[method-assign]
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress) and (event.stage, event.done) == (stage, done):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline.run(tuning_config(text, output), [listen])
+
+
+def without_seconds(value: Any) -> Any:
+    """A record without what depends on the clock and on the folder."""
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+
+def outcome(result: RunResult) -> dict[str, Any]:
+    record = asdict(result)
+    kept = ("status", "model", "data", "prefix", "search", "tuning", "activations", "metrics", "rows", "warnings")
+    return {key: without_seconds(record[key]) for key in kept}
+
+
+@pytest.mark.parametrize("stage", KILLS)
+def test_a_killed_run_ends_with_the_result_of_an_unbroken_one(text_file: Path, tmp_path: Path, stage: str) -> None:
+    unbroken = pipeline.run(tuning_config(text_file, tmp_path / "unbroken"))
+
+    broken = tuning_config(text_file, tmp_path / "broken")
+    arguments = (text_file, tmp_path / "broken", stage, KILLS[stage], torch.get_num_threads())
+    worker = processes().Process(target=run_until_killed, args=arguments)
+    worker.start()
+    worker.join(120)
+    assert worker.exitcode == -signal.SIGKILL
+    assert finished_result(pipeline.run_folder(broken)) is None
+
+    events: list[Event] = []
+    resumed = pipeline.run(broken, [events.append])
+    assert outcome(resumed) == outcome(unbroken)
+
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert (progress[0].stage, progress[0].done) == (stage, KILLS[stage]), "nothing finished is done again"
+    assert list((tmp_path / "broken" / "cache").rglob("*.partial")) == []
