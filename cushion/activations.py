@@ -74,8 +74,8 @@ class MagnitudeCurve:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude at any block's input in any text."""
-        return max(self.maximum)
+        """The largest magnitude at any block's input in any text; not a number where any of them is none."""
+        return float(torch.tensor(self.maximum).max())
 
 
 class MagnitudeStatistics:

@@ -6,6 +6,7 @@ with one line on standard error and exit status 1; only a bug shows a traceback.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -54,20 +55,19 @@ def to_run_config(config: DictConfig) -> RunConfig:
 def execute(config: RunConfig) -> Path:
     """Do one run with progress bars and the configured tracker, print its table, return the path of result.json."""
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
-    from cushion.artifacts import read_json, write_json
+    from cushion.artifacts import read_json
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table
     from cushion.results import FILE_NAME
-    from cushion.tracking import WandbTracker
+    from cushion.tracking import TRACKING_FILE, WandbTracker
 
     def draw(event: Event) -> None:
         if isinstance(event, RunFinished):
             draw_figures(event.result, event.folder)
 
     folder = pipeline.run_folder(config)
-    place = folder / "tracking.json"
     tracker = WandbTracker(config.tracking) if config.tracking.backend == "wandb" else None
     with ProgressBars() as bars:
         listeners: list[Listener] = [bars, draw]  # figures are drawn before the tracker looks for them
@@ -78,8 +78,6 @@ def execute(config: RunConfig) -> Path:
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
-    if tracker is not None and tracker.location is not None:
-        write_json(place, {"location": tracker.location})
     draw_figures(asdict(result), folder)  # a run that was killed between its result and its figures
     print(comparison_table(asdict(result)))
     print()
@@ -87,6 +85,7 @@ def execute(config: RunConfig) -> Path:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
     for figure in figures_of(folder).values():
         print(f"figure   {figure}")
+    place = folder / TRACKING_FILE
     print(f"W&B run  {read_json(place)['location'] if place.is_file() else 'none'}")
     print("results")
     path = (folder / FILE_NAME).resolve()
@@ -98,11 +97,21 @@ def execute(config: RunConfig) -> Path:
 def _hydra_main(config: DictConfig) -> str:
     try:
         return str(execute(to_run_config(config)))
-    except Exception as error:  # reported here, job by job: at the end of a sweep Hydra knows only the first
+    except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         report(error)
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            sys.exit(1)
-        raise _ReportedError from error
+        _release(error)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        sys.exit(1)
+    raise _ReportedError  # without its cause: Hydra keeps it, and with it would keep the failed job's model
+
+
+def _release(error: BaseException) -> None:
+    """Let go of what the frames of a failed job hold (a model, mostly), so that the next job has the memory."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
 
 
 class _ReportedError(Exception):
@@ -120,6 +129,7 @@ def report(error: BaseException) -> None:
 def main() -> None:
     """Entry point of the command `cushion`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("cushion").setLevel(logging.INFO)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them; they are printed below
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     register_schema()

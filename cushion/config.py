@@ -8,6 +8,7 @@ what is allowed. Below the front door there is no Hydra and no DictConfig: `pipe
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,10 +259,10 @@ class TuningConfig:
     sequences: int = 256
     sequence_length: int = 256
     batch_size: int = 2
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     schedule: str = "cosine"
     warmup_steps: int = 5
-    gradient_clip: float | None = None
+    gradient_clip: float | None = 1.0
     lambda_q: float = 0.01
     gradient: str = "range"
     error_site: str = "block_outputs"
@@ -281,15 +282,17 @@ class TuningConfig:
             at_least(f"tuning.{key}", getattr(self, key), 1)
         at_least("tuning.sequence_length", self.sequence_length, 2)
         at_least("tuning.warmup_steps", self.warmup_steps, 0)
-        require(self.learning_rate > 0, "tuning.learning_rate", self.learning_rate, "it must be positive")
-        at_least("tuning.lambda_q", self.lambda_q, 0)
+        rate = self.learning_rate
+        require(0 < rate < 1e38, "tuning.learning_rate", rate, "it must be positive and finite")
+        require(0 <= self.lambda_q < math.inf, "tuning.lambda_q", self.lambda_q, "at least 0, and finite")
         clip = self.gradient_clip
         require(clip is None or clip > 0, "tuning.gradient_clip", clip, "positive, or null for no clipping")
         if self.method == "prefix":
             reason = "give either tuning.steps or tuning.epochs"
             require((self.steps is None) != (self.epochs is None), "tuning.steps", self.steps, reason)
             at_least("tuning.steps", self.steps, 1)
-            require(self.epochs is None or self.epochs > 0, "tuning.epochs", self.epochs, "it must be positive")
+            reason = "it must be positive and finite"
+            require(self.epochs is None or 0 < self.epochs < math.inf, "tuning.epochs", self.epochs, reason)
 
     @property
     def total_steps(self) -> int:
@@ -388,42 +391,3 @@ class RunConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain dictionaries, lists and scalars, ready for JSON."""
     return dataclasses.asdict(config)
-
-
-def options_without_effect(config: RunConfig) -> list[str]:
-    """Warnings about options that are set away from their default but have no effect in this combination."""
-    found: list[str] = []
-
-    def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
-        defaults = type(part)()
-        found.extend(f"{section}.{k}={getattr(part, k)!r} has no effect {why}"
-                     for k in keys if getattr(part, k) != getattr(defaults, k))  # fmt: skip
-
-    search, tuning, quantizer = config.search, config.tuning, config.quantizer
-    if search.method != "greedy":
-        shared = ("name", "method", "tokens", "token_ids", "bits", "symmetric", "levels")
-        keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in shared)
-        changed("search", search, keys, f"with search.method={search.method}")
-    elif search.proposal != "sampled":
-        changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
-    if search.method != "tokens":
-        changed("search", search, ("tokens", "token_ids"), f"with search.method={search.method}")
-    if search.method == "greedy" and search.objective == "maximum_activation":
-        grid_keys = ("bits", "symmetric", "levels")
-        changed("search", search, grid_keys, "on the search with search.objective=maximum_activation")
-    if tuning.method == "none":
-        keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
-        changed("tuning", tuning, keys, "with tuning.method=none")
-    elif tuning.lambda_q == 0:
-        changed("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
-    elif tuning.gradient == "straight_through":
-        found.append(
-            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect"
-        )
-    if quantizer.weights.granularity != "per_group":
-        changed("quantizer.weights", quantizer.weights, ("group_size",),
-                f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
-    if not quantizer.needs_calibration:
-        changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
-                "without static ranges or smoothing")  # fmt: skip
-    return found

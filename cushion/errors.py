@@ -38,6 +38,10 @@ class ArtifactError(CushionError):
     """A stored artifact (prefix, statistics, result) is missing, damaged or of another model."""
 
 
+class NotFiniteError(CushionError):
+    """An activation, a loss or an objective is not a finite number, so nothing computed from it means anything."""
+
+
 class TuningError(CushionError):
     """Prefix tuning cannot go on, for example because the loss is no longer finite."""
 

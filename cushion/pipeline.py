@@ -10,18 +10,22 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from cushion.activations import MagnitudeCurve
-from cushion.config import QuantizerConfig, RunConfig, options_without_effect, to_dict
-from cushion.data import local_files
+from cushion.config import QuantizerConfig, RunConfig, to_dict
+from cushion.config_warnings import options_without_effect
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import choose_device, evaluation_name, prepare
 from cushion.results import Row, RunResult, environment, finished_result
-from cushion.steps import CODE, Steps, code_version
+from cushion.sources import local_files
+from cushion.steps import Steps, runtime
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +33,28 @@ logger = logging.getLogger(__name__)
 def run_folder(config: RunConfig) -> Path:
     """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
 
-    The hash covers the whole configuration but for tracking and places, the code of the steps, and size and time of the
-    files that the user names as text or as model.
+    The hash covers the whole configuration but for tracking and places, the code of everything that decides a number,
+    the versions of torch and transformers, the device, and size and time of the files that the user names as text or
+    as model.
     """
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
-    identity["code"] = {step: code_version(step) for step in CODE}
+    identity["code"] = _code_digest()
+    identity["runtime"] = runtime(choose_device(config).partition(":")[0])
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     output = Path(config.paths.output_dir).expanduser()
     return output / config.experiment / config.model.label / row / digest(identity, 12)
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    """Hash of the package's source, but for the rooms that only show what was computed."""
+    package = Path(__file__).parent
+    shown = {"cli.py", "tracking.py", "progress.py", "events.py"}
+    files = sorted(path for path in package.rglob("*.py") if path.name not in shown and path.parent.name != "reporting")
+    return digest([[str(path.relative_to(package)), path.read_text(encoding="utf-8")] for path in files])
 
 
 def _local_inputs(config: RunConfig) -> list[Path]:
@@ -65,30 +80,38 @@ def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
     Raises:
         CushionError: something the user can mend; result.json then has `status: failed` and the message.
     """
-    device = choose_device(config)
     folder = run_folder(config)
     done = finished_result(folder)
     if done is not None:
         return done
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        return finished_result(folder) or _run_locked(config, folder, listeners)  # another process may have done it
 
+
+def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) -> RunResult:
     def emit(event: Event) -> None:
         for listener in listeners:
             listener(event)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    device = choose_device(config)
     name = f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     result = RunResult("failed", to_dict(config), {**environment(device), "seed": config.seed})
-    emit(RunStarted(folder, name, result.config))
+    started = time.perf_counter()
+    is_started = False
     try:
-        started = time.perf_counter()
-        _Run(config, folder, device, emit, result).execute()
+        work = _Run(config, folder, device, emit, result)
+        emit(RunStarted(folder, name, result.config))  # what is refused before this leaves no trace in a tracker
+        is_started = True
+        work.execute()
         result.timings["total"] = time.perf_counter() - started
         result.status = "completed"
         result.write(folder)
     except BaseException as error:
         result.status, result.error = "failed", {"type": type(error).__name__, "message": str(error)}
         result.write(folder)
-        emit(RunFailed(folder, f"{type(error).__name__}: {error}"))
+        if is_started:
+            emit(RunFailed(folder, f"{type(error).__name__}: {error}"))
         raise
     emit(RunFinished(folder, asdict(result), folder / "prefix" if result.prefix else None))
     return result
@@ -124,6 +147,15 @@ class _Run:
             "dtype": str(self.lm.model.dtype).removeprefix("torch."),
             "blocks": len(self.lm.blocks),
             "vocabulary": self.lm.vocabulary_size,
+        }
+        evaluation = config.eval
+        result.evaluation = {
+            "corpus": evaluation_name(config),
+            "blocks": len(self.texts.blocks),
+            "block_length": self.texts.blocks.shape[1],
+            "bos": evaluation.bos,
+            "predict_first": evaluation.predict_first,
+            "tokens_predicted": self.texts.blocks[:, 0 if evaluation.predict_first else 1 :].numel(),
         }
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
@@ -202,7 +234,7 @@ class _Run:
         if self.config.tuning.method == "none":
             return None
         tuned = self.steps.tune(found.prefix)
-        self.result.tuning = {**tuned.record, "seconds": tuned.seconds}
+        self.result.tuning = tuned.record
         self.result.timings["tuning"] = tuned.seconds
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")

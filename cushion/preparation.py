@@ -12,7 +12,7 @@ from cushion.config import RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
-from cushion.models import LanguageModel, load_language_model
+from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.simulate import check_quantizer
 
 
@@ -50,8 +50,13 @@ def choose_device(config: RunConfig) -> str:
         device = torch.device(config.device)
     except RuntimeError as error:
         raise ConfigError(f"device={config.device!r} is not allowed: auto, cpu, cuda or cuda:<number>") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r} is not available here: torch sees no GPU; use device=cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda or cuda:<number>")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ConfigError(
+            f"device={config.device!r} is not available here: torch sees {seen} GPUs; use device=cpu or auto"
+        )
     return config.device
 
 
@@ -61,11 +66,23 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     Raises:
         CushionError: a source is missing or too short, the model cannot be loaded, or a size does not fit it.
     """
-    corpora = load_corpora(config.data, config.paths)
+    check_model(config.model)
+    corpora = load_corpora(config.data, config.paths, _needed(config))
     lm = load_language_model(config.model, config.paths, device)
     start_tokens = _start_tokens(lm, config)
     _check(lm, config, start_tokens)
     return Prepared(lm, corpora, _draw_texts(lm, config, corpora, len(start_tokens)), start_tokens)
+
+
+def _needed(config: RunConfig) -> set[str]:
+    """The purposes for which this run needs text."""
+    needed = {
+        "evaluation": True,
+        "calibration": config.quantizer.needs_calibration,
+        "tuning": config.tuning.method != "none",
+        "search": config.search.method == "greedy",
+    }
+    return {purpose for purpose, is_needed in needed.items() if is_needed}
 
 
 def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
@@ -113,6 +130,10 @@ def _draw_texts(lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus]
     if config.quantizer.needs_calibration:
         calibration = config.quantizer.calibration
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
+        if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
+            assert lm.bos_token_id is not None
+            bos = torch.full_like(calibration_texts[:, :1], lm.bos_token_id)
+            calibration_texts = torch.cat([bos, calibration_texts], dim=1)
     if search.method == "greedy":
         steps = max(1, search.max_length - start_length)
         search_texts = corpora["search"].samples(encode, search.text_length, steps, seed)

@@ -49,6 +49,7 @@ class RunResult:
     environment: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     prefix: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None

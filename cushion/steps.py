@@ -6,8 +6,11 @@ A step that another run has done already is read from the cache; one that was in
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cushion import activations, prefix, tuning
+from cushion import config as config_module
 from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs
 from cushion.artifacts import ArtifactStore, Workspace, read_json, write_json
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.data import Corpus
-from cushion.errors import ArtifactError, TuningError
+from cushion.errors import ArtifactError, NotFiniteError, TuningError
 from cushion.evaluation import perplexity as perplexity_module
 from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
 from cushion.events import Event, Progress, Record
 from cushion.hashing import digest, tensor_digest
-from cushion.models import LanguageModel, language_model
+from cushion.models import LanguageModel, architectures, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
@@ -41,7 +45,7 @@ from cushion.search.objective import Objective
 from cushion.search.proposals import propose
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
-_COMMON = (language_model, prefix, numerics)
+_COMMON = (sys.modules[__name__], config_module, architectures, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
     "calibration": (*_COMMON, activations, calibration),
@@ -50,6 +54,11 @@ CODE: dict[str, tuple[ModuleType, ...]] = {
     "perplexity": (*_COMMON, linear, smoothquant, simulate, perplexity_module),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
+
+
+def runtime(device_type: str) -> list[str]:
+    """What else the bits of a result depend on: versions of torch and transformers, and the kind of device."""
+    return [torch.__version__, transformers.__version__, device_type]
 
 
 @lru_cache
@@ -126,9 +135,10 @@ class Steps:
                 Prefix.from_tokens(self._lm.model, state.token_ids).save(workspace.folder / "prefix")
 
         folder, _ = self._store.get_or_make("search", depends_on, make)
-        state = SearchState.from_dict(read_json(folder / "search.json"))
+        with _damaged(folder):
+            state = SearchState.from_dict(read_json(folder / "search.json"))
+            found = Prefix.load(folder / "prefix") if state.token_ids else Prefix.empty()
         self._log_series("search", [asdict(step) for step in state.steps])
-        found = Prefix.load(folder / "prefix") if state.token_ids else Prefix.empty()
         text = self._lm.decode(state.token_ids)
         return state, replace(found, metadata={**metadata, "text": text})
 
@@ -156,6 +166,7 @@ class Steps:
         def make(workspace: Workspace) -> None:
             saved = workspace.checkpoint.load()
             state = None if saved is None else TuningState.from_checkpoint(*saved, found)
+            started = time.perf_counter() - (0.0 if saved is None else saved[0]["seconds"])
             steps = tune_prefix(
                 self._lm,
                 found,
@@ -174,7 +185,8 @@ class Steps:
                     self._emit(Progress("tuning", len(state.steps), config.total_steps, "step"))
                     self._log_series("tuning", [asdict(state.steps[-1])])
                     if workspace.checkpoint.due():
-                        workspace.checkpoint.save(*state.to_checkpoint())
+                        scalars, tensors = state.to_checkpoint()
+                        workspace.checkpoint.save({**scalars, "seconds": time.perf_counter() - started}, tensors)
             except TuningError as error:
                 if state is None:
                     raise
@@ -190,14 +202,16 @@ class Steps:
                 "best_step": state.best_step,
                 "best_loss": state.best_loss,
                 "initial_loss": state.initial_loss,
+                "seconds": time.perf_counter() - started,
             }
             write_json(workspace.folder / "tuning.json", record)
 
         folder, _ = self._store.get_or_make("tuning", depends_on, make)
-        record = read_json(folder / "tuning.json")
-        self._log_series("tuning", record["steps"])
-        tuned = replace(Prefix.load(folder / "prefix"), metadata={**found.metadata, "tuning": config.name})
-        return Tuned(tuned, record, sum(step["seconds"] for step in record["steps"]))
+        with _damaged(folder):
+            record = read_json(folder / "tuning.json")
+            tuned = replace(Prefix.load(folder / "prefix"), metadata={**found.metadata, "tuning": config.name})
+            self._log_series("tuning", record["steps"])
+            return Tuned(tuned, record, float(record["seconds"]))
 
     def calibrate(self, behind: Prefix) -> Calibration:
         """Ranges of every linear's input over the calibration texts behind a prefix."""
@@ -216,7 +230,8 @@ class Steps:
             write_json(workspace.folder / "calibration.json", {"seconds": time.perf_counter() - started})
 
         folder, _ = self._store.get_or_make("calibration", depends_on, make)
-        seconds = read_json(folder / "calibration.json")["seconds"]
+        with _damaged(folder):
+            seconds = float(read_json(folder / "calibration.json")["seconds"])
         return Calibration(self._read_ranges(folder), depends_on, seconds)
 
     def _read_ranges(self, folder: Path) -> ChannelRanges:
@@ -246,12 +261,19 @@ class Steps:
                 with observe_inputs(blocks, statistics):
                     errors.append(error_of(self._lm, behind, text[None], skip=0).item())
                 self._emit(Progress(f"activations, {title}", done, len(texts), "text"))
-            record = {"curve": asdict(statistics.curve()), "quantization_error": sum(errors) / len(errors)}
+            curve, error = statistics.curve(), sum(errors) / len(errors)
+            if not (math.isfinite(curve.largest) and math.isfinite(error)):
+                raise NotFiniteError(
+                    f"the activations of {self._lm.label} are not finite ({title}: largest {curve.largest}, L_q "
+                    f"{error}): use model.dtype=bfloat16 or float32"
+                )
+            record = {"curve": asdict(curve), "quantization_error": error}
             write_json(workspace.folder / "activations.json", record)
 
         folder, _ = self._store.get_or_make("activations", depends_on, make)
         record = read_json(folder / "activations.json")
-        return MagnitudeCurve(**record["curve"]), record["quantization_error"]
+        with _damaged(folder):
+            return MagnitudeCurve(**record["curve"]), float(record["quantization_error"])
 
     def evaluate(self, behind: Prefix, quantizer: QuantizerConfig | None, label: str) -> tuple[float, float]:
         """Perplexity behind a prefix, quantized or not, and the seconds of its calibration and evaluation."""
@@ -293,14 +315,15 @@ class Steps:
 
         folder, _ = self._store.get_or_make("perplexity", depends_on, make)
         record = read_json(folder / "perplexity.json")
-        seconds = record["seconds"] + (0.0 if calibrated is None else calibrated.seconds)
-        return record["perplexity"], seconds
+        with _damaged(folder):
+            seconds = float(record["seconds"]) + (0.0 if calibrated is None else calibrated.seconds)
+            return float(record["perplexity"]), seconds
 
     def _depends_on(self, step: str, **others: Any) -> dict[str, Any]:
         """What every artifact depends on, and what this one depends on besides."""
         return {
             "code": code_version(step),
-            "runtime": [torch.__version__, transformers.__version__, self._lm.device.type],
+            "runtime": runtime(self._lm.device.type),
             "model": self._lm.fingerprint,
             **others,
         }
@@ -315,6 +338,15 @@ class Steps:
             if (kind, step["step"]) not in self._logged:
                 self._logged.add((kind, step["step"]))
                 self._emit(Record(kind, step["step"], _without(step, "step")))
+
+
+@contextmanager
+def _damaged(folder: Path) -> Iterator[None]:
+    """Turn what reading a damaged artifact raises into an `ArtifactError` that says which folder to delete."""
+    try:
+        yield
+    except (ArtifactError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the cached step in {folder} is damaged ({error}): delete that folder") from error
 
 
 def _quantizer_identity(quantizer: QuantizerConfig, calibrated: Calibration | None) -> dict[str, Any]:

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
+from cushion.artifacts import write_json
 from cushion.config import TrackingConfig
 from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 
 logger = logging.getLogger(__name__)
+
+TRACKING_FILE = "tracking.json"
+"""File in the run's folder that says where its W&B run is."""
+
+FINISH_TIMEOUT = 300.0
+"""Seconds that W&B may take to upload what is left when a run ends; the rest stays on disk."""
 
 NETWORK_TIMEOUT = 3.0
 """Seconds to wait for an answer of the W&B server before going offline."""
@@ -31,6 +38,7 @@ class WandbTracker:
         self._config = config
         self._run: Any = None
         self._failed = False
+        self._place = Path(TRACKING_FILE)
         self.location: str | None = None
         """Where the run can be seen: its address when online, its folder when offline."""
 
@@ -43,6 +51,8 @@ class WandbTracker:
         except Exception as error:  # noqa: BLE001 - whatever W&B raises, the run must go on
             logger.warning("W&B logging failed and is switched off for this run: %s", error)
             self._failed = True
+            self.location = None
+            self._place.unlink(missing_ok=True)
             self.close(exit_code=1)
 
     def close(self, exit_code: int = 0) -> None:
@@ -73,6 +83,7 @@ class WandbTracker:
     def _start(self, event: RunStarted) -> None:
         import wandb  # slow to import, and not needed with tracking=none
 
+        self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
         os.environ.setdefault("WANDB_SILENT", "true")
         self._run = wandb.init(
@@ -86,9 +97,10 @@ class WandbTracker:
             dir=str(event.folder),
             tags=self._config.tags or None,
             config=event.config,
-            settings=wandb.Settings(console="off", init_timeout=30),
+            settings=wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_TIMEOUT),
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
+        write_json(self._place, {"location": self.location})
         for kind in ("search", "tuning", "curve", "perplexity"):
             self._run.define_metric(f"{kind}/step")
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")

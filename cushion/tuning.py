@@ -36,6 +36,9 @@ from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid, fake_quantize
 from cushion.quantization.simulate import quantized
 
+HALF_PRECISION_SCALING = 2.0**10
+"""Factor on the loss of a float16 model during the backward pass, taken out of the gradients again."""
+
 _IGNORED = -100
 
 
@@ -222,6 +225,8 @@ def tune_prefix(
                 raise TuningError(f"the loss before tuning is {initial}: the model or the quantizer is broken")
             state = TuningState(replace(found, tuned=True), found, 0, initial, initial)
         parameters = [t.detach().float().clone().requires_grad_() for t in (*state.prefix.keys, *state.prefix.values)]
+        # gradients of half precision underflow unless the loss is scaled up before the backward pass
+        scaling = HALF_PRECISION_SCALING if lm.model.dtype == torch.float16 else 1.0
         optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         _restore_optimizer(optimizer, state.optimizer)
         schedule = learning_rate_schedule(config, optimizer)
@@ -235,7 +240,10 @@ def tune_prefix(
                 loss, prediction, error = loss_of(
                     _with(found, parameters), texts[batch_indices(config, len(texts), step, seed)]
                 )
-                loss.backward()
+                (loss * scaling).backward()
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.div_(scaling)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.gradient_clip or math.inf)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
                 raise TuningError(
@@ -247,6 +255,11 @@ def tune_prefix(
             held_out_loss = None
             if (step + 1) % config.evaluate_every == 0 or step + 1 == config.total_steps:
                 held_out_loss = _held_out_loss(loss_of, current, held_out, config)
+                if not math.isfinite(held_out_loss):
+                    raise TuningError(
+                        f"tuning stopped at step {step}: the held-out loss is {held_out_loss}; "
+                        "lower tuning.learning_rate or set tuning.gradient_clip"
+                    )
                 if held_out_loss < state.best_loss:
                     state.best, state.best_loss, state.best_step = current, held_out_loss, step + 1
             state.prefix, state.optimizer = current, _optimizer_tensors(optimizer)

@@ -12,7 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from cushion.cli import config_folder, register_schema, to_run_config
-from cushion.config import RunConfig, options_without_effect, to_dict
+from cushion.config import RunConfig, to_dict
+from cushion.config_warnings import options_without_effect
 
 CONF = config_folder()
 OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")

@@ -21,9 +21,9 @@ from cushion.config import (
     TrackingConfig,
     TuningConfig,
     WeightConfig,
-    options_without_effect,
     to_dict,
 )
+from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError, CushionError
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
@@ -167,7 +167,7 @@ def test_an_option_without_effect_is_named(config: RunConfig, warning: str) -> N
 
 
 def test_options_that_have_an_effect_are_not_named() -> None:
-    search = replace(GREEDY, tau=0.3, candidates=9, text_length=64)
+    search = replace(GREEDY, tau=0.3, candidates=9, frequent=8, text_length=64)
     quantizer = QuantizerConfig(weights=WeightConfig(granularity="per_group", group_size=4))
     assert options_without_effect(RunConfig(search=search, quantizer=quantizer, tuning=TUNED)) == []
     assert options_without_effect(RunConfig()) == []

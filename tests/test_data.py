@@ -210,7 +210,12 @@ def test_the_train_split_is_shared_and_c4_has_one_document_a_line(data_dir: Path
     train = corpora["calibration"].documents + corpora["tuning"].documents
     assert "\n\n".join(train) == "\n\n".join(wikitext_rows(40, start=100))
     assert corpora["search"].documents == documents(20, name="c")
-    assert [corpus.provenance["split"] for corpus in corpora.values()] == ["test", "train", "train", "train"]
+    assert [corpus.provenance["split"] for corpus in corpora.values()] == [
+        "test",
+        "train",
+        "train",
+        None,
+    ]  # C4 in a folder has no splits
 
 
 def test_a_missing_folder_or_file_of_it_is_named(data_dir: Path) -> None:

@@ -178,25 +178,28 @@ def test_a_failed_run_leaves_its_error_and_raises(text_file: Path, tmp_path: Pat
     events: list[Event] = []
     with pytest.raises(DataError, match="1000000 were asked for"):
         pipeline.run(config, [events.append])
+    assert events == []  # refused before the run began: no tracker hears of it
     result = RunResult.read(pipeline.run_folder(config) / FILE_NAME)
     assert result.status == "failed"
     assert result.error is not None
     assert result.error["type"] == "DataError"
     assert "1000000 were asked for" in result.error["message"]
-    assert isinstance(events[-1], RunFailed)
     with pytest.raises(DataError):
         pipeline.run(config)  # a failed run is tried again, not skipped
 
 
 def test_a_run_that_failed_is_completed_by_the_next_try(text_file: Path, tmp_path: Path) -> None:
     config = small_config(text_file, tmp_path / "out")
+    events: list[Event] = []
 
     def fail(event: Event) -> None:
+        events.append(event)
         if isinstance(event, Progress) and event.stage.startswith("perplexity"):
             raise RuntimeError("in the evaluation")
 
     with pytest.raises(RuntimeError, match="in the evaluation"):
         pipeline.run(config, [fail])
+    assert isinstance(events[-1], RunFailed)
     assert RunResult.read(pipeline.run_folder(config) / FILE_NAME).status == "failed"
     result = pipeline.run(config)
     assert (result.status, result.error) == ("completed", None)
@@ -272,6 +275,8 @@ def with_another_value(config: RunConfig, path: tuple[str, ...]) -> RunConfig:
         other = not value
     elif isinstance(value, list):
         other = [*value, "another"]
+    elif path == ("device",):
+        other = "cpu"  # the one other name that every machine has
     elif isinstance(value, str):
         other = value + "another"
     else:

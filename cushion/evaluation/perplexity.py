@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cushion.config import EvalConfig
-from cushion.errors import ConfigError
+from cushion.errors import ConfigError, NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+
+MAXIMUM_LOSS = 700.0
+"""Nats per token beyond which the perplexity is no finite number of double precision."""
 
 POSITIONS_PER_CHUNK = 256
 """Positions whose log-probabilities are formed at once, to bound memory by this times the vocabulary."""
@@ -33,8 +36,18 @@ class BlockLoss:
 
 
 def perplexity(losses: list[BlockLoss]) -> float:
-    """`exp` of the mean negative log-likelihood per predicted token."""
-    return math.exp(min(sum(b.loss for b in losses) / sum(b.tokens for b in losses), 700.0))
+    """`exp` of the mean negative log-likelihood per predicted token.
+
+    Raises:
+        NotFiniteError: a loss is not finite, or too large for its exponential to be.
+    """
+    mean = sum(b.loss for b in losses) / sum(b.tokens for b in losses)
+    if not mean < MAXIMUM_LOSS:  # also where it is not a number
+        raise NotFiniteError(
+            f"the mean loss is {mean} nats per token, which has no finite perplexity: the activations overflow (use "
+            "model.dtype=bfloat16 or float32), or the quantizer destroys the model"
+        )
+    return math.exp(mean)
 
 
 @torch.no_grad()

@@ -70,10 +70,13 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a loaded GGUF model refuses to be saved
     model.load_state_dict(dequantized.state_dict())
     model.tie_weights()
+    for left_over in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(left_over)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(folder, gguf_file=file_name).save_pretrained(temporary)
+        temporary.chmod(0o755)
         temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import pickle  # only for the error that torch raises when it refuses to unpickle code
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cushion.config import ModelConfig, PathsConfig
-from cushion.errors import ConfigError, CushionError, ModelNotFoundError, did_you_mean
+from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, did_you_mean
 from cushion.hashing import tensor_digest
 from cushion.models.architectures import Architecture, find_architecture
 from cushion.models.embedded import embedded_model
@@ -138,27 +136,67 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
         folder = config.path
         if scheme == "embedded":
             folder = str(embedded_model(name, Path(paths.model_dir).expanduser()))
+        else:
+            check_model(config)
         model, tokenizer = _from_pretrained(folder, config)
     architecture = find_architecture(model.config.model_type, config.path)
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"model.device_map={config.device_map!r} spreads {config.label} over {sorted(devices)}, which is not "
+            "supported yet: choose a device that holds the whole model, or a smaller model or dtype"
+        )
     if config.device_map is None:
         cast(Any, model).to(device)
     model.eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))
 
 
-def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    shared: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if config.gguf_file is not None:
-        shared["gguf_file"] = config.gguf_file
-    looks_like_a_path = folder.startswith((".", "/", "~")) or folder.count("/") > 1
-    if looks_like_a_path:
-        folder = str(Path(folder).expanduser())
-        if not Path(folder).is_dir():
-            raise ModelNotFoundError(f"model.path={config.path!r} is not a folder: check the path")
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that is not there or whose architecture is not supported, before any weight or text is read.
+
+    Raises:
+        ModelNotFoundError: no such model, or no access to it.
+        UnsupportedModelError: its architecture is not in the table, or its weights are quantized already.
+    """
+    if config.path.partition(":")[0] in ("tiny", "embedded"):
+        return  # these tell at once when they are loaded
+    if _looks_like_a_folder(config.path) and not Path(config.path).expanduser().is_dir():
+        raise ModelNotFoundError(f"model.path={config.path!r} is not a folder: check the path")
     try:
-        # the architecture is checked before any weight is read
-        auto_config = AutoConfig.from_pretrained(folder, **shared)
-        find_architecture(auto_config.model_type, config.path)
+        settings = AutoConfig.from_pretrained(str(Path(config.path).expanduser()), **_loading_options(config))
+    except Exception as error:
+        raise _cannot_load(config, error) from error
+    find_architecture(settings.model_type, config.path)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"model.path={config.path!r} holds weights that are quantized already: name a checkpoint in float32, "
+            "bfloat16 or float16"
+        )
+
+
+def _loading_options(config: ModelConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return options if config.gguf_file is None else {**options, "gguf_file": config.gguf_file}
+
+
+def _looks_like_a_folder(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> ModelNotFoundError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ModelNotFoundError(
+        f"model.path={config.path!r} cannot be loaded: {reason} -- check the id or folder; a gated model needs its "
+        "licence accepted on the hub and `hf auth login`; code in a repository runs only with "
+        "model.trust_remote_code=true"
+    )
+
+
+def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    shared = _loading_options(config)
+    folder = str(Path(folder).expanduser()) if _looks_like_a_folder(folder) else folder
+    try:
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -170,15 +208,10 @@ def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel,
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
-    except CushionError:
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelNotFoundError(
-            f"model.path={config.path!r} cannot be loaded: {reason} -- check the id or folder; a gated model needs its "
-            "licence accepted on the hub and `hf auth login`; code in a repository runs only with "
-            "model.trust_remote_code=true"
-        ) from error
+    except Exception as error:  # whatever transformers, tokenizers and torch raise over files they cannot read
+        raise _cannot_load(config, error) from error
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelNotFoundError(
@@ -197,7 +230,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, con
         settings.pop(key, None)
     label = {
         "source": [config.path, commit, config.gguf_file, str(model.dtype)],
-        "tokenizer": [len(tokenizer), tokenizer.bos_token_id],
+        "tokenizer": [len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id],
         "config": settings,
         "tensors": list(tensors),
     }

@@ -86,6 +86,13 @@ def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
                 f"has {key}={getattr(lm.model.config, key)}, so its norms do not stand before the linears; use "
                 "quantizer.smoothing_alpha=null"
             )
+    if config.smoothing_alpha is not None and not lm.architecture.smoothing:
+        raise ConfigError(
+            f"quantizer.smoothing_alpha={config.smoothing_alpha} has nothing to smooth in {lm.label}: its architecture "
+            "names no norms that stand before linears; use quantizer.smoothing_alpha=null"
+        )
+    if not config.is_full_precision and not lm.linears(config.targets):
+        raise ConfigError(f"quantizer={config.name} finds no linear layer in the decoder blocks of {lm.label}")
     size = config.weights.group_size
     in_groups = config.weights.bits is not None and config.weights.granularity == "per_group"
     for name, linear in lm.linears(config.targets).items():

@@ -13,7 +13,10 @@ def comparison_table(result: dict[str, Any]) -> str:
     lines = [
         [
             row["label"],
-            *(f"{row['perplexity'][corpus]:.2f}" for corpus in corpora),
+            *(
+                f"{row['perplexity'][corpus]:{'.2f' if row['perplexity'][corpus] < 1e5 else '.3g'}}"
+                for corpus in corpora
+            ),
             f"{row['largest_activation']:.1f}",
             f"{row['quantization_error']:.3g}",
             f"{row['seconds']:.0f}",
@@ -26,3 +29,7 @@ def comparison_table(result: dict[str, Any]) -> str:
         return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
 
     return "\n".join([text(header), "  ".join("-" * width for width in widths), *map(text, lines)])
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"

@@ -12,6 +12,7 @@ The keys and values of p are computed once per step and shared by all candidates
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from cushion.config import SearchConfig
+from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.objective import Objective
@@ -108,14 +110,24 @@ def greedy_search(
         prefix = Prefix.from_tokens(lm.model, state.token_ids)
         started = time.perf_counter() - state.seconds
         if state.objective_before is None:
-            state.objective_before = float(objective(lm, prefix, text[None], skip=0))
+            before = float(objective(lm, prefix, text[None], skip=0))
+            if not math.isfinite(before):
+                raise NotFiniteError(
+                    f"the search objective of {lm.label} is {before} on text {step}: its activations overflow "
+                    f"{lm.model.dtype}; use model.dtype=bfloat16 or float32"
+                )
+            state.objective_before = before
         while len(state.scores) < len(candidates):
             batch = candidates[len(state.scores) : len(state.scores) + sizer.size]
             rows = torch.cat([torch.tensor(batch)[:, None], text.expand(len(batch), -1)], dim=1)
             try:
                 scores = objective(lm, prefix, rows, skip=1)
-            except Exception as error:  # noqa: BLE001 - raised again unless memory ran out
-                sizer.back_off(error)
+            except Exception as error:
+                if not sizer.can_back_off(error):
+                    raise
+                scores = None
+            if scores is None:  # outside of the handler, where nothing of the failed pass is held any more
+                sizer.back_off()
                 continue
             state.scores.extend(scores.tolist())
             state.seconds = time.perf_counter() - started
@@ -164,9 +176,11 @@ class BatchSizer:
         budget = TOKENS_PER_FORWARD.get(lm.device.type, TOKENS_PER_FORWARD["cpu"])
         self.size = config.batch_size or max(1, budget // row_length)
 
-    def back_off(self, error: Exception) -> None:
-        """Halve the batch after an out-of-memory error; any other error, or one at size 1, is raised again."""
-        if self.size == 1 or not should_reduce_batch_size(error):
-            raise error
+    def can_back_off(self, error: Exception) -> bool:
+        """Whether memory ran out and a smaller batch is left to try."""
+        return self.size > 1 and bool(should_reduce_batch_size(error))
+
+    def back_off(self) -> None:
+        """Halve the batch and give memory back."""
         clear_device_cache(garbage_collection=True)
         self.size //= 2

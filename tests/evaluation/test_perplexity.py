@@ -12,7 +12,7 @@ from conftest import FAMILIES
 from torch import Tensor
 
 from cushion.config import EvalConfig
-from cushion.errors import ConfigError
+from cushion.errors import ConfigError, NotFiniteError
 from cushion.evaluation import perplexity as module
 from cushion.evaluation.perplexity import BlockLoss, block_losses, check_evaluation, perplexity
 from cushion.models import LanguageModel
@@ -91,7 +91,12 @@ def test_start_leaves_out_the_batches_that_are_done(tiny: Tiny, start: int) -> N
 
 def test_mean_is_over_tokens_and_not_over_batches() -> None:
     assert perplexity([BlockLoss(30.0, 10), BlockLoss(1.0, 1)]) == pytest.approx(math.exp(31 / 11))
-    assert math.isfinite(perplexity([BlockLoss(1e9, 10)]))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e9])
+def test_perplexity_that_is_no_finite_number_is_an_error(loss: float) -> None:
+    with pytest.raises(NotFiniteError, match=r"mean loss is .* nats per token.*model\.dtype"):
+        perplexity([BlockLoss(1.0, 10), BlockLoss(loss, 10)])
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""Where text comes from: named sets from the hub or a folder, the embedded text, and the user's own files."""
+
+from __future__ import annotations
+
+import bz2
+import importlib.metadata
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from cushion.config import CorpusConfig, DataConfig, PathsConfig
+from cushion.errors import DataError
+
+HUB_DOCUMENTS = 4000
+"""How many documents are read from the head of a hub split that is too large to read whole (C4)."""
+
+_EMBEDDED_PACKAGE, _EMBEDDED_VERSION = "gensim", "4.4.0"
+_EMBEDDED_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n?$")
+
+
+def local_files(config: DataConfig, paths: PathsConfig) -> list[Path]:
+    """The files that the four corpora are read from, where they are files of the user's and not sets from elsewhere."""
+    origins = {locate(corpus, paths)[0] for corpus in config.purposes().values()}
+    return [Path(origin) for origin in sorted(origins) if Path(origin).is_absolute()]
+
+
+def locate(corpus: CorpusConfig, paths: PathsConfig) -> tuple[str, Callable[[], Iterable[str]]]:
+    """A name that is the same for the same text, and a function that reads it."""
+    if corpus.source == "embedded":
+        return f"{_EMBEDDED_PACKAGE}:{_EMBEDDED_FILE}", _read_embedded
+    if corpus.source == "file":
+        path = Path(corpus.path or "").expanduser()
+        return str(path.resolve()), lambda: _read_file(path, corpus.text_field)
+    if paths.data_dir is not None:
+        root = Path(paths.data_dir).expanduser()
+        if not root.is_dir():
+            raise DataError(f"paths.data_dir={paths.data_dir!r} is not a folder: check the path")
+        if corpus.source == "c4":
+            path = root / "c4" / "c4.utf8"
+            return str(path.resolve()), lambda: _read_file(path, corpus.text_field, one_per_line=True)
+        names = {"train": "train.head.rows.jsonl", "test": "test.rows.jsonl", "validation": "validation.rows.jsonl"}
+        path = root / "wikitext2_raw" / names[corpus.split]
+        return str(path.resolve()), lambda: _wikitext_articles(_read_file(path, "text"))
+    if corpus.source == "c4":
+        return f"hub:allenai/c4/en/{corpus.split}", lambda: _read_hub("allenai/c4", "en", corpus.split, HUB_DOCUMENTS)
+    name, subset = "Salesforce/wikitext", "wikitext-2-raw-v1"
+    return f"hub:{name}/{subset}/{corpus.split}", lambda: _wikitext_articles(
+        _read_hub(name, subset, corpus.split, None)
+    )
+
+
+def _read_file(path: Path, text_field: str, one_per_line: bool = False) -> Iterator[str]:
+    """Documents of a file: of `.jsonl` one record a line, of plain text what blank lines separate, else every line."""
+    if not path.is_file():
+        raise DataError(f"no data file {path}: check the path")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                text = record[text_field]
+            except (json.JSONDecodeError, TypeError) as error:
+                raise DataError(f"{path} line {number} is not a JSON record: {error}") from error
+            except KeyError as error:
+                raise DataError(f"{path} line {number} has no field {text_field!r}, only {sorted(record)}") from error
+            if not isinstance(text, str):
+                raise DataError(f"{path} line {number}: the field {text_field!r} is no text but {type(text).__name__}")
+            yield text
+        return
+    paragraphs = [] if one_per_line else re.split(r"\n\s*\n", "\n".join(lines).strip())
+    yield from paragraphs if len(paragraphs) > 1 else lines
+
+
+def _wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
+    """Rows of WikiText joined to articles, such that joining the articles with blank lines joins all rows so."""
+    article: list[str] = []
+    for row in rows:
+        if _WIKITEXT_TITLE.match(row) and any(line.strip() for line in article):
+            yield "\n\n".join(article)
+            article = []
+        article.append(row)
+    if article:
+        yield "\n\n".join(article)
+
+
+def _read_hub(name: str, subset: str, split: str, limit: int | None) -> Iterator[str]:
+    import datasets  # slow to import, and not needed for local text
+
+    try:
+        rows = datasets.load_dataset(name, subset, split=split, streaming=limit is not None)
+        for row in rows if limit is None else islice(rows, limit):
+            yield row["text"]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"the set {name} ({subset}, {split}) cannot be read from the hub: {reason} -- "
+            "check the network, or set paths.data_dir to a folder that holds it"
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _read_embedded() -> list[str]:
+    """English Wikipedia articles (CC BY-SA) out of gensim's test data, with the wiki markup taken out.
+
+    Kept for the next run of a sweep: taking the markup out needs some seconds.
+    """
+    hint = f"pip install {_EMBEDDED_PACKAGE}=={_EMBEDDED_VERSION}"
+    try:
+        files = importlib.metadata.files(_EMBEDDED_PACKAGE) or []
+        from gensim.corpora.wikicorpus import filter_wiki
+    except ImportError as error:  # PackageNotFoundError is an ImportError
+        raise DataError(f"source=embedded needs the text in the PyPI package {_EMBEDDED_PACKAGE}: {hint}") from error
+    path = next((Path(str(f.locate())) for f in files if f.name == _EMBEDDED_FILE), None)
+    if path is None or not path.is_file():
+        raise DataError(f"the installed {_EMBEDDED_PACKAGE} does not carry {_EMBEDDED_FILE}: {hint}")
+    pages = ElementTree.fromstring(bz2.decompress(path.read_bytes())).findall("{*}page")
+    markups = [page.findtext("{*}revision/{*}text") or "" for page in pages]
+    return [_plain_text(filter_wiki(text)) for text in markups if not text.lstrip().lower().startswith("#redirect")]
+
+
+def _plain_text(filtered: str) -> str:
+    """What `filter_wiki` leaves of the markup taken out too: quotes for bold, headings, list marks, empty brackets."""
+    text = re.sub(r"'{2,}", "", filtered)
+    text = re.sub(r"\(\s*[;,\s]*\)", "", text)
+    text = re.sub(r"^[*#:;]+\s*", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\s*=+\s*(.*?)\s*=+\s*$", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"[ \t]+", " ", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
