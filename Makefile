@@ -27,7 +27,7 @@ clean:  ## remove the environment and all results
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Cushion needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c requirements/constraints.txt -e ".[embedded,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/embedded.txt
 	touch $(STAMP)
