@@ -43,7 +43,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
     elif tuning.gradient == "straight_through":
         found.append(
-            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect"
+            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
     if quantizer.weights.granularity != "per_group":
         changed("quantizer.weights", quantizer.weights, ("group_size",),

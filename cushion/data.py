@@ -116,8 +116,8 @@ def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str]
     """The corpora of the purposes that a run needs, disjoint by document.
 
     Args:
-        needed: purposes to read; None for all four. What the others are configured to use is left to them, so a
-            purpose gets the same share whatever else a run needs, but nothing is read for them.
+        needed: purposes to read; None for all four. No source is read for the others alone, but within a source that
+            is read they keep their share, so that a purpose's share does not move with what else a run needs.
 
     Raises:
         DataError: a source is missing or damaged (the file and line are named), or nothing is left for a purpose.
@@ -128,19 +128,22 @@ def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str]
         purpose: (located[purpose][0], corpus.text_field if located[purpose][0].endswith(".jsonl") else "")
         for purpose, corpus in purposes.items()
     }
+    wanted = {pool_of[purpose] for purpose in purposes if needed is None or purpose in needed}
     pools: dict[tuple[str, str], list[str]] = {}
     claimed: set[bytes] = set()
     corpora = {}
     for purpose, corpus in purposes.items():
-        if needed is not None and purpose not in needed:
-            continue
         pool = pool_of[purpose]
+        if pool not in wanted:
+            continue
         if pool not in pools:
             pools[pool] = [document for document in located[purpose][1]() if document.strip()]
         sharing = [p for p in purposes if pool_of[p] == pool]
         share = list(_share(pools[pool], sharing, purpose))
         documents = [document for document in share if _hash(document) not in claimed]
         claimed.update(_hash(document) for document in documents)
+        if needed is not None and purpose not in needed:
+            continue
         if not documents:
             raise DataError(
                 f"data.{purpose} ({pool[0]}) has no document left for it: the source has {len(pools[pool])} documents, "

@@ -111,11 +111,13 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
                 f"{longest + search.text_length} positions, but {lm.label} has {lm.context_length}: shorten one"
             )
     check_evaluation(lm, config.eval, longest)
-    for key, used, length in (
-        ("tuning.sequence_length", config.tuning.method != "none", config.tuning.sequence_length),
-        ("quantizer.calibration.length", config.quantizer.needs_calibration, config.quantizer.calibration.length),
+    quantizer, tuning = config.quantizer, config.tuning
+    with_bos = int(config.eval.bos == "block")
+    for key, used, length, extra in (
+        ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length, 0),
+        ("quantizer.calibration.length", quantizer.needs_calibration, quantizer.calibration.length, with_bos),
     ):
-        if used and lm.context_length is not None and longest + length > lm.context_length:
+        if used and lm.context_length is not None and longest + length + extra > lm.context_length:
             raise ConfigError(
                 f"{key}={length} and a prefix of up to {longest} tokens do not fit the {lm.context_length} positions "
                 f"of {lm.label}: shorten the texts or the prefix"

@@ -208,7 +208,8 @@ class Steps:
 
         folder, _ = self._store.get_or_make("tuning", depends_on, make)
         with _damaged(folder):
-            record = read_json(folder / "tuning.json")
+            stored = read_json(folder / "tuning.json")
+            record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
             tuned = replace(Prefix.load(folder / "prefix"), metadata={**found.metadata, "tuning": config.name})
             self._log_series("tuning", record["steps"])
             return Tuned(tuned, record, float(record["seconds"]))

@@ -85,7 +85,6 @@ class WandbTracker:
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
-        os.environ.setdefault("WANDB_SILENT", "true")
         self._run = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
@@ -97,7 +96,7 @@ class WandbTracker:
             dir=str(event.folder),
             tags=self._config.tags or None,
             config=event.config,
-            settings=wandb.Settings(console="off", init_timeout=30, finish_timeout=FINISH_TIMEOUT),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT),
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
         write_json(self._place, {"location": self.location})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -10,7 +11,7 @@ import torch
 from conftest import FAMILIES
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges, MagnitudeStatistics, observe_inputs, observe_outputs
+from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs, observe_outputs
 from cushion.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -196,3 +197,24 @@ def test_channel_ranges_do_not_hide_what_is_not_finite(bad: float, first: bool) 
     finite = torch.isfinite(low) & torch.isfinite(high)
     assert finite.tolist() == [True, True, False, True]
     assert low.isnan()[2] == high.isnan()[2] == (bad != bad)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_the_largest_magnitude_is_not_finite_where_one_layer_is_not(layer: int, fault: float) -> None:
+    statistics = MagnitudeStatistics()
+    for index in range(3):
+        values = draw(2, 5, 8, seed=index)
+        assert statistics(str(index), values) is None
+        if index == layer:
+            values[1, 2, 3] = fault
+            statistics(str(index), values)
+    curve = statistics.curve()
+    assert [math.isfinite(value) for value in curve.maximum] == [index != layer for index in range(3)]
+    assert math.isnan(curve.largest) if math.isnan(fault) else curve.largest == math.inf
+
+
+def test_the_largest_magnitude_is_that_of_any_layer() -> None:
+    maximum = [1.5, 4.25, 3.0]
+    assert MagnitudeCurve([0.0], [0.0], [0.0], [0.0], [0.0], maximum).largest == max(maximum)
+    assert math.isnan(MagnitudeCurve([0.0], [0.0], [0.0], [0.0], [0.0], [*maximum, math.nan]).largest)

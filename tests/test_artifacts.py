@@ -191,6 +191,16 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) ->
     assert names(tmp_path) == ["a.json"]
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_no_json(tmp_path: Path, number: float) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"deep": [1.0, {"down": number}]})
+    assert read_json(path) == {"old": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"])
 def test_damaged_json_is_named_with_the_way_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)

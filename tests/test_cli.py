@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from tiny_run import overflow_in_half_precision, saved_model
+from transformers import LlamaForCausalLM
 
-from cushion import cli
+from cushion import cli, preparation
 from cushion.results import FILE_NAME
 
 SMALL = ["tracking=none", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
@@ -261,3 +264,50 @@ def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
     assert {result["config"]["eval"]["blocks"]: result["status"] for result in results} == {
         100000: "failed", 2: "completed",
     }  # fmt: skip
+
+
+def living_models() -> int:
+    """How many models are in memory, without collecting anything first."""
+    return sum(type(thing) is LlamaForCausalLM for thing in gc.get_objects())
+
+
+FAILURES = {
+    "text too short": ["eval.blocks=100000,100001,100002"],
+    "overflow": ["model.path=../overflowing", "model.dtype=float16", "seed=0,1,2"],
+    "bug": ["seed=0,1,2"],
+}
+"""Sweeps of three jobs that fail after their model is loaded: in the preparation, in a step, by a bug in a step."""
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
+    cushion: Callable[..., Outcome],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: str,
+) -> None:
+    saved_model(tmp_path / "overflowing", overflow_in_half_precision)
+    load, living = preparation.load_language_model, []
+
+    def watched(*given: object, **options: object) -> object:
+        living.append(living_models())
+        loaded = load(*given, **options)  # type: ignore[arg-type]
+        assert living_models() == living[-1] + 1
+        return loaded
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(preparation, "load_language_model", watched)
+    if failure == "bug":
+        monkeypatch.setattr("cushion.steps.perplexity", broken)
+    replaced = {override.split("=")[0] for override in FAILURES[failure]}
+    gc.collect()
+    before = living_models()
+    outcome = cushion("-m", *(a for a in arguments if a.split("=")[0] not in replaced), *FAILURES[failure])
+    assert outcome.code == 1
+    expected = {"text too short": "were asked for", "overflow": "model.dtype=bfloat16", "bug": "RuntimeError: a bug"}
+    assert len([line for line in outcome.err.splitlines() if expected[failure] in line]) == 3
+    assert living == [before] * 3, "each job starts with the memory of the one before"
+    assert living_models() == before

@@ -99,6 +99,40 @@ def test_provenance_names_the_source_and_hashes_its_text(tmp_path: Path) -> None
     assert corpus.provenance["sha256"] == hashlib.sha256(text.encode()).hexdigest()
 
 
+# ---- what a run does not need -------------------------------------------------------------------------------------
+
+SUBSETS = [set(chosen) for size in (1, 2, 3) for chosen in combinations(SHARES, size)]
+
+
+@pytest.mark.parametrize("repeats", [False, True], ids=["all different", "with repeats"])
+def test_a_purposes_share_is_the_same_whatever_else_is_needed(tmp_path: Path, repeats: bool) -> None:
+    pool = documents(60)
+    if repeats:  # documents of the first shares occur again in the last one
+        pool = [*pool, pool[0], pool[25], pool[35]]
+    config = file_data(written(tmp_path / "a.txt", pool))
+    everything = load_corpora(config, PathsConfig())
+    for needed in SUBSETS:
+        some = load_corpora(config, PathsConfig(), needed)
+        assert list(some) == [purpose for purpose in everything if purpose in needed]
+        for purpose, corpus in some.items():
+            assert corpus.documents == everything[purpose].documents, (purpose, needed)
+            assert corpus.provenance == everything[purpose].provenance
+
+
+def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
+    """A source that is read here is one that is missed where it is missing."""
+    sources = {purpose: tmp_path / f"{purpose}.txt" for purpose in SHARES}
+    config = four(*(sources[purpose] for purpose in ("evaluation", "calibration", "tuning", "search")))
+    for purpose in SHARES:
+        written(sources[purpose], documents(10, name=purpose))
+        (corpus,) = load_corpora(config, PathsConfig(), {purpose}).values()
+        assert corpus.documents == documents(10, name=purpose)
+        for other in set(SHARES) - {purpose}:
+            with pytest.raises(DataError, match=rf"no data file .*{other}\.txt"):
+                load_corpora(config, PathsConfig(), {purpose, other})
+        sources[purpose].unlink()
+
+
 # ---- blocks and samples -------------------------------------------------------------------------------------------
 
 
@@ -149,6 +183,39 @@ def test_too_many_samples_are_refused_with_how_many_there_are(tiny: Tiny) -> Non
     assert corpus.samples(tiny().encode, 10, 5, seed=0).shape == (5, 10)
     with pytest.raises(DataError, match=r"data\.search \(here\) holds 5 texts of 10 tokens, but 6 were asked for"):
         corpus.samples(tiny().encode, 10, 6, seed=0)
+
+
+def joined_from(texts: list[str], length: int, count: int) -> list[str]:
+    """The last `count` samples where windows do not suffice: short documents in order, joined, and cut."""
+    text = "\n\n".join(text for text in texts if len(text) < length)
+    return [text[start : start + length] for start in range(0, len(text) - length + 1, length)][:count]
+
+
+@pytest.mark.parametrize("length", [16, 20, 33])
+@pytest.mark.parametrize("longs", [0, 1, 4])
+def test_short_documents_are_joined_where_windows_of_long_ones_do_not_suffice(
+    tiny: Tiny, length: int, longs: int
+) -> None:
+    lm, texts = tiny(), documents(14, words=2)
+    for index in range(longs):  # among the short ones, so that joining has to leave them out
+        texts.insert(3 * index + 1, f"long {index} " + "x" * 60)
+    corpus = Corpus("tuning", texts, {"origin": "here"})
+    windows = [text[start : start + length] for text in texts for start in range(0, len(text) - length + 1, length)]
+    joined = joined_from(texts, length, 10**6)
+    assert len(joined) >= 3
+    for extra in (1, 2, len(joined)):
+        samples = [lm.decode(row.tolist()) for row in corpus.samples(lm.encode, length, len(windows) + extra, seed=5)]
+        assert sorted(samples[: len(windows)]) == sorted(windows)
+        assert samples[len(windows) :] == joined[:extra]
+    whole = len(windows) + len(joined)
+    with pytest.raises(DataError, match=rf"holds {whole} texts of {length} tokens, but {whole + 1} were asked for"):
+        corpus.samples(lm.encode, length, whole + 1, seed=5)
+
+
+def test_joined_documents_do_not_depend_on_the_seed(tiny: Tiny) -> None:
+    lm, corpus = tiny(), Corpus("search", documents(12, words=2), {"origin": "here"})
+    first, second = (corpus.samples(lm.encode, 20, 4, seed=seed) for seed in (1, 2))
+    assert torch.equal(first, second)
 
 
 def test_token_counts_count_the_first_documents(tiny: Tiny) -> None:
@@ -222,6 +289,9 @@ def test_a_missing_folder_or_file_of_it_is_named(data_dir: Path) -> None:
     with pytest.raises(DataError, match=r"paths\.data_dir='.*nowhere' is not a folder"):
         load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir / "nowhere")))
     (data_dir / "c4" / "c4.utf8").unlink()
+    assert set(load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir)), {"evaluation", "tuning"})) == {
+        "evaluation", "tuning",
+    }  # fmt: skip
     with pytest.raises(DataError, match=r"no data file .*c4\.utf8"):
         load_corpora(wikitext2(), PathsConfig(data_dir=str(data_dir)))
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import TUNED_ROWS, searching_config, small_config, tuning_config
+from tiny_run import TUNED_ROWS, processes, searching_config, small_config, tuning_config
 
 from cushion import pipeline
 from cushion.config import ActivationConfig, CorpusConfig, QuantizerConfig, RunConfig, SearchConfig, WeightConfig
@@ -167,6 +168,85 @@ def test_another_search_is_computed_anew(text_file: Path, tmp_path: Path, change
     events: list[Event] = []
     pipeline.run(config, [events.append])
     assert "search" in stages(events)
+
+
+# ---- two processes on one run -------------------------------------------------------------------------------------
+
+
+def run_at_once(text: Path, output: Path, barrier: Any, report: Path) -> None:
+    """In a process of its own: run together with another one, and note what was done and what came out."""
+    torch.set_num_threads(1)
+    events: list[Event] = []
+    barrier.wait(120)
+    result = pipeline.run(tuning_config(text, output), [events.append])
+    done = [f"{event.stage}: {event.done}" for event in events if isinstance(event, Progress)]
+    report.write_text(json.dumps({"done": done, "result": asdict(result)}))
+
+
+def test_two_processes_on_one_run_compute_it_once_and_agree(text_file: Path, tmp_path: Path) -> None:
+    context, output = processes(), tmp_path / "out"
+    barrier = context.Barrier(2)
+    reports = [tmp_path / f"report{index}.json" for index in range(2)]
+    workers = [context.Process(target=run_at_once, args=(text_file, output, barrier, path)) for path in reports]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(200)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    first, second = (json.loads(path.read_text()) for path in reports)
+    assert first["result"] == second["result"]
+    assert sorted(map(bool, (first["done"], second["done"]))) == [False, True], "one did it, the other took it over"
+    (path,) = output.rglob(FILE_NAME)
+    assert asdict(RunResult.read(path)) == first["result"]
+    assert first["result"]["status"] == "completed"
+
+
+def run_slowly(text: Path, output: Path, started: Any) -> None:
+    """In a process of its own: tell when the run is under way, and let others come before it goes on."""
+    torch.set_num_threads(1)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            started.set()
+            time.sleep(1)
+
+    pipeline.run(small_config(text, output), [listen])
+
+
+def test_a_second_process_that_would_fail_does_not_overwrite_a_completed_result(
+    text_file: Path, tmp_path: Path
+) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    path = pipeline.run_folder(config) / FILE_NAME
+    started = processes().Event()
+    worker = processes().Process(target=run_slowly, args=(text_file, tmp_path / "out", started))
+    worker.start()
+    assert started.wait(120)
+    assert not path.exists()
+
+    def fail(_event: Event) -> None:
+        worker.join(120)
+        raise RuntimeError("too late")
+
+    result = pipeline.run(config, [fail])  # waits for the first, and has nothing left to do
+    worker.join(120)
+    assert worker.exitcode == 0
+    assert result.status == "completed"
+    assert RunResult.read(path) == result
+
+
+def test_a_listener_that_fails_at_the_end_leaves_the_result_completed(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+
+    def fail(event: Event) -> None:
+        if isinstance(event, RunFinished):
+            raise RuntimeError("after the work")
+
+    with pytest.raises(RuntimeError, match="after the work"):
+        pipeline.run(config, [fail])
+    path = pipeline.run_folder(config) / FILE_NAME
+    assert RunResult.read(path).status == "completed"
+    assert pipeline.run(config, [fail]) == RunResult.read(path)
 
 
 # ---- failed runs --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cushion import tuning as tuning_module
 from cushion.config import ActivationConfig, QuantizerConfig, SearchConfig, TuningConfig, WeightConfig
 from cushion.errors import TuningError
 from cushion.models import LanguageModel
@@ -356,3 +357,69 @@ def test_batches_pass_over_all_sequences_in_seeded_order(sequences: int) -> None
     assert drawn[:2] == batch_indices(config, sequences, 0, seed=3).tolist()
     other = torch.cat([batch_indices(config, sequences, step, seed=4) for step in range(sequences)]).tolist()
     assert drawn != other
+
+
+# ---- numbers that are not finite, and half precision ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_held_out_loss_that_is_not_finite_keeps_the_last_good_prefix(tiny: Tiny, step: int) -> None:
+    """The texts of the failing step are well; what it leaves behind is not, and only the held-out texts show it."""
+    lm = tiny()
+    found = Prefix.from_tokens(lm.model, TOKENS)
+    rates = {"learning_rate": 3e37, "warmup_steps": 0} if step == 0 else {"learning_rate": 1e-2, "warmup_steps": 0}
+    config = settings(**rates, evaluate_every=1, steps=4)
+    states = tuning(lm, config, found=found)
+    state = None
+    if step:
+        state = next(states)
+        kept = Prefix(state.best.token_ids, state.best.keys, state.best.values, tuned=state.best.tuned)
+        states.close()
+        states = tuning(lm, settings(learning_rate=3e37, warmup_steps=0, evaluate_every=1, steps=4), state, found=found)
+    with pytest.raises(TuningError, match=rf"stopped at step {step}: the held-out loss is (nan|inf); lower tuning\."):
+        list(states)
+    if state is not None:
+        assert len(state.steps) == step
+        assert math.isfinite(state.best_loss) and same(state.best, kept)
+    assert not any(p.requires_grad for p in lm.model.parameters())
+
+
+def half_precision(lm: LanguageModel, dtype: torch.dtype, shrink: float) -> LanguageModel:
+    """The model in a dtype, with the gradients of everything before lm_head made smaller by `shrink`."""
+    lm.model.get_output_embeddings().weight.mul_(shrink)
+    lm.model.to(dtype)
+    return lm
+
+
+@pytest.mark.parametrize("scaling", [1.0, 2.0**4, 2.0**10])
+def test_scaled_loss_gives_the_gradients_of_the_plain_one(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, scaling: float
+) -> None:
+    monkeypatch.setattr(tuning_module, "HALF_PRECISION_SCALING", scaling)
+    config = settings(steps=3, prediction_model="full_precision", lambda_q=0.0, gradient_clip=None)
+    full = last(tuning(half_precision(tiny(), torch.float32, 1.0), config))
+    half = last(tuning(half_precision(tiny(), torch.float16, 1.0), config))
+    for one, other in zip(full.steps, half.steps, strict=True):
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=0.02)
+        assert other.loss == pytest.approx(one.loss, rel=0.01)
+
+
+def test_scaling_keeps_gradients_that_half_precision_would_lose(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(steps=1, prediction_model="full_precision", lambda_q=0.0, gradient_clip=None)
+    expected = last(tuning(half_precision(tiny(), torch.float32, 2e-3), config)).steps[0].gradient_norm
+    scaled = last(tuning(half_precision(tiny(), torch.float16, 2e-3), config)).steps[0].gradient_norm
+    assert scaled == pytest.approx(expected, rel=0.05)
+    monkeypatch.setattr(tuning_module, "HALF_PRECISION_SCALING", 1.0)
+    unscaled = last(tuning(half_precision(tiny(), torch.float16, 2e-3), config)).steps[0].gradient_norm
+    assert abs(unscaled - expected) > 2 * abs(scaled - expected)
+
+
+def test_a_clipped_step_is_clipped_after_the_scaling_is_taken_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = half_precision(tiny(), torch.float16, 1.0)
+    config = settings(steps=2, prediction_model="full_precision", lambda_q=0.0, gradient_clip=1e3)
+    prefixes = []
+    for scaling in (1.0, 2.0**10):  # with the scaling left in, the second one would be clipped
+        monkeypatch.setattr(tuning_module, "HALF_PRECISION_SCALING", scaling)
+        prefixes.append(last(tuning(lm, config)).optimizer)
+    for key, value in prefixes[0].items():
+        torch.testing.assert_close(prefixes[1][key], value, rtol=0.1, atol=1e-4)

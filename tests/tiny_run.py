@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from cushion.config import (
     CalibrationConfig,
@@ -18,6 +22,7 @@ from cushion.config import (
     SearchConfig,
     TuningConfig,
 )
+from cushion.models import load_language_model
 
 TUNED_ROWS = ["full_precision", "full_precision_tuned", "quantized", "quantized_found", "quantized_tuned"]
 
@@ -77,3 +82,20 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cushion.pipeline"])
     return context
+
+
+def saved_model(folder: Path, change: Callable[[nn.Module], object] = lambda model: None) -> Path:
+    """A tiny llama with changed weights, saved the usual way: for runs that need a model with a planted fault."""
+    lm = load_language_model(ModelConfig(path="tiny:llama"), PathsConfig())
+    with torch.no_grad():
+        change(lm.model)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def overflow_in_half_precision(model: nn.Module) -> None:
+    """Make the first block's output larger than float16 can hold, and no trouble for float32."""
+    for name, factor in (("up_proj", 1e2), ("down_proj", 1e4)):
+        parameters = dict(model.get_submodule(f"model.layers.0.mlp.{name}").named_parameters())
+        parameters["weight"].mul_(factor)

@@ -146,7 +146,7 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
             f"model.device_map={config.device_map!r} spreads {config.label} over {sorted(devices)}, which is not "
             "supported yet: choose a device that holds the whole model, or a smaller model or dtype"
         )
-    if config.device_map is None:
+    if config.device_map is None or scheme == "tiny":
         cast(Any, model).to(device)
     model.eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))

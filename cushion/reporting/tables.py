@@ -13,10 +13,7 @@ def comparison_table(result: dict[str, Any]) -> str:
     lines = [
         [
             row["label"],
-            *(
-                f"{row['perplexity'][corpus]:{'.2f' if row['perplexity'][corpus] < 1e5 else '.3g'}}"
-                for corpus in corpora
-            ),
+            *(_number(row["perplexity"][corpus]) for corpus in corpora),
             f"{row['largest_activation']:.1f}",
             f"{row['quantization_error']:.3g}",
             f"{row['seconds']:.0f}",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ class SearchState:
     token_ids: list[int]
     steps: list[SearchStep] = field(default_factory=list)
     objective_before: float | None = None
-    scores: list[float] = field(default_factory=list)
-    """Objectives of the first `len(scores)` candidates of the step under way."""
+    scores: list[float | None] = field(default_factory=list)
+    """Objectives of the first `len(scores)` candidates of the step under way; None where one is not finite."""
     seconds: float = 0.0
     """Time spent so far on the step under way."""
     finished: bool = False
@@ -67,7 +67,10 @@ class SearchState:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SearchState:
-        """The state that `to_dict` described."""
+        """The state that `to_dict` described; a `KeyError` when a field is missing."""
+        missing = {f.name for f in fields(cls)} - set(record)
+        if missing:
+            raise KeyError(*sorted(missing))
         return cls(**{**record, "steps": [SearchStep(**step) for step in record["steps"]]})
 
 
@@ -129,7 +132,7 @@ def greedy_search(
             if scores is None:  # outside of the handler, where nothing of the failed pass is held any more
                 sizer.back_off()
                 continue
-            state.scores.extend(scores.tolist())
+            state.scores.extend(score if math.isfinite(score) else None for score in scores.tolist())
             state.seconds = time.perf_counter() - started
             yield Scored(step, len(state.scores), len(candidates))
         yield _finish_step(lm, config, candidates, text.numel(), state)
@@ -139,8 +142,13 @@ def _finish_step(
     lm: LanguageModel, config: SearchConfig, candidates: list[int], text_length: int, state: SearchState
 ) -> SearchStep:
     assert state.objective_before is not None
-    best = min(range(len(candidates)), key=lambda index: (_finite(state.scores[index]), index))
-    after = state.scores[best]
+    finite = [(score, index) for index, score in enumerate(state.scores) if score is not None]
+    if not finite:
+        raise NotFiniteError(
+            f"no candidate of search step {len(state.steps)} has a finite objective: the activations of {lm.label} "
+            f"overflow {lm.model.dtype}; use model.dtype=bfloat16 or float32"
+        )
+    after, best = min(finite)
     accepted = after <= config.tau * state.objective_before
     record = SearchStep(
         step=len(state.steps),
@@ -162,11 +170,6 @@ def _finish_step(
     elif len(state.token_ids) >= config.max_length:
         state.finished, state.stop_reason = True, "max_length"
     return record
-
-
-def _finite(score: float) -> float:
-    """A score that is not a number ranks last."""
-    return score if score == score else float("inf")
 
 
 class BatchSizer:

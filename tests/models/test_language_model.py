@@ -18,7 +18,7 @@ from transformers import GPT2Config
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from cushion.models import LanguageModel, load_language_model
+from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.models.language_model import _fingerprint
 
 Tiny = Callable[..., LanguageModel]
@@ -176,6 +176,21 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "configuration gone": lambda f: (f / "config.json").unlink(),
     "tokenizer cut": lambda f: (f / "tokenizer.json").write_text("{", encoding="utf-8"),
     "tokenizer gone": lambda f: [file.unlink() for file in f.glob("tokenizer*")],
+    "tokenizer of another format": lambda f: (f / "tokenizer.json").write_text('{"model": 5}', encoding="utf-8"),
+    "tokenizer is a list": lambda f: (f / "tokenizer.json").write_text("[1, 2]", encoding="utf-8"),
+    "tokenizer of an unknown kind": lambda f: (f / "tokenizer.json").write_text(
+        (f / "tokenizer.json").read_text(encoding="utf-8").replace('"BPE"', '"XPE"'), encoding="utf-8"
+    ),
+    "configuration is a list": lambda f: (f / "config.json").write_text("[]", encoding="utf-8"),
+    "size is a text": lambda f: edit_config(f, hidden_size="many"),
+    "size is negative": lambda f: edit_config(f, hidden_size=-32),
+    "size is zero": lambda f: edit_config(f, num_attention_heads=0),
+    "heads do not divide": lambda f: edit_config(f, num_attention_heads=5),
+    "another size": lambda f: edit_config(f, intermediate_size=48),
+    "activation nobody knows": lambda f: edit_config(f, hidden_act="sily"),
+    "context is a text": lambda f: edit_config(f, max_position_embeddings="long"),
+    "dtype nobody knows": lambda f: edit_config(f, dtype="float12"),
+    "more layers than weights": lambda f: edit_config(f, num_hidden_layers=5),
 }
 
 
@@ -185,6 +200,25 @@ def test_damaged_folder_is_refused_in_one_sentence(folder: Path, damage: str) ->
     with pytest.raises(ModelNotFoundError, match=r"model.path='.*saved-llama' cannot be loaded") as caught:
         load(folder)
     assert_one_sentence(caught.value, folder)
+
+
+def test_quantized_checkpoint_is_refused_before_weights_are_read(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128})
+    (folder / "model.safetensors").unlink()
+    for use in (check_model, lambda config: load_language_model(config, PathsConfig())):
+        with pytest.raises(UnsupportedModelError, match="holds weights that are quantized already") as caught:
+            use(ModelConfig(path=str(folder)))
+        assert_one_sentence(caught.value, folder)
+
+
+def test_check_reads_no_weights_and_accepts_what_can_be_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    check_model(ModelConfig(path=str(folder)))
+    with pytest.raises(ModelNotFoundError, match="is not a folder: check the path"):
+        check_model(ModelConfig(path=str(folder / "nowhere")))
+    edit_config(folder, model_type="gpt2")
+    with pytest.raises(UnsupportedModelError, match="architecture 'gpt2'"):
+        check_model(ModelConfig(path=str(folder)))
 
 
 class Malicious:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -392,3 +393,26 @@ def test_smoothing_refuses_a_model_whose_norms_feed_more_than_the_linears(
     ranges = calibrated(lm, texts)
     with pytest.raises(CushionError, match=attribute), quantized(lm, smoothing_only(0.8), ranges):
         pass
+
+
+@pytest.mark.parametrize("use", [check_quantizer, lambda lm, config: quantized(lm, config).__enter__()])
+def test_a_model_without_linears_is_refused(tiny: Tiny, use: Callable[..., object]) -> None:
+    lm = tiny()
+    lm.model.add_module("norms_only", nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32)]))
+    lm.architecture = replace(lm.architecture, blocks="norms_only")
+    for config in (quantizer(), quantizer(weights=WeightConfig(bits=None)), quantizer(**DYNAMIC)):
+        with pytest.raises(ConfigError, match=r"quantizer=under_test finds no linear layer .* of tiny_llama"):
+            use(lm, config)
+    check_quantizer(lm, QUANTIZERS["none"])  # nothing to quantize is nothing to miss
+
+
+@pytest.mark.parametrize("use", [check_quantizer, lambda lm, config: quantized(lm, config).__enter__()])
+def test_smoothing_without_pairs_of_norms_and_linears_is_refused(tiny: Tiny, use: Callable[..., object]) -> None:
+    lm = tiny()
+    lm.architecture = replace(lm.architecture, smoothing=())
+    for config in (smoothing_only(0.5), QUANTIZERS["smoothed_static"]):
+        with pytest.raises(ConfigError, match=r"quantizer\.smoothing_alpha=.* nothing to smooth in tiny_llama.*=null"):
+            use(lm, config)
+    check_quantizer(lm, quantizer())
+    with quantized(lm, QUANTIZERS["per_tensor"]):
+        assert any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules())

@@ -1,0 +1,143 @@
+"""The documentation says what the code does: its Python runs, its keys, defaults and floors are the real ones."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cushion.config import CorpusConfig, RunConfig
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cushion"
+PURPOSE = "<purpose>"
+"""How docs/config.md writes the four purposes of `data` at once."""
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def python_fences(name: str) -> list[str]:
+    return [body for language, body in FENCE.findall(page(name)) if language == "python"]
+
+
+def keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a configuration by its dotted name, with its default; the purposes of `data` as one."""
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if isinstance(value, CorpusConfig):
+            name = f"data.{PURPOSE}"
+        if dataclasses.is_dataclass(value):
+            yield from keys(value, f"{name}.")
+        else:
+            yield name, value
+
+
+DEFAULTS = dict(keys(RunConfig()))
+GROUPS = {name.partition(".")[0] for name in DEFAULTS if "." in name}
+PARTS = {name[: match.start()] for name in DEFAULTS for match in re.finditer(r"\.", name)} - GROUPS
+"""What stands between a group and its keys, like `quantizer.weights`."""
+
+
+def documented_keys() -> dict[str, str]:
+    """The keys that the tables of docs/config.md have a row for, with the cell of the column `default`."""
+    found = {}
+    group, default_column = "", -1
+    for line in page("docs/config.md").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("## "):
+            named = re.fullmatch(r"## `(\w+)`", line)
+            group, default_column = f"{named[1]}." if named else "", -1
+        elif line.startswith("| key | "):
+            default_column = cells.index("default")
+        elif not line.startswith("|"):
+            default_column = -1
+        elif default_column >= 0 and (key := re.match(r"\| `([\w.<>]+)` \|", line)):
+            found[group + key[1]] = cells[default_column]
+    return found
+
+
+def test_the_snippets_of_the_python_page_run(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(text_file.parent)
+    names: dict[str, Any] = {"__name__": "docs"}
+    fences = python_fences("docs/python.md")
+    for number, fence in enumerate(fences, start=1):
+        exec(compile(fence, f"docs/python.md, snippet {number}", "exec"), names)
+    assert len(fences) > 5
+    assert (names["folder"] / "figures" / "activation_curves.png").is_file()
+    assert Path("results/cache").is_dir()  # the page says so of `paths.cache`
+    assert names["result"].rows[-1].label in capsys.readouterr().out
+    monkeypatch.chdir(names["folder"])  # the page on results draws the same figure from the file alone
+    for fence in python_fences("docs/results.md"):
+        exec(compile(fence, "docs/results.md", "exec"), names)
+    assert Path("curves.png").read_bytes() == Path("figures/activation_curves.png").read_bytes()
+
+
+def test_every_key_has_a_row_in_the_configuration_page() -> None:
+    undescribed = {name for name in DEFAULTS if not name.endswith(".name")}
+    assert {name for name in GROUPS if f"{name}.name" in DEFAULTS} == GROUPS - {"model", "paths"}
+    assert "Every group but `model` has a key `name`" in page("docs/config.md")
+    assert undescribed - set(documented_keys()) == set()
+    assert set(documented_keys()) - set(DEFAULTS) == set()
+
+
+def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> None:
+    for name, cell in documented_keys().items():
+        default, written = DEFAULTS[name], cell.partition(":")[0] if cell.startswith("null:") else cell.strip("`")
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert float(written) == default, name
+        elif isinstance(default, list):
+            assert written == f"[{', '.join(default)}]", name
+        else:
+            assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
+
+
+@pytest.mark.parametrize("name", ["docs/config.md", "docs/data.md", "docs/method.md", "docs/results.md", "README.md"])
+def test_no_page_names_a_key_that_there_is_not(name: str) -> None:
+    text = page(name)
+    code = [body for language, body in FENCE.findall(text) if language != "python"]
+    code += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    pattern = rf"(?<![\w./-])((?:{'|'.join(GROUPS)})(?:\.(?:\w+|{PURPOSE}|\*))+)"
+    mentioned = {key for piece in code for key in re.findall(pattern, piece)}
+    known = set(DEFAULTS) | PARTS | {f"{part}.*" for part in PARTS | GROUPS}
+    for purpose in ("evaluation", "calibration", "tuning", "search"):
+        known |= {key.replace(PURPOSE, purpose) for key in known}
+    files = {key for key in mentioned if key.endswith((".json", ".md", ".py", ".yaml"))}
+    assert mentioned, "the pattern finds no key at all"
+    assert mentioned - files - known == set()
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of Cushion that a module imports, as CONTRIBUTING.md writes them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "cushion":
+            folder = (node.module or "").replace(".", "/").removeprefix("cushion").removeprefix("/")
+            inside = [f"{folder}/{alias.name}".removeprefix("/") for alias in node.names]
+            found |= {name if (PACKAGE / f"{name}.py").is_file() else folder for name in inside}
+    return found
+
+
+def test_the_floors_in_the_contributors_page_are_those_of_the_imports() -> None:
+    floors, allowed = {}, {}
+    for floor, modules, imported in re.findall(
+        r"^\| (\d) \| (`.*?) \| (.*) \|$", page("CONTRIBUTING.md"), re.MULTILINE
+    ):
+        for module in re.findall(r"`([\w/]+)`", modules):
+            floors[module], allowed[module] = int(floor), set(re.findall(r"`([\w/]+)`", imported))
+    files = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in PACKAGE.rglob("*.py")}
+    modules = {name: path for name, path in files.items() if not name.endswith("__init__")}
+    assert set(floors) - {"models"} == set(modules)
+    for module, path in modules.items():
+        assert imports(path) == allowed[module], module
+        assert all(floors[other] < floors[module] for other in imports(path)), module

@@ -1,0 +1,81 @@
+"""The wheel: it carries every configuration file, no tests, and its command finds them from any folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built without a network and without touching the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_the_wheel_carries_every_configuration_file_as_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        carried = {name: archive.read(name) for name in archive.namelist() if name.startswith("cushion/conf/")}
+    files = [path for path in (ROOT / "conf").rglob("*") if path.is_file()]
+    assert carried == {
+        f"cushion/conf/{path.relative_to(ROOT / 'conf').as_posix()}": path.read_bytes() for path in files
+    }
+    assert "cushion/conf/config.yaml" in carried
+
+
+def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cushion").rglob("*.py")}
+    assert modules <= names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cushion"}
+    assert not [name for name in names if "test" in name]
+    inside = {name for name in names if name.startswith("cushion/") and not name.startswith("cushion/conf/")}
+    assert inside == modules
+    assert [name for name in names if name.endswith("/licenses/LICENSE")]
+    assert [name for name in names if name.endswith("/entry_points.txt")]
+
+
+def in_unpacked(unpacked: Path, folder: Path, code: str, *arguments: str) -> str:
+    """Standard output of a program that sees the unpacked wheel, in a folder that has nothing to do with it."""
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_of_the_wheel_uses_the_configuration_inside_it(unpacked: Path, tmp_path: Path) -> None:
+    code = "from cushion import cli; print(cli.__file__); print(cli.config_folder())"
+    module, configuration = in_unpacked(unpacked, tmp_path, code).splitlines()
+    assert Path(module) == unpacked / "cushion" / "cli.py"
+    assert Path(configuration) == unpacked / "cushion" / "conf"
+
+    chosen = unpacked / "cushion" / "conf" / "eval" / "short.yaml"
+    chosen.write_text(chosen.read_text().replace("block_length: 512", "block_length: 37"))
+    start = "from cushion.cli import main; main()"
+    composed = in_unpacked(unpacked, tmp_path, start, "--cfg", "job", "model=tiny", "quantizer=smoothquant_o1")
+    assert "block_length: 37" in composed  # only the copy inside the wheel says so
+    assert "path: tiny:llama" in composed
+    assert "name: smoothquant_o1" in composed
+    assert not (tmp_path / "outputs").exists()
