@@ -75,7 +75,7 @@ class ModelConfig:
     @property
     def label(self) -> str:
         """A short name that is safe as a folder name: the last part of `path`."""
-        last = self.path.rstrip("/").replace("\\", "/").split("/")[-1]
+        last = self.path.removeprefix("embedded:").rstrip("/").replace("\\", "/").split("/")[-1]
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)
 
 

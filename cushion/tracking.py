@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
+from requests.utils import get_netrc_auth
+
 from cushion.artifacts import write_json
 from cushion.config import TrackingConfig
 from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
@@ -154,9 +156,9 @@ def choose_mode(reachable: Callable[[str, int], bool] | None = None) -> str:
         return chosen
     import wandb
 
-    settings = wandb.Settings()
-    base = urlparse(os.environ.get("WANDB_BASE_URL") or settings.base_url)
-    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    base = urlparse(address)
+    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(address)  # where `wandb login` keeps it
     port = base.port or (443 if base.scheme == "https" else 80)
     return "online" if key and (reachable or _reachable)(base.hostname or "", port) else "offline"
 
