@@ -55,6 +55,23 @@ def read_json(path: Path) -> Any:
         raise ArtifactError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again") from error
 
 
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    Call it with a lock on `target`: what an earlier process left behind when it was killed is removed.
+    """
+    for left_over in target.parent.glob(f".{target.name}-*"):
+        shutil.rmtree(left_over)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 class Checkpoint:
     """The state of a step under way: JSON and optionally tensors, replaced atomically, at most every few seconds."""
 
@@ -132,25 +149,13 @@ class ArtifactStore:
         folder = self.folder(step, depends_on)
         if folder.is_dir():
             return folder, True
-        with self._locked(folder):
-            if folder.is_dir():  # another process made it while this one waited
-                return folder, True
-            for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a process that was killed
-                shutil.rmtree(left_over)
-            checkpoint_folder = folder.with_name(folder.name + ".partial")
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-            try:
-                make(Workspace(temporary, Checkpoint(checkpoint_folder / "checkpoint.json")))
-                write_json(temporary / "depends_on.json", {"step": step, **depends_on})
-                temporary.chmod(0o755)
-                temporary.replace(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(checkpoint_folder, ignore_errors=True)
-        return folder, False
-
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
-            yield
+            if folder.is_dir():  # another process made it while this one waited
+                return folder, True
+            checkpoint_folder = folder.with_name(folder.name + ".partial")
+            with whole_folder(folder) as temporary:
+                make(Workspace(temporary, Checkpoint(checkpoint_folder / "checkpoint.json")))
+                write_json(temporary / "depends_on.json", {"step": step, **depends_on})
+            shutil.rmtree(checkpoint_folder, ignore_errors=True)
+        return folder, False

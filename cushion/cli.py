@@ -78,8 +78,9 @@ def execute(config: RunConfig) -> Path:
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
-    draw_figures(asdict(result), folder)  # a run that was killed between its result and its figures
-    print(comparison_table(asdict(result)))
+    record = asdict(result)
+    draw_figures(record, folder)  # a run that was killed between its result and its figures
+    print(comparison_table(record))
     print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")

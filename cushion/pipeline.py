@@ -255,8 +255,9 @@ class _Run:
         quantizer = None if self.config.quantizer.is_full_precision else self.config.quantizer
         rows: list[tuple[_Stage, QuantizerConfig | None]] = [(final, quantizer)]
         if self.config.eval.controls:
-            full_precision = [none, final] if quantizer is not None else [none, found]
-            rows = [(stage, None) for stage in full_precision] + [(none, quantizer), (found, quantizer), *rows]
+            rows = [(none, quantizer), (found, quantizer), *rows]
+            if quantizer is not None:
+                rows = [(none, None), (final, None), *rows]
         distinct = {(stage.key, quantizer is None): (stage, quantizer) for stage, quantizer in rows}
         return list(distinct.values())
 

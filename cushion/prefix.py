@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from cushion.artifacts import write_json
 from cushion.errors import ArtifactError
 from cushion.hashing import tensor_digest
 
@@ -141,9 +142,7 @@ class Prefix:
         temporary = base.with_name(base.name + ".safetensors.part")
         save_file(tensors, temporary, metadata={"format": FORMAT})
         temporary.replace(base.with_name(base.name + ".safetensors"))
-        temporary = base.with_name(base.name + ".json.part")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(base.with_name(base.name + ".json"))
+        write_json(base.with_name(base.name + ".json"), record)
 
     @classmethod
     def load(cls, path: str | Path) -> Prefix:

@@ -133,9 +133,7 @@ def _draw_texts(lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus]
         calibration = config.quantizer.calibration
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
         if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
-            assert lm.bos_token_id is not None
-            bos = torch.full_like(calibration_texts[:, :1], lm.bos_token_id)
-            calibration_texts = torch.cat([bos, calibration_texts], dim=1)
+            calibration_texts = lm.with_bos(calibration_texts)
     if search.method == "greedy":
         steps = max(1, search.max_length - start_length)
         search_texts = corpora["search"].samples(encode, search.text_length, steps, seed)

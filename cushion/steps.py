@@ -211,8 +211,9 @@ class Steps:
             stored = read_json(folder / "tuning.json")
             record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
             tuned = replace(Prefix.load(folder / "prefix"), metadata={**found.metadata, "tuning": config.name})
-            self._log_series("tuning", record["steps"])
-            return Tuned(tuned, record, float(record["seconds"]))
+            seconds = float(record["seconds"])
+        self._log_series("tuning", record["steps"])
+        return Tuned(tuned, record, seconds)
 
     def calibrate(self, behind: Prefix) -> Calibration:
         """Ranges of every linear's input over the calibration texts behind a prefix."""
@@ -257,9 +258,8 @@ class Steps:
         def make(workspace: Workspace) -> None:
             statistics, errors = MagnitudeStatistics(), []
             error_of = Objective(replace(self._config.search, objective="quantization_error"))
-            blocks = {str(index): block for index, block in enumerate(self._lm.blocks)}
             for done, text in enumerate(texts, start=1):
-                with observe_inputs(blocks, statistics):
+                with observe_inputs(self._lm.named_blocks, statistics):
                     errors.append(error_of(self._lm, behind, text[None], skip=0).item())
                 self._emit(Progress(f"activations, {title}", done, len(texts), "text"))
             curve, error = statistics.curve(), sum(errors) / len(errors)
@@ -272,8 +272,8 @@ class Steps:
             write_json(workspace.folder / "activations.json", record)
 
         folder, _ = self._store.get_or_make("activations", depends_on, make)
-        record = read_json(folder / "activations.json")
         with _damaged(folder):
+            record = read_json(folder / "activations.json")
             return MagnitudeCurve(**record["curve"]), float(record["quantization_error"])
 
     def evaluate(self, behind: Prefix, quantizer: QuantizerConfig | None, label: str) -> tuple[float, float]:
@@ -315,8 +315,8 @@ class Steps:
             write_json(workspace.folder / "perplexity.json", record)
 
         folder, _ = self._store.get_or_make("perplexity", depends_on, make)
-        record = read_json(folder / "perplexity.json")
         with _damaged(folder):
+            record = read_json(folder / "perplexity.json")
             seconds = float(record["seconds"]) + (0.0 if calibrated is None else calibrated.seconds)
             return float(record["perplexity"]), seconds
 

@@ -171,7 +171,7 @@ class TuningLoss:
         if self._config.lambda_q == 0:
             return nullcontext()
         if self._config.error_site == "block_outputs":
-            return observe_outputs({str(i): block for i, block in enumerate(self._lm.blocks)}, observe)
+            return observe_outputs(self._lm.named_blocks, observe)
         modules = {name: self._lm.model.get_submodule(name) for name in self._linear_names}
         return observe_inputs(modules, observe)
 

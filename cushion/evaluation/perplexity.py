@@ -68,10 +68,7 @@ def block_losses(
 
 
 def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalConfig) -> BlockLoss:
-    inputs = batch
-    if config.bos == "block":
-        assert lm.bos_token_id is not None  # see check_evaluation
-        inputs = torch.cat([torch.full_like(batch[:, :1], lm.bos_token_id), batch], dim=1)
+    inputs = lm.with_bos(batch) if config.bos == "block" else batch
     targets = batch if config.predict_first else batch[:, 1:]
     logits = lm.model(input_ids=inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).logits
     logits = logits[:, :-1][:, -targets.shape[1] :]

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cushion.artifacts import whole_folder
 from cushion.errors import ModelNotFoundError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -70,13 +69,6 @@ def _convert(source: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a loaded GGUF model refuses to be saved
     model.load_state_dict(dequantized.state_dict())
     model.tie_weights()
-    for left_over in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
-        shutil.rmtree(left_over)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with whole_folder(target) as temporary:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(folder, gguf_file=file_name).save_pretrained(temporary)
-        temporary.chmod(0o755)
-        temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

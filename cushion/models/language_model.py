@@ -39,6 +39,11 @@ class LanguageModel:
         return blocks
 
     @property
+    def named_blocks(self) -> dict[str, nn.Module]:
+        """The decoder blocks by their number, as the hooks of `cushion.activations` take them."""
+        return dict(self.blocks.named_children())
+
+    @property
     def embeddings(self) -> Tensor:
         """The table of input embeddings, (vocabulary, features)."""
         weight = self.model.get_input_embeddings().weight
@@ -100,6 +105,11 @@ class LanguageModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
         return cast(str, self.tokenizer.decode(list(token_ids)))
+
+    def with_bos(self, tokens: Tensor) -> Tensor:
+        """`tokens`, (texts, tokens), with BOS in front of every text; the caller has checked that there is one."""
+        assert self.bos_token_id is not None
+        return torch.cat([torch.full_like(tokens[:, :1], self.bos_token_id), tokens], dim=1)
 
     def check_token_ids(self, token_ids: list[int], key: str) -> None:
         """Raise `ConfigError` for a token id outside the vocabulary."""

@@ -68,7 +68,6 @@ class Objective:
             else:
                 torch.maximum(total, following.flatten(1).abs().amax(1).double().cpu(), out=total)
 
-        blocks = {str(index): block for index, block in enumerate(lm.blocks)}
-        with observe_outputs(blocks, observe):
+        with observe_outputs(lm.named_blocks, observe):
             lm.body(input_ids, past_key_values=prefix.cache(lm.model, rows), use_cache=True)
         return total
