@@ -72,6 +72,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turn what reading a damaged artifact raises into an `ArtifactError` that says which folder to delete."""
+    try:
+        yield
+    except (ArtifactError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the cached step in {folder} is damaged ({error}): delete that folder") from error
+
+
 class Checkpoint:
     """The state of a step under way: JSON and optionally tensors, replaced atomically, at most every few seconds."""
 

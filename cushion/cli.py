@@ -59,7 +59,7 @@ def execute(config: RunConfig) -> Path:
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
-    from cushion.reporting.tables import comparison_table
+    from cushion.reporting.tables import comparison_table, task_table
     from cushion.results import FILE_NAME
     from cushion.tracking import TRACKING_FILE, WandbTracker
 
@@ -82,10 +82,14 @@ def execute(config: RunConfig) -> Path:
     draw_figures(record, folder)  # a run that was killed between its result and its figures
     print(comparison_table(record))
     print()
+    if tasks := task_table(record):
+        print(tasks)
+        print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
     for figure in figures_of(folder).values():
-        print(f"figure   {figure}")
+        if figure.is_file():
+            print(f"figure   {figure}")
     place = folder / TRACKING_FILE
     print(f"W&B run  {read_json(place)['location'] if place.is_file() else 'none'}")
     print("results")

@@ -22,7 +22,9 @@ LEVELS = ("full", "paper")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
-SEARCH_METHODS = ("none", "tokens", "greedy")
+SEARCH_METHODS = ("none", "tokens", "bos", "newline", "random", "greedy")
+GIVEN_PREFIXES = ("tokens", "bos", "newline", "random")
+"""Search methods that search for nothing: the user's tokens, and the controls every table needs."""
 PROPOSALS = ("exhaustive", "sampled")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
@@ -33,6 +35,7 @@ REDUCTIONS = ("mean", "sum")
 PREDICTION_MODELS = ("quantized", "full_precision")
 SCHEDULES = ("constant", "linear", "cosine")
 BOS_POLICIES = ("none", "block")
+ACCURACIES = ("acc", "acc_norm")
 TRACKERS = ("none", "wandb")
 TRACKING_MODES = ("auto", "online", "offline")
 
@@ -95,6 +98,8 @@ class DataConfig:
 
     The four never overlap: a corpus named by several purposes is divided among them by documents, and a document that
     occurs again in another corpus is dropped from the later purpose (order: evaluation, calibration, tuning, search).
+
+    `further` names more corpora for perplexity, `{c4: {source: c4, split: validation}}`; each is a purpose of its own.
     """
 
     name: str = "embedded"
@@ -102,9 +107,13 @@ class DataConfig:
     calibration: CorpusConfig = field(default_factory=CorpusConfig)
     tuning: CorpusConfig = field(default_factory=CorpusConfig)
     search: CorpusConfig = field(default_factory=CorpusConfig)
+    further: dict[str, CorpusConfig] = field(default_factory=dict)
     path: str | None = None
 
     def __post_init__(self) -> None:
+        for name in self.further:
+            named = bool(name) and all(c.isalnum() or c in "._-" for c in name)
+            require(named, "data.further", name, "a corpus is named with letters, digits, '.', '_' and '-'")
         for purpose, corpus in self.purposes().items():
             one_of(f"data.{purpose}.source", corpus.source, SOURCES)
             one_of(f"data.{purpose}.split", corpus.split, SPLITS)
@@ -123,6 +132,7 @@ class DataConfig:
         """The corpora by purpose, in the order in which they may claim documents."""
         return {
             "evaluation": self.evaluation,
+            **{f"further.{name}": corpus for name, corpus in self.further.items()},
             "calibration": self.calibration,
             "tuning": self.tuning,
             "search": self.search,
@@ -211,6 +221,7 @@ class SearchConfig:
     method: str = "none"
     tokens: str | None = None
     token_ids: list[int] | None = None
+    length: int = 1
     proposal: str = "sampled"
     candidates: int = 512
     frequent: int = 128
@@ -234,6 +245,7 @@ class SearchConfig:
         require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
         at_least("search.candidates", self.candidates, 1)
         at_least("search.frequent", self.frequent, 0)
+        at_least("search.length", self.length, 1)
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)
@@ -305,27 +317,49 @@ class TuningConfig:
 
 @dataclass
 class EvalConfig:
-    """Group `eval`: what is measured on the finished model, and on which controls beside it."""
+    """Group `eval`: what is measured on the finished model, and on which controls beside it.
+
+    Perplexity over blocks, accuracy on lm-eval tasks, and the share of attention that the prefix takes.
+    """
 
     name: str = "short"
+    perplexity: bool = True
     block_length: int = 512
     blocks: int | None = 16
     batch_size: int = 1
     bos: str = "none"
     predict_first: bool = False
+    prefix_in_block: bool = False
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    shots: int | None = None
+    task_batch_size: int | None = None
+    add_bos: bool | None = None
+    accuracy: str = "acc"
+    include_path: str | None = None
+    samples: bool = False
     activation_blocks: int = 4
+    attention_texts: int = 1
+    attention_first: int = 4
     controls: bool = True
 
     def __post_init__(self) -> None:
         at_least("eval.block_length", self.block_length, 2)
-        at_least("eval.blocks", self.blocks, 1)
-        at_least("eval.batch_size", self.batch_size, 1)
         at_least("eval.activation_blocks", self.activation_blocks, 1)
+        for key in ("blocks", "batch_size", "limit", "task_batch_size", "attention_first"):
+            at_least(f"eval.{key}", getattr(self, key), 1)
+        at_least("eval.shots", self.shots, 0)
+        at_least("eval.attention_texts", self.attention_texts, 0)
         one_of("eval.bos", self.bos, BOS_POLICIES)
+        one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = (
             "a prefix is keys and values and predicts no token; only eval.bos=block lets the first one be predicted"
         )
         require(not self.predict_first or self.bos == "block", "eval.predict_first", self.predict_first, reason)
+        reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"
+        require(self.perplexity or len(self.tasks) > 0, "eval.perplexity", self.perplexity, reason)
+        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        require(not twice, "eval.tasks", self.tasks, f"{', '.join(twice)} stands there more than once")
 
 
 @dataclass

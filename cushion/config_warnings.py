@@ -21,7 +21,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
     if config.model.path.partition(":")[0] in ("embedded", "tiny"):
         changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
     if search.method != "greedy":
-        shared = ("name", "method", "tokens", "token_ids", "bits", "symmetric", "levels")
+        shared = ("name", "method", "tokens", "token_ids", "length", "bits", "symmetric", "levels")
         keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in shared)
         changed("search", search, keys, f"with search.method={search.method}")
     elif search.proposal != "sampled":
@@ -33,6 +33,16 @@ def options_without_effect(config: RunConfig) -> list[str]:
         )
     if search.method != "tokens":
         changed("search", search, ("tokens", "token_ids"), f"with search.method={search.method}")
+    if search.method != "random":
+        changed("search", search, ("length",), f"with search.method={search.method}")
+    if not config.eval.tasks:
+        keys = ("limit", "shots", "task_batch_size", "add_bos", "accuracy", "include_path", "samples")
+        changed("eval", config.eval, keys, "without eval.tasks")
+    if not config.eval.perplexity:
+        keys = ("batch_size", "predict_first", "prefix_in_block")
+        changed("eval", config.eval, keys, "with eval.perplexity=false")
+        if config.data.further:
+            found.append(f"data.further={sorted(config.data.further)} has no effect with eval.perplexity=false")
     if search.method == "greedy" and search.objective == "maximum_activation":
         grid_keys = ("bits", "symmetric", "levels")
         changed("search", search, grid_keys, "on the search with search.objective=maximum_activation")

@@ -17,12 +17,15 @@ from typing import Any
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
-from cushion.config import QuantizerConfig, RunConfig, to_dict
+from cushion.config import GIVEN_PREFIXES, QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
+from cushion.evaluation.attention import ATTENTION_TOKENS
+from cushion.evaluation.harness import mean_accuracy
+from cushion.evaluation.tasks import local_task_files, task_batch_size
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 from cushion.prefix import Prefix
-from cushion.preparation import choose_device, evaluation_name, prepare
+from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.sources import local_files
 from cushion.steps import Steps, runtime
@@ -60,7 +63,7 @@ def _code_digest() -> str:
 def _local_inputs(config: RunConfig) -> list[Path]:
     model = Path(config.model.path).expanduser()
     weights = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
-    return local_files(config.data, config.paths) + weights
+    return local_files(config.data, config.paths) + local_task_files(config.eval, config.paths) + weights
 
 
 def _file_identity(path: Path) -> list[Any]:
@@ -138,6 +141,7 @@ class _Run:
             self._warn(warning)
         prepared = prepare(config, device)
         self.lm, self.texts, self.start_tokens = prepared.lm, prepared.texts, prepared.start_tokens
+        self.tasks = prepared.tasks
         self.steps = Steps(config, prepared, emit, folder)
         result.model = {
             "path": config.model.path,
@@ -148,15 +152,7 @@ class _Run:
             "blocks": len(self.lm.blocks),
             "vocabulary": self.lm.vocabulary_size,
         }
-        evaluation = config.eval
-        result.evaluation = {
-            "corpus": evaluation_name(config),
-            "blocks": len(self.texts.blocks),
-            "block_length": self.texts.blocks.shape[1],
-            "bos": evaluation.bos,
-            "predict_first": evaluation.predict_first,
-            "tokens_predicted": self.texts.blocks[:, 0 if evaluation.predict_first else 1 :].numel(),
-        }
+        result.evaluation = _evaluation(config, prepared)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
     def execute(self) -> None:
@@ -174,6 +170,7 @@ class _Run:
             "curves": {key: asdict(curve) for key, (curve, _) in measured.items()},
             "quantization_error": {key: error for key, (_, error) in measured.items()},
         }
+        self.result.attention = self._attention(stages)
         final = stages[-1]
         if len(final.prefix):
             self._keep(final.prefix)
@@ -182,6 +179,9 @@ class _Run:
         last = self.result.rows[-1]
         self.result.metrics = {
             "perplexity": last.perplexity,
+            "accuracy": {name: last.tasks[name]["value"] for name in last.tasks},
+            "accuracy_mean": last.accuracy,
+            "accuracy_stderr": last.accuracy_stderr,
             "largest_activation": last.largest_activation,
             "quantization_error": last.quantization_error,
         }
@@ -189,16 +189,30 @@ class _Run:
     def _measure(self, stage: _Stage) -> tuple[MagnitudeCurve, float]:
         return self.steps.measure_activations(stage.prefix, stage.title)
 
+    def _attention(self, stages: list[_Stage]) -> dict[str, Any] | None:
+        shares = {stage.key: self.steps.measure_attention(stage.prefix, stage.title) for stage in stages}
+        found = {key: asdict(share) for key, share in shares.items() if share is not None}
+        if not found:
+            return None
+        texts = self.texts.activations
+        return {
+            "texts": min(self.config.eval.attention_texts, len(texts)),
+            "text_length": min(texts.shape[1], ATTENTION_TOKENS),
+            "first": self.config.eval.attention_first,
+            "stages": found,
+        }
+
     def _find(self) -> _Stage | None:
         """The prefix that the search finds or the user names, or None."""
         config = self.config.search
         if config.method == "none":
             return None
-        if config.method == "tokens":
-            self.result.search = {"method": "tokens", "token_ids": self.start_tokens, "seconds": 0.0}
+        if config.method in GIVEN_PREFIXES:
+            self.result.search = {"method": config.method, "token_ids": self.start_tokens, "seconds": 0.0}
             metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
             given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
-            return _Stage("found", "given prefix", given, 0.0)
+            title = "given prefix" if config.method == "tokens" else f"{config.method} prefix"
+            return _Stage("found", title, given, 0.0)
         state, found = self.steps.search(self._metadata())
         seconds = sum(step.seconds for step in state.steps)
         self.result.search = {
@@ -265,23 +279,57 @@ class _Run:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", _scheme(quantizer))
         if len(stage.prefix):
             label += f" + {stage.title}"
-        value, seconds = self.steps.evaluate(stage.prefix, quantizer, label)
-        self.result.timings[f"perplexity, {label}"] = seconds
-        self.emit(Record("perplexity", len(self.result.rows), {label: value}))
+        name = kind if stage.key == "none" else f"{kind}_{stage.key}"
+        samples = self.folder / "samples" / name if self.config.eval.samples else None
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, samples)
+        self.result.timings[f"evaluation, {label}"] = measured.seconds
+        asked = {task: measured.tasks[task] for task in self.tasks.asked if task in measured.tasks}
+        mean = mean_accuracy(asked)
+        for corpus, value in measured.perplexity.items():
+            self.emit(Record("perplexity", len(self.result.rows), {f"{label}/{corpus}": value}))
+        values = {f"{label}/{task}": found.value for task, found in measured.tasks.items()}
+        if values:
+            self.emit(Record("accuracy", len(self.result.rows), {**values, f"{label}/mean": mean and mean[0]}))
         return Row(
-            name=kind if stage.key == "none" else f"{kind}_{stage.key}",
+            name=name,
             label=label,
             prefix=self.lm.decode(stage.prefix.token_ids),
             quantized=quantizer is not None,
-            perplexity={evaluation_name(self.config): value},
+            perplexity=measured.perplexity,
             largest_activation=curve.largest,
             quantization_error=error,
-            seconds=stage.seconds + seconds,
+            seconds=stage.seconds + measured.seconds,
+            tokens=measured.tokens,
+            tasks={task: asdict(found) for task, found in measured.tasks.items()},
+            accuracy=None if mean is None else mean[0],
+            accuracy_stderr=None if mean is None else mean[1],
         )
 
     def _warn(self, message: str) -> None:
         logger.warning(message)
         self.result.warnings.append(message)
+
+
+def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """What the rows of a result are measured on, as it stands in the result."""
+    evaluation, tasks = config.eval, prepared.tasks
+    return {
+        "corpus": evaluation_name(config),
+        "corpora": {name: {"blocks": len(blocks)} for name, blocks in prepared.blocks.items()},
+        "block_length": evaluation.block_length,
+        "bos": evaluation.bos,
+        "predict_first": evaluation.predict_first,
+        "prefix_in_block": evaluation.prefix_in_block,
+        "tasks": {
+            name: {"origin": task.origin, "shots": task.task.get_config("num_fewshot")}
+            for name, task in tasks.tasks.items()
+        },
+        "asked": list(tasks.asked),
+        "limit": evaluation.limit,
+        "add_bos": evaluation.add_bos,
+        "task_batch_size": task_batch_size(evaluation, None),
+        "accuracy": evaluation.accuracy,
+    }
 
 
 def _scheme(quantizer: QuantizerConfig) -> str:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cushion.config import RunConfig
+from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
+from cushion.evaluation.tasks import TaskSet, check_tasks, load_tasks
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.simulate import check_quantizer
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The token ids that a run uses, each (texts, tokens); None where the run has no such step."""
+    """The token ids that a run uses, each (texts, tokens); None where the run has no such step.
 
-    blocks: Tensor
+    `activations` are the first blocks of the evaluation text; the blocks for perplexity are in `Prepared.blocks`.
+    """
+
     activations: Tensor
     calibration: Tensor | None
     search: Tensor | None
@@ -30,12 +34,31 @@ class Texts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A loaded model and the texts of a run. `start_tokens`: what the prefix starts with, or consists of."""
+    """A loaded model, and the texts and tasks of a run.
+
+    Args:
+        measured: the corpora whose perplexity is measured: name in results to purpose.
+        blocks: of each of them, by name: token ids, (blocks, block length).
+        start_tokens: what the prefix starts with, or consists of.
+
+    """
 
     lm: LanguageModel
     corpora: dict[str, Corpus]
     texts: Texts
+    measured: dict[str, str]
+    blocks: dict[str, Tensor]
+    tasks: TaskSet
     start_tokens: list[int]
+
+    def blocks_behind(self, config: EvalConfig, prefix_length: int) -> dict[str, Tensor]:
+        """The blocks that are evaluated behind a prefix: shorter where it takes positions of the block itself."""
+        if not config.prefix_in_block or prefix_length == 0:
+            return self.blocks
+        length, count = config.block_length - prefix_length, config.blocks
+        return {
+            name: self.corpora[purpose].blocks(self.lm.encode, length, count) for name, purpose in self.measured.items()
+        }
 
 
 def choose_device(config: RunConfig) -> str:
@@ -67,11 +90,18 @@ def prepare(config: RunConfig, device: str) -> Prepared:
         CushionError: a source is missing or too short, the model cannot be loaded, or a size does not fit it.
     """
     check_model(config.model)
+    measured = measured_corpora(config)
     corpora = load_corpora(config.data, config.paths, _needed(config))
+    tasks = load_tasks(config.eval, config.paths)
     lm = load_language_model(config.model, config.paths, device)
     start_tokens = _start_tokens(lm, config)
     _check(lm, config, start_tokens)
-    return Prepared(lm, corpora, _draw_texts(lm, config, corpora, len(start_tokens)), start_tokens)
+    blocks = {
+        name: corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks)
+        for name, purpose in measured.items()
+    }
+    texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens))
+    return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens)
 
 
 def _needed(config: RunConfig) -> set[str]:
@@ -82,7 +112,7 @@ def _needed(config: RunConfig) -> set[str]:
         "tuning": config.tuning.method != "none",
         "search": config.search.method == "greedy",
     }
-    return {purpose for purpose, is_needed in needed.items() if is_needed}
+    return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured_corpora(config).values())
 
 
 def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
@@ -91,13 +121,31 @@ def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
         ids = search.token_ids if search.token_ids is not None else lm.encode(search.tokens or "").tolist()
         lm.check_token_ids(ids, "search.token_ids")
         return ids
-    if search.method == "greedy" and search.start == "bos":
+    if search.method == "random":
+        return random_tokens(lm, search.length, config.seed)
+    if search.method == "bos" or (search.method == "greedy" and search.start == "bos"):
         if lm.bos_token_id is None:
-            raise ConfigError(f"search.start=bos, but {lm.label} has no BOS token: use search.start=empty")
+            key, way_out = (
+                ("start", "search.start=empty") if search.method == "greedy" else ("method", "search=newline")
+            )
+            raise ConfigError(f"search.{key}=bos, but {lm.label} has no BOS token: use {way_out}")
         return [lm.bos_token_id]
-    if search.method == "greedy" and search.start == "newline":
+    if search.method == "newline" or (search.method == "greedy" and search.start == "newline"):
         return lm.encode("\n").tolist()
     return []
+
+
+def random_tokens(lm: LanguageModel, length: int, seed: int) -> list[int]:
+    """A seeded draw of `length` distinct tokens, special ones left out: the control for what a search finds."""
+    special = set(lm.tokenizer.all_special_ids)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (t for t in torch.randperm(lm.vocabulary_size, generator=generator).tolist() if t not in special)
+    tokens = list(islice(drawn, length))
+    if len(tokens) < length:
+        raise ConfigError(
+            f"search.length={length} is more than the {len(tokens)} tokens of {lm.label} that are not special: lower it"
+        )
+    return tokens
 
 
 def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> None:
@@ -111,6 +159,7 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
                 f"{longest + search.text_length} positions, but {lm.label} has {lm.context_length}: shorten one"
             )
     check_evaluation(lm, config.eval, longest)
+    check_tasks(lm, config.eval, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     with_bos = int(config.eval.bos == "block")
     for key, used, length, extra in (
@@ -124,10 +173,15 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
             )
 
 
-def _draw_texts(lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus], start_length: int) -> Texts:
+def _draw_texts(
+    lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus], blocks: dict[str, Tensor], start_length: int
+) -> Texts:
     encode, seed = lm.encode, config.seed
     evaluation, search, tuning = config.eval, config.search, config.tuning
-    blocks = corpora["evaluation"].blocks(encode, evaluation.block_length, evaluation.blocks)
+    count = evaluation.activation_blocks
+    first = blocks.get(evaluation_name(config))
+    if first is None:  # no perplexity is measured
+        first = corpora["evaluation"].blocks(encode, evaluation.block_length, count)
     calibration_texts = search_texts = tuning_texts = held_out = None
     if config.quantizer.needs_calibration:
         calibration = config.quantizer.calibration
@@ -141,8 +195,24 @@ def _draw_texts(lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus]
         parts = [tuning.sequences, tuning.held_out_sequences]
         drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)
         tuning_texts, held_out = drawn.split(parts)
-    activations = blocks[: evaluation.activation_blocks]
-    return Texts(blocks, activations, calibration_texts, search_texts, tuning_texts, held_out)
+    return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out)
+
+
+def measured_corpora(config: RunConfig) -> dict[str, str]:
+    """The corpora whose perplexity is measured: the name in results and the purpose in `data`.
+
+    Raises:
+        ConfigError: a further corpus has the name of the first.
+
+    """
+    if not config.eval.perplexity:
+        return {}
+    names = {evaluation_name(config): "evaluation"}
+    for name in config.data.further:
+        if name in names:
+            raise ConfigError(f"data.further names {name!r}, but that is what data.evaluation is called: rename it")
+        names[name] = f"further.{name}"
+    return names
 
 
 def evaluation_name(config: RunConfig) -> str:

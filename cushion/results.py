@@ -25,9 +25,12 @@ _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omeg
 class Row:
     """One line of the comparison: a model with or without quantizer and prefix, and what was measured on it.
 
-    `perplexity` by corpus; `largest_activation` and `quantization_error` (L_q) are over the texts of the activation
-    curves, on the full-precision model behind this row's prefix; `seconds` is what the row cost in all: finding and
-    tuning its prefix, calibrating, and evaluating (as first computed, also where the cache had it).
+    `perplexity` and `tokens`, the number of tokens it was averaged over, by corpus; `tasks` by task or group of tasks
+    (the fields of `evaluation.harness.TaskScore`), `accuracy` the mean over the tasks that were asked for and
+    `accuracy_stderr` its standard error (None without any); `largest_activation` and `quantization_error` (L_q) are
+    over the texts of the activation curves, on the full-precision model behind this row's prefix; `seconds` is what the
+    row cost in all: finding and tuning its prefix, calibrating, and evaluating (as first computed, also where the cache
+    had it).
     """
 
     name: str
@@ -38,6 +41,10 @@ class Row:
     largest_activation: float
     quantization_error: float
     seconds: float
+    tokens: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
 
 
 @dataclass
@@ -54,6 +61,7 @@ class RunResult:
     search: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     activations: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from cushion.config import CorpusConfig, DataConfig, PathsConfig
 from cushion.errors import DataError
@@ -45,36 +46,23 @@ def locate(corpus: CorpusConfig, paths: PathsConfig) -> tuple[str, Callable[[], 
             return str(path.resolve()), lambda: _read_file(path, corpus.text_field, one_per_line=True)
         names = {"train": "train.head.rows.jsonl", "test": "test.rows.jsonl", "validation": "validation.rows.jsonl"}
         path = root / "wikitext2_raw" / names[corpus.split]
-        return str(path.resolve()), lambda: _wikitext_articles(_read_file(path, "text"))
+        return str(path.resolve()), lambda: wikitext_articles(_read_file(path, "text"), "\n\n")
     if corpus.source == "c4":
         return f"hub:allenai/c4/en/{corpus.split}", lambda: _read_hub("allenai/c4", "en", corpus.split, HUB_DOCUMENTS)
     name, subset = "Salesforce/wikitext", "wikitext-2-raw-v1"
-    return f"hub:{name}/{subset}/{corpus.split}", lambda: _wikitext_articles(
-        _read_hub(name, subset, corpus.split, None)
+    return f"hub:{name}/{subset}/{corpus.split}", lambda: wikitext_articles(
+        _read_hub(name, subset, corpus.split, None), "\n\n"
     )
 
 
 def _read_file(path: Path, text_field: str, one_per_line: bool = False) -> Iterator[str]:
     """Documents of a file: of `.jsonl` one record a line, of plain text what blank lines separate, else every line."""
-    if not path.is_file():
-        raise DataError(f"no data file {path}: check the path")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    lines = read_lines(path)
     if path.suffix == ".jsonl":
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                text = record[text_field]
-            except (json.JSONDecodeError, TypeError) as error:
-                raise DataError(f"{path} line {number} is not a JSON record: {error}") from error
-            except KeyError as error:
-                raise DataError(f"{path} line {number} has no field {text_field!r}, only {sorted(record)}") from error
+        for number, record in _records(path, lines):
+            if text_field not in record:
+                raise DataError(f"{path} line {number} has no field {text_field!r}, only {sorted(record)}")
+            text = record[text_field]
             if not isinstance(text, str):
                 raise DataError(f"{path} line {number}: the field {text_field!r} is no text but {type(text).__name__}")
             yield text
@@ -83,16 +71,51 @@ def _read_file(path: Path, text_field: str, one_per_line: bool = False) -> Itera
     yield from paragraphs if len(paragraphs) > 1 else lines
 
 
-def _wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
-    """Rows of WikiText joined to articles, such that joining the articles with blank lines joins all rows so."""
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and record of every line of a JSON-lines file that is not blank.
+
+    Raises:
+        DataError: the file is missing, or a line is no JSON record; the file and line are named.
+
+    """
+    yield from _records(path, read_lines(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends; a `DataError` names a file that is missing or no such text."""
+    if not path.is_file():
+        raise DataError(f"no data file {path}: check the path")
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _records(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {number} is not a JSON record: {error}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path} line {number} is not a JSON record but {type(record).__name__}")
+        yield number, record
+
+
+def wikitext_articles(rows: Iterable[str], separator: str = "") -> Iterator[str]:
+    """Rows of WikiText joined to articles, such that joining the articles with `separator` joins all rows so."""
     article: list[str] = []
     for row in rows:
         if _WIKITEXT_TITLE.match(row) and any(line.strip() for line in article):
-            yield "\n\n".join(article)
+            yield separator.join(article)
             article = []
         article.append(row)
     if article:
-        yield "\n\n".join(article)
+        yield separator.join(article)
 
 
 def _read_hub(name: str, subset: str, split: str, limit: int | None) -> Iterator[str]:

@@ -9,8 +9,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,15 +21,15 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cushion import activations, prefix, tuning
+from cushion import activations, prefix, row, tuning
 from cushion import config as config_module
 from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs
-from cushion.artifacts import ArtifactStore, Workspace, read_json, write_json
+from cushion.artifacts import ArtifactStore, Workspace, read_json, reading, write_json
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.data import Corpus
 from cushion.errors import ArtifactError, NotFiniteError, TuningError
-from cushion.evaluation import perplexity as perplexity_module
-from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
+from cushion.evaluation import attention, harness, perplexity, tasks
+from cushion.evaluation.attention import AttentionShares, attention_shares
 from cushion.events import Event, Progress, Record
 from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, language_model
@@ -38,7 +37,7 @@ from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
 from cushion.quantization.calibration import calibrate
-from cushion.quantization.simulate import quantized
+from cushion.row import Measured, RowMeasurement
 from cushion.search import greedy, objective, proposals
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
@@ -51,7 +50,9 @@ CODE: dict[str, tuple[ModuleType, ...]] = {
     "calibration": (*_COMMON, activations, calibration),
     "tuning": (*_COMMON, activations, linear, smoothquant, simulate, tuning),
     "activations": (*_COMMON, activations, objective),
-    "perplexity": (*_COMMON, linear, smoothquant, simulate, perplexity_module),
+    "attention": (*_COMMON, attention),
+    "perplexity": (*_COMMON, linear, smoothquant, simulate, row, perplexity),
+    "task": (*_COMMON, linear, smoothquant, simulate, row, harness, tasks),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
 
@@ -97,6 +98,7 @@ class Steps:
         self._config, self._emit, self._folder = config, emit, folder
         self._lm: LanguageModel = prepared.lm
         self._corpora: dict[str, Corpus] = prepared.corpora
+        self._prepared = prepared
         self._texts = prepared.texts
         self._start_tokens = prepared.start_tokens
         self._store = ArtifactStore(config.paths.cache)
@@ -135,7 +137,7 @@ class Steps:
                 Prefix.from_tokens(self._lm.model, state.token_ids).save(workspace.folder / "prefix")
 
         folder, _ = self._store.get_or_make("search", depends_on, make)
-        with _damaged(folder):
+        with reading(folder):
             state = SearchState.from_dict(read_json(folder / "search.json"))
             found = Prefix.load(folder / "prefix") if state.token_ids else Prefix.empty()
         self._log_series("search", [asdict(step) for step in state.steps])
@@ -207,7 +209,7 @@ class Steps:
             write_json(workspace.folder / "tuning.json", record)
 
         folder, _ = self._store.get_or_make("tuning", depends_on, make)
-        with _damaged(folder):
+        with reading(folder):
             stored = read_json(folder / "tuning.json")
             record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
             tuned = replace(Prefix.load(folder / "prefix"), metadata={**found.metadata, "tuning": config.name})
@@ -232,7 +234,7 @@ class Steps:
             write_json(workspace.folder / "calibration.json", {"seconds": time.perf_counter() - started})
 
         folder, _ = self._store.get_or_make("calibration", depends_on, make)
-        with _damaged(folder):
+        with reading(folder):
             seconds = float(read_json(folder / "calibration.json")["seconds"])
         return Calibration(self._read_ranges(folder), depends_on, seconds)
 
@@ -272,53 +274,57 @@ class Steps:
             write_json(workspace.folder / "activations.json", record)
 
         folder, _ = self._store.get_or_make("activations", depends_on, make)
-        with _damaged(folder):
+        with reading(folder):
             record = read_json(folder / "activations.json")
             return MagnitudeCurve(**record["curve"]), float(record["quantization_error"])
 
-    def evaluate(self, behind: Prefix, quantizer: QuantizerConfig | None, label: str) -> tuple[float, float]:
-        """Perplexity behind a prefix, quantized or not, and the seconds of its calibration and evaluation."""
-        config, blocks = self._config.eval, self._texts.blocks
-        calibrated = self.calibrate(behind) if quantizer is not None and quantizer.needs_calibration else None
-        depends_on = self._depends_on(
-            "perplexity",
-            prefix=behind.fingerprint,
-            quantizer=None if quantizer is None else _quantizer_identity(quantizer, calibrated),
-            config={key: getattr(config, key) for key in ("batch_size", "bos", "predict_first")},
-            blocks=tensor_digest([blocks]),
-        )
-
-        def measure(losses: list[BlockLoss], workspace: Workspace, started: float) -> None:
-            total = -(-len(blocks) // config.batch_size)
-            for loss in block_losses(self._lm, behind, blocks, config, start=len(losses)):
-                losses.append(loss)
-                self._emit(Progress(f"perplexity, {label}", len(losses), total, "block"))
-                if workspace.checkpoint.due():
-                    elapsed = time.perf_counter() - started
-                    workspace.checkpoint.save({"losses": [asdict(item) for item in losses], "seconds": elapsed})
+    def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
+        """Where attention goes behind a prefix, on the full-precision model; None where it is not asked for."""
+        count, first = self._config.eval.attention_texts, self._config.eval.attention_first
+        if count == 0:
+            return None
+        texts = self._texts.activations[:count]
+        depends_on = self._depends_on("attention", prefix=behind.fingerprint, first=first, texts=tensor_digest([texts]))
 
         def make(workspace: Workspace) -> None:
-            saved = workspace.checkpoint.load()
-            state: dict[str, Any] = {"losses": [], "seconds": 0.0} if saved is None else saved[0]
-            losses = [BlockLoss(**loss) for loss in state["losses"]]
-            started = time.perf_counter() - state["seconds"]
-            if quantizer is None:
-                measure(losses, workspace, started)
-            else:
-                with quantized(self._lm, quantizer, None if calibrated is None else calibrated.ranges):
-                    measure(losses, workspace, started)
-            record = {
-                "perplexity": perplexity(losses),
-                "losses": [asdict(loss) for loss in losses],
-                "seconds": time.perf_counter() - started,
-            }
-            write_json(workspace.folder / "perplexity.json", record)
+            self._emit(Progress(f"attention, {title}", 0, 1, "pass"))
+            shares = attention_shares(self._lm, behind, texts, first)
+            write_json(workspace.folder / "attention.json", asdict(shares))
+            self._emit(Progress(f"attention, {title}", 1, 1, "pass"))
 
-        folder, _ = self._store.get_or_make("perplexity", depends_on, make)
-        with _damaged(folder):
-            record = read_json(folder / "perplexity.json")
-            seconds = float(record["seconds"]) + (0.0 if calibrated is None else calibrated.seconds)
-            return float(record["perplexity"]), seconds
+        folder, _ = self._store.get_or_make("attention", depends_on, make)
+        with reading(folder):
+            return AttentionShares(**read_json(folder / "attention.json"))
+
+    def measure_row(
+        self, behind: Prefix, quantizer: QuantizerConfig | None, label: str, samples: Path | None = None
+    ) -> Measured:
+        """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
+
+        Args:
+            samples: folder for lm-eval's record of every sample, None for none.
+
+        """
+        calibrated = self.calibrate(behind) if quantizer is not None and quantizer.needs_calibration else None
+        identity = None if quantizer is None else _quantizer_identity(quantizer, calibrated)
+
+        def depends_on(step: str, **others: Any) -> dict[str, Any]:
+            return self._depends_on(step, prefix=behind.fingerprint, quantizer=identity, **others)
+
+        row = RowMeasurement(
+            self._lm,
+            self._config.eval,
+            behind,
+            quantizer,
+            None if calibrated is None else calibrated.ranges,
+            label,
+            self._store,
+            depends_on,
+            self._emit,
+        )
+        blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
+        measured = row.measure(blocks, self._prepared.tasks, samples)
+        return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)
 
     def _depends_on(self, step: str, **others: Any) -> dict[str, Any]:
         """What every artifact depends on, and what this one depends on besides."""
@@ -339,15 +345,6 @@ class Steps:
             if (kind, step["step"]) not in self._logged:
                 self._logged.add((kind, step["step"]))
                 self._emit(Record(kind, step["step"], _without(step, "step")))
-
-
-@contextmanager
-def _damaged(folder: Path) -> Iterator[None]:
-    """Turn what reading a damaged artifact raises into an `ArtifactError` that says which folder to delete."""
-    try:
-        yield
-    except (ArtifactError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the cached step in {folder} is damaged ({error}): delete that folder") from error
 
 
 def _quantizer_identity(quantizer: QuantizerConfig, calibrated: Calibration | None) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class WandbTracker:
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
         write_json(self._place, {"location": self.location})
-        for kind in ("search", "tuning", "curve", "perplexity"):
+        for kind in ("search", "tuning", "curve", "perplexity", "accuracy"):
             self._run.define_metric(f"{kind}/step")
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
@@ -119,22 +119,7 @@ class WandbTracker:
             }
             self._run.log({"curve/step": layer, **point})
         self._run.summary.update(flatten(result["metrics"]))
-        columns: list[str | int] = [
-            "row",
-            "prefix",
-            "perplexity",
-            "largest_activation",
-            "quantization_error",
-            "seconds",
-        ]
-        table = wandb.Table(columns=columns)
-        for row in result["rows"]:
-            table.add_data(
-                row["label"], row["prefix"], *row["perplexity"].values(),
-                row["largest_activation"], row["quantization_error"], row["seconds"],
-            )  # fmt: skip
-        if result["rows"] and all(len(row["perplexity"]) == 1 for row in result["rows"]):
-            self._run.log({"comparison": table})
+        self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
             self._run.log({f"figures/{figure.stem}": wandb.Image(str(figure))})
         if event.prefix is not None:
@@ -142,6 +127,26 @@ class WandbTracker:
             for suffix in (".safetensors", ".json"):
                 artifact.add_file(str(event.prefix.with_name(event.prefix.name + suffix)))
             self._run.log_artifact(artifact)
+
+
+def _comparison(rows: list[dict[str, Any]]) -> Any:
+    """The rows of a result as a W&B table."""
+    import wandb
+
+    corpora = list(rows[0]["perplexity"]) if rows else []
+    tasks = list(rows[0]["tasks"]) if rows else []
+    columns: list[str | int] = [
+        "row", "prefix", *(f"perplexity {corpus}" for corpus in corpora), *tasks, "accuracy", "accuracy_stderr",
+        "largest_activation", "quantization_error", "seconds",
+    ]  # fmt: skip
+    table = wandb.Table(columns=columns)
+    for row in rows:
+        table.add_data(
+            row["label"], row["prefix"], *(row["perplexity"][corpus] for corpus in corpora),
+            *(row["tasks"][task]["value"] for task in tasks), row["accuracy"], row["accuracy_stderr"],
+            row["largest_activation"], row["quantization_error"], row["seconds"],
+        )  # fmt: skip
+    return table
 
 
 def choose_mode(reachable: Callable[[str, int], bool] | None = None) -> str:

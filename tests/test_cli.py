@@ -87,8 +87,9 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     assert result["status"] == "completed"
     for row in result["rows"]:
         assert row["label"] in first.out
-    (figure,) = [line.split()[-1] for line in first.out.splitlines() if line.startswith("figure ") and ".png" in line]
-    assert Path(figure).is_file()
+    figures = [Path(line.split()[-1]) for line in first.out.splitlines() if line.startswith("figure ")]
+    assert {figure.name for figure in figures} == {"activation_curves.png", "attention_maps.png"}
+    assert all(figure.is_file() for figure in figures)
     assert "perplexity" in first.err, "progress bars go to standard error"
     second = cushion(*arguments)
     assert (second.code, second.out, second.err) == (0, first.out, "")
@@ -301,7 +302,7 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
 
     monkeypatch.setattr(preparation, "load_language_model", watched)
     if failure == "bug":
-        monkeypatch.setattr("cushion.steps.perplexity", broken)
+        monkeypatch.setattr("cushion.row.perplexity", broken)
     replaced = {override.split("=")[0] for override in FAILURES[failure]}
     gc.collect()
     before = living_models()

@@ -52,6 +52,24 @@ def test_purposes_that_share_a_file_divide_it_by_documents(tmp_path: Path) -> No
         assert corpus.provenance["shared_by"] == list(corpora)
 
 
+def test_further_corpora_are_purposes_of_their_own(tmp_path: Path) -> None:
+    pool, other = documents(120), documents(8, name="other")
+    config = file_data(written(tmp_path / "a.txt", pool))
+    path = str(tmp_path / "a.txt")
+    config.further = {
+        "same": CorpusConfig("file", path=path),
+        "other": CorpusConfig("file", path=str(written(tmp_path / "b.txt", [*other, pool[0]]))),
+    }
+    corpora = load_corpora(config, PathsConfig())
+    assert list(corpora)[:3] == ["evaluation", "further.same", "further.other"]
+    assert corpora["further.other"].documents == other, "what the evaluation has claimed is not counted twice"
+    shared = [purpose for purpose in corpora if purpose != "further.other"]
+    assert [text for purpose in shared for text in corpora[purpose].documents] == pool
+    size = {purpose: sum(map(len, corpora[purpose].documents)) for purpose in shared}
+    assert size["further.same"] == pytest.approx(size["evaluation"], rel=0.1)
+    assert set(load_corpora(config, PathsConfig(), {"further.same"})) == {"further.same"}
+
+
 def test_a_document_that_two_sources_repeat_stays_with_the_first_purpose(tmp_path: Path) -> None:
     mine, other = documents(12), documents(12, name="e")
     first = written(tmp_path / "a.txt", mine)

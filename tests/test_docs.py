@@ -98,6 +98,8 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert float(written) == default, name
         elif isinstance(default, list):
             assert written == f"[{', '.join(default)}]", name
+        elif isinstance(default, dict):
+            assert written == "{}" and not default, name
         else:
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 

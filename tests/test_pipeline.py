@@ -353,6 +353,8 @@ def with_another_value(config: RunConfig, path: tuple[str, ...]) -> RunConfig:
         other = "another"
     elif isinstance(value, bool):
         other = not value
+    elif isinstance(value, dict):
+        other = {**value, "another": CorpusConfig()}
     elif isinstance(value, list):
         other = [*value, "another"]
     elif path == ("device",):

@@ -143,7 +143,7 @@ def test_calibration_sees_bos_where_the_evaluation_does(text_file: Path, tmp_pat
     assert behind_bos.texts.calibration[:, 0].tolist() == [256, 256]
     assert torch.equal(behind_bos.texts.calibration[:, 1:], plain.texts.calibration)
     assert plain.texts.calibration.shape == (2, 16)
-    assert torch.equal(behind_bos.texts.blocks, plain.texts.blocks)  # the evaluation adds its own
+    assert torch.equal(behind_bos.texts.activations, plain.texts.activations)  # the evaluation adds its own
 
 
 @pytest.mark.parametrize(("bos", "longest"), [("none", 256), ("block", 255)])

@@ -2,7 +2,8 @@
 
 The prefix's own tokens are never predicted, and it predicts none itself: it is keys and values only. The first token of
 a block is predicted only where BOS stands before it and `eval.predict_first` says so, so that all rows of a table,
-with and without a prefix, count the same tokens.
+with and without a prefix, count the same tokens. (With `eval.prefix_in_block` they do not: a prefix then takes
+positions of the block, and the blocks behind it are shorter.)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAXIMUM_LOSS = 700.0
 """Nats per token beyond which the perplexity is no finite number of double precision."""
 
 POSITIONS_PER_CHUNK = 256
-"""Positions whose log-probabilities are formed at once, to bound memory by this times the vocabulary."""
+"""Positions of a block whose logits are formed at once: this times the vocabulary bounds memory, at any length."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def block_losses(
 def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalConfig) -> BlockLoss:
     inputs = lm.with_bos(batch) if config.bos == "block" else batch
     targets = batch if config.predict_first else batch[:, 1:]
-    logits = lm.model(input_ids=inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).logits
-    logits = logits[:, :-1][:, -targets.shape[1] :]
+    hidden = lm.body(inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).last_hidden_state
+    hidden = hidden[:, :-1][:, -targets.shape[1] :]
     loss = 0.0
     for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
         part = slice(low, low + POSITIONS_PER_CHUNK)
-        predicted, wanted = logits[:, part].flatten(0, 1).float(), targets[:, part].flatten()
-        loss += functional.cross_entropy(predicted, wanted, reduction="sum").double().item()
+        predicted, wanted = lm.logits(hidden[:, part]).flatten(0, 1).float(), targets[:, part].flatten()
+        loss += functional.cross_entropy(predicted, wanted.to(predicted.device), reduction="sum").double().item()
     return BlockLoss(loss, targets.numel())
 
 
@@ -84,7 +85,17 @@ def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int) 
     """Raise `ConfigError` when prefix, BOS and block do not fit the model's context, or BOS does not exist."""
     if config.bos != "none" and lm.bos_token_id is None:
         raise ConfigError(f"eval.bos={config.bos} needs a BOS token, and {lm.label} has none: set eval.bos=none")
-    needed = prefix_length + config.block_length + (config.bos != "none")
+    if config.prefix_in_block and config.block_length - prefix_length < 2:
+        raise ConfigError(
+            f"eval.prefix_in_block=true leaves {config.block_length - prefix_length} of eval.block_length="
+            f"{config.block_length} tokens behind a prefix of up to {prefix_length}: lengthen the blocks"
+        )
+    if config.attention_texts and config.attention_first >= config.block_length:
+        raise ConfigError(
+            f"eval.attention_first={config.attention_first} leaves no other token of a text of eval.block_length="
+            f"{config.block_length}: lower it, or set eval.attention_texts=0"
+        )
+    needed = (0 if config.prefix_in_block else prefix_length) + config.block_length + (config.bos != "none")
     if lm.context_length is not None and needed > lm.context_length:
         raise ConfigError(
             f"eval.block_length={config.block_length} with a prefix of up to {prefix_length} tokens needs {needed} "

@@ -124,6 +124,13 @@ class LanguageModel:
         body = cast(Any, self.model.base_model)
         return body(input_ids=input_ids.to(self.device), **kwargs)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Predictions from the decoder's output, as in the model's own pass: (..., features) -> (..., vocabulary)."""
+        head = cast(nn.Module, self.model.get_output_embeddings())
+        logits = head(hidden)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
 
 def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "cpu", seed: int = 0) -> LanguageModel:
     """Load a model and its tokenizer, frozen and in evaluation mode.

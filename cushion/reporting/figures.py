@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 _LINES = (
     ("top1", "top-1", "#b2182b", "-"),
@@ -23,14 +24,14 @@ _LINES = (
 
 def figures_of(folder: Path) -> dict[str, Path]:
     """The figures of the run in `folder`, by name: where they are or will be."""
-    return {"activation_curves": folder / "figures" / "activation_curves.png"}
+    return {name: folder / "figures" / f"{name}.png" for name in FIGURES}
 
 
 def draw_figures(result: dict[str, Any], folder: Path) -> None:
     """Draw every figure of a run that is not there yet."""
-    path = figures_of(folder)["activation_curves"]
-    if not path.is_file():
-        activation_curves(result, path)
+    for name, path in figures_of(folder).items():
+        if not path.is_file():
+            FIGURES[name](result, path)
 
 
 def activation_curves(result: dict[str, Any], path: Path) -> Path:
@@ -54,12 +55,7 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     figure.legend(handles, labels, loc="lower center", ncols=len(_LINES), frameon=False, fontsize=8)
     figure.suptitle(f"Activation magnitudes, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=200, format="png")
-    temporary.replace(path)  # a reader never finds half a figure
-    pyplot.close(figure)
-    return path
+    return _save(figure, path)
 
 
 def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
@@ -72,3 +68,44 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def attention_maps(result: dict[str, Any], path: Path) -> Path | None:
+    """Share of attention per layer and head on the first tokens and on the prefix, before and after (Figure 3).
+
+    Returns:
+        `path`, or None where the result has no attention and nothing is drawn.
+
+    """
+    attention = result["attention"]
+    if attention is None:
+        return None
+    titles = result["activations"]["titles"]
+    panels = [(f"{titles[stage]}:\nfirst {attention['first']} tokens", shares["first"])
+              for stage, shares in attention["stages"].items()]  # fmt: skip
+    panels += [(f"{titles[stage]}:\nthe prefix", shares["prefix"])
+               for stage, shares in attention["stages"].items() if stage != "none"]  # fmt: skip
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(2.4 * len(panels) + 0.6, 3.4), sharey=True, squeeze=False)
+    for axis, (title, shares) in zip(axes[0], panels, strict=True):
+        image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("head")
+    axes[0][0].set_ylabel("block")
+    figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
+    figure.tight_layout(rect=(0, 0, 0.93, 1))
+    figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.65)))
+    return _save(figure, path)
+
+
+FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps}
+"""Every figure of a run by name, and what draws it."""
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a figure whole, so that a reader never finds half of one; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=200, format="png")
+    temporary.replace(path)
+    pyplot.close(figure)
+    return path

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 from matplotlib import pyplot
 
-from cushion.reporting.figures import activation_curves, draw_figures, figures_of
+from cushion.reporting.figures import activation_curves, attention_maps, draw_figures, figures_of
 
 KEYS = ("top1", "top2", "top3", "top10_percent", "median")
 
@@ -24,6 +24,13 @@ def result(stages: int, layers: int = 5) -> dict[str, Any]:
     return {
         "model": {"label": "some model"},
         "activations": {"curves": curves, "titles": {name: f"title of {name}" for name in names}},
+        "attention": {
+            "first": 4,
+            "stages": {
+                name: {"prefix": [[0.1 * stage] * 2] * layers, "first": [[0.5, 0.9 - 0.1 * stage]] * layers}
+                for stage, name in enumerate(names)
+            },
+        },
     }
 
 
@@ -67,11 +74,39 @@ def test_a_magnitude_of_zero_is_drawn_all_the_same(tmp_path: Path) -> None:
 
 def test_figures_are_drawn_where_they_are_missing_and_left_alone_where_they_are(tmp_path: Path) -> None:
     draw_figures(result(2), tmp_path)
-    (path,) = figures_of(tmp_path).values()
-    assert path.read_bytes().startswith(b"\x89PNG")
-    path.write_bytes(b"drawn before")
+    paths = figures_of(tmp_path)
+    assert list(paths) == ["activation_curves", "attention_maps"]
+    for path in paths.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.write_bytes(b"drawn before")
     draw_figures(result(2), tmp_path)
-    assert path.read_bytes() == b"drawn before"
-    path.unlink()
+    assert all(path.read_bytes() == b"drawn before" for path in paths.values())
+    for path in paths.values():
+        path.unlink()
     draw_figures(result(2), tmp_path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths.values())
+
+
+def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = result(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
+        assert attention_maps(record, tmp_path / "maps.png") == tmp_path / "maps.png"
+    figure = pyplot.gcf()
+    try:
+        maps = [axis for axis in figure.axes if axis.images]
+        stages = record["attention"]["stages"]
+        expected = [stages[name]["first"] for name in stages] + [stages["found"]["prefix"], stages["tuned"]["prefix"]]
+        drawn = [axis.images[0].get_array().tolist() for axis in maps if axis.get_title()]
+        assert drawn == expected
+        assert all(axis.images[0].get_clim() == (0, 1) for axis in maps if axis.get_title()), "maps share their scale"
+        assert "first 4 tokens" in maps[0].get_title()
+        assert "the prefix" in maps[-1].get_title() or "the prefix" in maps[-2].get_title()
+    finally:
+        pyplot.close(figure)
+
+
+def test_nothing_is_drawn_where_no_attention_was_measured(tmp_path: Path) -> None:
+    assert attention_maps({**result(2), "attention": None}, tmp_path / "maps.png") is None
+    draw_figures({**result(2), "attention": None}, tmp_path)
+    assert not figures_of(tmp_path)["attention_maps"].exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cushion.reporting.tables import comparison_table
+from cushion.reporting.tables import comparison_table, task_table
 
 
 def row(label: str, perplexity: dict[str, float]) -> dict[str, Any]:
@@ -14,6 +14,9 @@ def row(label: str, perplexity: dict[str, float]) -> dict[str, Any]:
         "largest_activation": 1234.56,
         "quantization_error": 98765.4,
         "seconds": 12.4,
+        "tasks": {},
+        "accuracy": None,
+        "accuracy_stderr": None,
     }
 
 
@@ -33,6 +36,30 @@ def test_every_corpus_has_a_column() -> None:
     lines = comparison_table({"rows": [row("x", {"one": 1.0, "two": 2.0})]}).splitlines()
     assert lines[0].index("perplexity one") < lines[0].index("perplexity two")
     assert lines[2].split()[1:3] == ["1.00", "2.00"]
+
+
+def test_accuracies_stand_in_per_cent_with_their_standard_errors() -> None:
+    tasks = {
+        "piqa": {"value": 0.625, "stderr": 0.034},
+        "wikitext": {"value": None, "stderr": None},
+        "mmlu_stem": {"value": 0.25, "stderr": None},
+    }
+    with_tasks = {**row("naive", {}), "tasks": tasks, "accuracy": 0.4375, "accuracy_stderr": 0.017}
+    header, _, line = task_table({"rows": [with_tasks]}).splitlines()
+    assert header.split() == ["accuracy,", "%", "piqa", "wikitext", "mmlu_stem", "mean"]
+    assert line.split("  ")[0] == "naive"
+    assert [cell for cell in line.split("  ")[1:] if cell.strip()] and line.endswith("43.8 ± 1.7")
+    assert line.split() == ["naive", "62.5", "±", "3.4", "-", "25.0", "43.8", "±", "1.7"]
+    comparison = comparison_table({"rows": [with_tasks, row("without", {})]}).splitlines()
+    assert "accuracy" in comparison[0]
+    assert "43.8 ± 1.7" in comparison[2]
+    assert comparison[3].split()[1] == "-"
+
+
+def test_there_is_no_table_of_tasks_without_tasks() -> None:
+    assert task_table({"rows": [row("x", {"one": 1.0})]}) == ""
+    assert task_table({"rows": []}) == ""
+    assert "accuracy" not in comparison_table({"rows": [row("x", {"one": 1.0})]})
 
 
 def test_a_result_without_rows_has_a_table_without_lines() -> None:

@@ -1,0 +1,76 @@
+"""Where attention goes: the shares on the prefix and on the first tokens of the text (CushionCache, Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+
+ATTENTION_TOKENS = 512
+"""Tokens of a text at most: the probabilities of all layers take tokens^2 per head and layer."""
+
+
+@dataclass(frozen=True)
+class AttentionShares:
+    """Shares of attention, each (layers, heads), 0 to 1, averaged over queries and texts.
+
+    `prefix`: on all positions of the prefix together (0 without one); `first`: on the first tokens of the text.
+    """
+
+    prefix: list[list[float]]
+    first: list[list[float]]
+
+
+@torch.no_grad()
+def attention_shares(lm: LanguageModel, prefix: Prefix, texts: Tensor, first: int) -> AttentionShares:
+    """Measure where the queries of `texts` look, on the model as it stands.
+
+    The queries are those of all tokens but the first `first` ones, which see little else than themselves.
+
+    Args:
+        texts: token ids, (texts, tokens); no more than `ATTENTION_TOKENS` of each are used.
+        first: how many tokens at the start of a text count as its first ones; fewer than a text has.
+
+    """
+    texts = texts[:, :ATTENTION_TOKENS]
+    assert 0 < first < texts.shape[1]
+    on_prefix: list[Tensor] = []
+    on_first: list[Tensor] = []
+    with _eager_attention(lm):
+        for text in texts:
+            probabilities = lm.body(
+                text[None], past_key_values=prefix.cache(lm.model), use_cache=True, output_attentions=True
+            ).attentions
+            # each layer: (1, heads, queries, keys); the keys are the prefix's and then the text's own
+            queries = [layer[0, :, first:].float() for layer in probabilities]
+            assert all(layer.shape[-1] == len(prefix) + len(text) for layer in queries)
+            on_prefix.append(_share(queries, slice(0, len(prefix))))
+            on_first.append(_share(queries, slice(len(prefix), len(prefix) + first)))
+    return AttentionShares(_mean(on_prefix), _mean(on_first))
+
+
+def _share(layers: list[Tensor], keys: slice) -> Tensor:
+    """The probability on `keys`, averaged over queries: (layers, heads)."""
+    return torch.stack([layer[..., keys].sum(-1).mean(-1).cpu() for layer in layers])
+
+
+def _mean(texts: list[Tensor]) -> list[list[float]]:
+    return cast("list[list[float]]", torch.stack(texts).mean(0).tolist())
+
+
+@contextmanager
+def _eager_attention(lm: LanguageModel) -> Iterator[None]:
+    """Let the model compute attention in the one way that yields its probabilities, and put the old way back."""
+    before = lm.model.config._attn_implementation
+    lm.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.model.set_attn_implementation(before)

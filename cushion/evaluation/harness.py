@@ -1,0 +1,222 @@
+"""lm-eval with a prefix: the harness's own Hugging Face model class, with a prefix in front of every request.
+
+Only what a prefix changes is overridden: the forward pass, generation, and the room that is left for the context. What
+is asked, how it is batched and padded, and every metric are lm-eval's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from lm_eval import evaluator
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from cushion.evaluation.tasks import EvaluationTask, TaskGroup, silenced
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+
+BOOTSTRAP = 1000
+"""Resamples for the standard errors that have no closed form (perplexities); accuracies have one."""
+
+SEEDS = (0, 1234, 1234)
+"""lm-eval's own seeds for Python, NumPy and torch: tasks that draw, draw the same for every row."""
+
+
+class PrefixedModel(HFLM):
+    """A language model behind a prefix, as lm-eval asks it.
+
+    Args:
+        lm: the model; quantize it before it is asked, not before this object is made.
+        prefix: stands before every request through the cache; the empty one changes nothing.
+        batch_size: requests per forward pass.
+        add_bos: put BOS before every context, or not; None leaves it to the tokenizer, as lm-eval does.
+
+    """
+
+    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, add_bos: bool | None = None) -> None:
+        with silenced("lm_eval.models.huggingface"):  # it warns that a loaded model's options are taken as they are
+            super().__init__(
+                pretrained=lm.model,
+                tokenizer=copy.deepcopy(lm.tokenizer),  # its padding is set and changed
+                batch_size=batch_size,
+                add_bos_token=add_bos,
+            )
+        self._prefix = prefix
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit behind the prefix."""
+        return int(super().max_length) - len(self._prefix)
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits for `inps`, (requests, tokens), padded on the right."""
+        if len(self._prefix) == 0:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            cache = self._prefix.cache(self.model, len(inps))
+            return self.model(input_ids=inps, past_key_values=cache, use_cache=True).logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """Continue `context`, (requests, tokens), padded on the left; the prefix is not part of what is returned."""
+        length = len(self._prefix)
+        if length == 0:
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        mask = generation_kwargs.pop("attention_mask", None)
+        inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask})
+        generated = super()._model_generate(
+            inputs["input_ids"],
+            max_length + length,
+            stop,
+            attention_mask=inputs["attention_mask"],
+            past_key_values=self._prefix.cache(self.model, len(context)),
+            **generation_kwargs,
+        )
+        return generated[:, length:]
+
+
+Metric = dict[str, float | None]
+"""`value` and `stderr`, the standard error; None where lm-eval gives none."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one task gave.
+
+    Args:
+        metric: the metric that enters the mean, None where the task has no accuracy.
+        value, stderr: of that metric; the standard error is None where lm-eval gives none.
+        samples: number of records asked.
+        version: lm-eval's version of the task.
+        metrics: all metrics by name.
+
+    """
+
+    metric: str | None
+    value: float | None
+    stderr: float | None
+    samples: int
+    version: str
+    metrics: dict[str, Metric]
+
+
+def run_task(
+    model: PrefixedModel, task: EvaluationTask, limit: int | None
+) -> tuple[dict[str, Metric], int, list[dict[str, Any]]]:
+    """Ask the model one task.
+
+    Args:
+        limit: number of records from the start; None for all.
+
+    Returns:
+        All metrics by name (with the filter behind a comma where it is not lm-eval's `none`), the number of records
+        asked, and lm-eval's record of every sample.
+
+    """
+    random.seed(SEEDS[0])
+    numpy.random.seed(SEEDS[1])  # lm-eval's tasks draw from the global generators
+    with torch.random.fork_rng(devices=[]), silenced("lm_eval.evaluator"), _undisturbed():
+        torch.manual_seed(SEEDS[2])
+        found: Any = evaluator.evaluate(
+            model,
+            {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
+            limit=limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=True,
+        )
+    assert found is not None
+    asked = int(found["n-samples"][task.name]["effective"])
+    return _metrics(found["results"][task.name]), asked, list(found["samples"][task.name])
+
+
+def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str) -> TaskScore:
+    """What a task's metrics say, with the one that enters the mean picked out by `main_metric`."""
+    metric = main_metric(list(metrics), accuracy)
+    chosen: Metric = metrics[metric] if metric is not None else {"value": None, "stderr": None}
+    return TaskScore(metric, chosen["value"], chosen["stderr"], samples, version, metrics)
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
+    """lm-eval's `{"acc,none": .., "acc_stderr,none": ..}` as a dictionary by metric."""
+    metrics: dict[str, Metric] = {}
+    for key, value in found.items():
+        name, comma, filtered = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = found.get(f"{name}_stderr,{filtered}")
+        metrics[name if filtered == "none" else key] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+        }
+    return metrics
+
+
+def main_metric(metrics: list[str], accuracy: str = "acc") -> str | None:
+    """The metric of a task that enters the mean.
+
+    `acc`, unnormalised, as papers of SmoothQuant's time report it (or `acc_norm` where that is wanted and the task
+    has it); for a task of free generation its exact match under the first filter; None where it has neither.
+    """
+    for wanted in (accuracy, "acc", "exact_match"):
+        found = next((name for name in metrics if name.partition(",")[0] == wanted), None)
+        if found is not None:
+            return found
+    return None
+
+
+def mean_accuracy(scores: dict[str, TaskScore]) -> tuple[float, float | None] | None:
+    """Mean of the tasks' accuracies and its standard error, the tasks taken as independent; None without any."""
+    values = [score for score in scores.values() if score.value is not None]
+    if not values:
+        return None
+    mean = sum(score.value or 0.0 for score in values) / len(values)
+    errors = [score.stderr for score in values]
+    if any(error is None for error in errors):
+        return mean, None
+    return mean, math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / len(values)
+
+
+def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | None:
+    """The score of a group such as `mmlu_stem`: the mean of its tasks, weighted by their records where it says so."""
+    members = [scores[name] for name in group.tasks]
+    if any(score.value is None for score in members):
+        return None
+    weights = [score.samples if group.weighted else 1 for score in members]
+    total = sum(weights)
+    value = sum(w * (score.value or 0.0) for w, score in zip(weights, members, strict=True)) / total
+    errors = [score.stderr for score in members]
+    stderr = None
+    if all(error is not None for error in errors):
+        stderr = math.sqrt(sum((w * (error or 0.0)) ** 2 for w, error in zip(weights, errors, strict=True))) / total
+    metric = members[0].metric
+    assert metric is not None
+    return TaskScore(
+        metric, value, stderr, sum(score.samples for score in members), members[0].version,
+        {metric: {"value": value, "stderr": stderr}},
+    )  # fmt: skip
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Bootstrap in this process, which has threads and must not fork; leave standard output to the run's own lines."""
+    key = "DISABLE_MULTIPROC"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
