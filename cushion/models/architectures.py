@@ -21,6 +21,8 @@ class Architecture:
             is folded (arXiv 2211.10438, section 4). Paths from the block.
         smoothing_requires: values that the model's configuration must have for those pairs to be right: variants of a
             family that put their norms elsewhere cannot be smoothed.
+        down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
+            the block, in which `*` stands for any one part (the number of an expert).
 
     """
 
@@ -28,6 +30,7 @@ class Architecture:
     blocks: str
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
     smoothing_requires: tuple[tuple[str, bool], ...] = ()
+    down_projection: str = ""
 
 
 _LLAMA_SMOOTHING = (
@@ -38,9 +41,9 @@ _LLAMA_SMOOTHING = (
 ARCHITECTURES = {
     entry.model_type: entry
     for entry in (
-        Architecture("llama", "model.layers", _LLAMA_SMOOTHING),
-        Architecture("mistral", "model.layers", _LLAMA_SMOOTHING),
-        Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING),
+        Architecture("llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+        Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+        Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
         Architecture(
             "opt",
             "model.decoder.layers",
@@ -49,6 +52,7 @@ ARCHITECTURES = {
                 ("final_layer_norm", ("fc1",)),
             ),
             smoothing_requires=(("do_layer_norm_before", True),),
+            down_projection="fc2",
         ),
         Architecture(
             "bloom",
@@ -58,6 +62,7 @@ ARCHITECTURES = {
                 ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
             ),
             smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
+            down_projection="mlp.dense_4h_to_h",
         ),
     )
 }
