@@ -33,7 +33,7 @@ from cushion.evaluation import perplexity as perplexity_module
 from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
 from cushion.events import Event, Progress, Record
 from cushion.hashing import digest, tensor_digest
-from cushion.models import LanguageModel, architectures, language_model
+from cushion.models import LanguageModel, architectures, experts, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
@@ -48,7 +48,7 @@ from cushion.search.qfep import QfepRecord, qfep_search
 from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
-_COMMON = (sys.modules[__name__], config_module, architectures, language_model, prefix, numerics)
+_COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
     "qfep": (*_COMMON, activations, scan, qfep),

@@ -279,7 +279,7 @@ def test_ratios_over_a_median_of_zero_and_over_what_is_not_finite() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
 def test_token_scales_of_a_batch_are_those_of_its_texts_one_by_one(tiny: Tiny, family: str) -> None:
     lm, ids = tiny(family), torch.arange(21).reshape(3, 7)
     together, apart = TokenScales(texts=3), TokenScales()

@@ -1,8 +1,8 @@
 """PrefixQuant's rule for the prefix: the tokens with outliers at the down projections (arXiv 2410.05265, section 4).
 
-A token is an outlier of a linear when its scale there exceeds eta times the median of its text. Their mean number per
-text, at the layer where it is largest, gives the length of the prefix; the most frequent of them, with BOS last, are
-its tokens. One pass over the texts, nothing is tried out.
+A token is an outlier of a layer when its scale there (among experts, the largest) exceeds eta times the median of its
+text. Their mean number per text, at the layer where it is largest, gives the length of the prefix; the most frequent of
+them, with BOS last, are its tokens. One pass over the texts, nothing is tried out.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from cushion.activations import TokenScales
 from cushion.config import SearchConfig
 from cushion.errors import UnsupportedModelError
 from cushion.models import LanguageModel
@@ -53,20 +53,21 @@ class PrefixQuantRecord:
     seconds: float
 
 
-def down_projections(lm: LanguageModel) -> dict[str, nn.Linear]:
-    """The down projections of all blocks by full name, in order, as the architecture table names them.
+def down_projections(lm: LanguageModel) -> dict[str, list[str]]:
+    """The full names of the linears that are a block's down projection: one, or one for each of its experts.
+
+    By the name that the architecture table gives them, in the order of the blocks.
 
     Raises:
         UnsupportedModelError: the table names none for this architecture, or the model has none of that name.
 
     """
-    path = lm.architecture.down_projection.split(".")
-
-    def matches(name: str) -> bool:
-        own = name.removeprefix(f"{lm.architecture.blocks}.").split(".")[1:]
-        return len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True))
-
-    found = {name: linear for name, linear in lm.linears().items() if matches(name)}
+    path, found = lm.architecture.down_projection.split("."), dict[str, list[str]]()
+    for name in lm.linears():
+        index, *own = name.removeprefix(f"{lm.architecture.blocks}.").split(".")
+        if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
+            layer = ".".join([lm.architecture.blocks, index, *path])
+            found.setdefault(layer, []).append(name)
     if not found:
         raise UnsupportedModelError(
             f"search.method=prefixquant reads the down projections, and the architecture table has none for {lm.label} "
@@ -87,21 +88,22 @@ def prefixquant_rule(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> 
 
     Raises:
         NotFiniteError: an activation is not finite.
-        UnsupportedModelError: the down projections are unknown, or do not read every token.
+        UnsupportedModelError: the down projections, or the tokens that they read, are not known.
 
     """
     started = time.perf_counter()
     assert lm.bos_token_id is not None, "checked by preparation"
-    names, scales = list(down_projections(lm)), TokenScales()
-    yield from scan_texts(lm, names, texts, scales)
+    layers, scales = down_projections(lm), dict[str, Tensor]()
+    yield from scan_texts(lm, [name for names in layers.values() for name in names], texts, scales)
     totals: dict[str, int] = {}
     initial: dict[str, int] = {}
     frequency: Counter[int] = Counter()
-    for name in names:
-        outliers = outlier_tokens(scales.scales(name), config.eta)
+    for name, names in layers.items():
+        of_layer = torch.stack([scales[each].nan_to_num(nan=0.0) for each in names]).amax(0)
+        outliers = outlier_tokens(of_layer, config.eta)
         totals[name], initial[name] = int(outliers.sum()), int(outliers[:, 0].sum())
         frequency.update(texts[:, 1:].cpu()[outliers[:, 1:]].tolist())
-    module = max(names, key=totals.__getitem__)
+    module = max(totals, key=totals.__getitem__)
     length = -(-totals[module] // len(texts))
     ranked = sorted(frequency.items(), key=lambda item: (-item[1], item[0]))
     others = max(0, min(length, config.max_length) - 1)

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cushion.activations import TokenScales, observe_inputs
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
-from cushion.search.scan import Scanned, scan_texts
+from cushion.search.scan import Scanned, ratios, scan_texts, token_scales
 
 TOP_TOKENS = 3
 """Tokens of each text, by scale, among which the best are chosen."""
@@ -78,12 +77,12 @@ def qfep_search(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Itera
     """
     started = time.perf_counter()
     assert lm.bos_token_id is not None, "checked by preparation"
-    with_bos, scales = lm.with_bos(texts), TokenScales()
-    yield from scan_texts(lm, lm.linears(), with_bos, scales)
-    ratios = scales.ratios()
-    ranked = sorted(ratios, key=lambda name: -ratios[name])  # stable: of linears with one input, the first
+    with_bos, scales = lm.with_bos(texts), dict[str, Tensor]()
+    yield from scan_texts(lm, list(lm.linears()), with_bos, scales)
+    means = ratios(scales)
+    ranked = sorted(means, key=lambda name: -means[name])  # stable: of linears with one input, the first
     module = ranked[0]
-    spikes = spike_tokens(with_bos, scales.scales(module), config.outlier_tokens)
+    spikes = spike_tokens(with_bos, scales[module], config.outlier_tokens)
     contexts = frequent_tokens(texts, config.contexts)
     batch_size = max(1, texts.shape[1] // 5)  # as many tokens at once as a text had
     tokens: list[SpikeToken] = []
@@ -99,7 +98,7 @@ def qfep_search(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Itera
     yield QfepRecord(
         token_ids=[lm.bos_token_id, winner.context_id, winner.token_id],
         module=module,
-        ratios={name: min(ratios[name], torch.finfo(torch.float32).max) for name in ranked[:REPORTED_RATIOS]},
+        ratios={name: min(means[name], torch.finfo(torch.float32).max) for name in ranked[:REPORTED_RATIOS]},
         tokens=tokens,
         contexts=len(contexts),
         token_forwards=with_bos.numel() + 5 * len(contexts) * len(tokens),
@@ -114,14 +113,16 @@ def spike_tokens(texts: Tensor, scales: Tensor, count: int) -> dict[int, float]:
 
     Args:
         texts: token ids with BOS in front, (texts, tokens).
-        scales: of the same shape.
+        scales: of the same shape; not a number where the linear does not read the token.
 
     """
     largest: dict[int, float] = {}
-    top = scales[:, 1:].topk(min(TOP_TOKENS, scales.shape[1] - 1), dim=1)
+    read = scales[:, 1:].nan_to_num(nan=-1.0)
+    top = read.topk(min(TOP_TOKENS, read.shape[1]), dim=1)
     tokens = texts[:, 1:].cpu().gather(1, top.indices)
     for token, scale in zip(tokens.flatten().tolist(), top.values.flatten().tolist(), strict=True):
-        largest[token] = max(scale, largest.get(token, 0.0))
+        if scale >= 0:
+            largest[token] = max(scale, largest.get(token, 0.0))
     ranked = sorted(largest.items(), key=lambda item: (-item[1], item[0]))
     return dict(ranked[:count])
 
@@ -133,7 +134,6 @@ def frequent_tokens(texts: Tensor, count: int) -> list[int]:
     return ranked[counts[ranked] > 0].tolist()
 
 
-@torch.no_grad()
 def score_contexts(
     lm: LanguageModel, module: str, token: int, contexts: list[int], batch_size: int
 ) -> Iterator[Tensor]:
@@ -146,23 +146,24 @@ def score_contexts(
 
     Yields:
         Batch by batch: the scale of T at position 2 over its scale at position 4 at the input of `module`, float64
-        on the CPU, shape (batch,). Two scales of zero give 0.
+        on the CPU, shape (batch,). A row whose first scale is zero, or in which an expert does not read both, has 0.
 
     """
     assert lm.bos_token_id is not None, "checked by preparation"
     for batch in torch.tensor(contexts).split(batch_size):
         bos, spike = torch.full_like(batch, lm.bos_token_id), torch.full_like(batch, token)
-        scales = TokenScales(texts=len(batch))
-        linear = {module: lm.linears()[module]}
-        with first_blocks(lm, block_of(lm, module) + 1), observe_inputs(linear, scales):
-            lm.body(torch.stack([bos, batch, spike, batch, spike], dim=1), use_cache=False)
-        yield calming(scales.scales(module))
+        rows = torch.stack([bos, batch, spike, batch, spike], dim=1)
+        with first_blocks(lm, block_of(lm, module) + 1):
+            yield calming(token_scales(lm, [module], rows)[module])
 
 
 def calming(scales: Tensor) -> Tensor:
-    """The scale at position 2 over that at position 4, float64, shape (rows,), of `scales` of shape (rows, 5)."""
+    """The scale at position 2 over that at position 4, float64, shape (rows,), of `scales` of shape (rows, 5).
+
+    It is 0 where one of them is not a number.
+    """
     first, second = scales[:, 2].double(), scales[:, 4].double()
-    return first / second.clamp(min=torch.finfo(torch.float32).tiny)
+    return (first / second.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(nan=0.0)
 
 
 def block_of(lm: LanguageModel, module: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,22 +45,38 @@ def search(lm: LanguageModel, texts: Tensor, config: SearchConfig = CONFIG) -> Q
 
 
 @torch.no_grad()
-def scales_of(lm: LanguageModel, row: list[int]) -> dict[str, list[float]]:
-    """The abs-max of each token's input at every linear, of one row, by a hook of its own and plain Python."""
-    found: dict[str, list[float]] = {}
+def scales_of(lm: LanguageModel, row: list[int]) -> dict[str, list[float | None]]:
+    """The abs-max of each token's input at every linear, of one row, by a hook of its own and plain Python.
+
+    What an expert reads is recognised among the inputs of all experts of its block; None for the tokens it does not.
+    """
+    seen: dict[str, list[list[float]]] = {}
 
     def hook(name: str) -> Any:
         def call(_module: Any, args: tuple[Tensor, ...]) -> None:
-            flat = args[0].reshape(len(row), -1).tolist()
-            found[name] = [max(abs(value) for value in token) for token in flat]
+            seen[name] = args[0].reshape(-1, args[0].shape[-1]).tolist()
 
         return call
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in lm.linears().items()]
+    modules = {n: m for n, m in lm.model.named_modules() if n in lm.linears() or n.endswith("mlp.experts")}
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     lm.model(torch.tensor([row]))
     for handle in handles:
         handle.remove()
+    found: dict[str, list[float | None]] = {}
+    for name in lm.linears():
+        places = list(range(len(row)))
+        if ".experts." in name:
+            gate = name.rpartition(".")[0] + ".gate_proj"
+            places = [seen[name.partition(".experts.")[0] + ".experts"].index(token) for token in seen.get(gate, [])]
+        found[name] = [None] * len(row)
+        for place, token in zip(places, seen.get(name, []), strict=True):
+            found[name][place] = max(abs(value) for value in token)
     return found
+
+
+def read(scales: list[float | None]) -> list[float]:
+    return [scale for scale in scales if scale is not None]
 
 
 def by_plain_loops(lm: LanguageModel, texts: Tensor, config: SearchConfig) -> tuple[str, float, list[int], list[int]]:
@@ -69,38 +87,40 @@ def by_plain_loops(lm: LanguageModel, texts: Tensor, config: SearchConfig) -> tu
     scales = [scales_of(lm, row) for row in rows]
     ratios = {}
     for name in scales[0]:
-        each = [max(text[name]) / sorted(text[name])[(len(text[name]) - 1) // 2] for text in scales]
-        ratios[name] = sum(each) / len(each)
+        of_name = [read(text[name]) for text in scales if read(text[name])]
+        each = [max(values) / sorted(values)[(len(values) - 1) // 2] for values in of_name]
+        ratios[name] = sum(each) / len(each) if each else 1.0
     module = max(ratios, key=lambda name: ratios[name])
     best: dict[int, float] = {}
     for row, text in zip(rows, scales, strict=True):
-        positions = sorted(range(1, len(row)), key=lambda i: -text[module][i])[:3]
-        for position in positions:
-            best[row[position]] = max(best.get(row[position], 0.0), text[module][position])
+        known = [(scale, position) for position, scale in enumerate(text[module]) if position and scale is not None]
+        for scale, position in sorted(known, reverse=True)[:3]:
+            best[row[position]] = max(best.get(row[position], 0.0), scale)
     tokens = sorted(best, key=lambda token: -best[token])[: config.outlier_tokens]
     counts = Counter(token for text in texts.tolist() for token in text)
     contexts = sorted(counts, key=lambda token: (-counts[token], token))[: config.contexts]
     scores = {}
     for token in tokens:
         for context in contexts:
-            row = scales_of(lm, [bos, context, token, context, token])[module]
-            scores[token, context] = row[2] / row[4]
+            found = scales_of(lm, [bos, context, token, context, token])[module]
+            first, second = found[2], found[4]
+            scores[token, context] = 0.0 if first is None or second is None else first / second
     token, context = max(scores, key=lambda pair: scores[pair])
     return module, ratios[module], tokens, [bos, context, token]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_qfep_agrees_with_plain_loops_over_the_whole_model(tiny: Tiny, family: str) -> None:
-    lm, texts = tiny(family), draw()
-    record = search(lm, texts)
-    module, ratio, tokens, prefix = by_plain_loops(lm, texts, CONFIG)
+    lm, texts, config = tiny(family), draw(3, 16), replace(CONFIG, contexts=6)
+    record = search(lm, texts, config)
+    module, ratio, tokens, prefix = by_plain_loops(lm, texts, config)
     inputs = scales_of(lm, [1, 2, 3])
     assert inputs[record.module] == inputs[module], "the same linear, or one that shares its input"
     assert record.ratios[record.module] == pytest.approx(ratio, rel=1e-4)
     assert [spike.token_id for spike in record.tokens] == tokens
     assert record.token_ids == prefix
     assert list(record.ratios.values()) == sorted(record.ratios.values(), reverse=True)
-    assert (record.contexts, record.token_forwards) == (12, 4 * 21 + 5 * 12 * 3)
+    assert (record.contexts, record.token_forwards) == (6, 3 * 17 + 5 * 6 * 3)
     chosen = max(record.tokens, key=lambda spike: spike.score)
     assert record.token_ids[1:] == [chosen.context_id, chosen.token_id]
     assert (chosen.token, chosen.context) == (lm.decode([chosen.token_id]), lm.decode([chosen.context_id]))
@@ -153,7 +173,7 @@ def test_the_model_is_run_only_as_deep_as_the_module_needs_and_is_whole_again(ti
 def test_the_first_blocks_compute_what_they_compute_in_the_whole_model(tiny: Tiny, family: str, count: int) -> None:
     lm, ids = tiny(family), draw()
     blocks, names = lm.blocks, list(lm.model.state_dict())
-    whole, cut = TokenScales(texts=4), TokenScales(texts=4)
+    whole, cut = TokenScales(), TokenScales()
     with observe_inputs(lm.linears(), whole):
         lm.body(ids, use_cache=False)
     with first_blocks(lm, count), observe_inputs(lm.linears(), cut):
@@ -218,3 +238,11 @@ def test_calming_is_the_first_over_the_second_occurrence() -> None:
     assert calming(scales).tolist() == [2.0, 0.0, 0.25]
     endless = calming(torch.tensor([[1.0, 1.0, 3e38, 1.0, 0.0]]))
     assert endless.isfinite().all() and endless.item() > 1e38
+    unread = torch.tensor([[1.0, 1.0, math.nan, 1.0, 2.0], [1.0, 1.0, 2.0, 1.0, math.nan]])
+    assert calming(unread).tolist() == [0.0, 0.0], "an expert that reads one of the two says nothing"
+
+
+def test_tokens_that_an_expert_does_not_read_are_no_spike_tokens() -> None:
+    texts = torch.tensor([[256, 1, 2, 3, 4]])
+    scales = torch.tensor([[math.nan, math.nan, 5.0, math.nan, 0.0]])
+    assert spike_tokens(texts, scales, 9) == {2: 5.0, 4: 0.0}
