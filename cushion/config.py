@@ -22,9 +22,11 @@ LEVELS = ("full", "paper")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
-SEARCH_METHODS = ("none", "tokens", "bos", "newline", "random", "greedy")
+SEARCH_METHODS = ("none", "tokens", "bos", "newline", "random", "greedy", "qfep", "prefixquant")
 GIVEN_PREFIXES = ("tokens", "bos", "newline", "random")
 """Search methods that search for nothing: the user's tokens, and the controls every table needs."""
+RULES = ("qfep", "prefixquant")
+"""The search methods that read the prefix off the token scales of the search text."""
 PROPOSALS = ("exhaustive", "sampled")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
@@ -211,7 +213,7 @@ class QuantizerConfig:
 
 @dataclass
 class SearchConfig:
-    """Group `search`: how the prefix is found (CushionCache, section 4.1, Algorithm 1).
+    """Group `search`: how the prefix is found: CushionCache's Algorithm 1 (section 4.1), QFeP, or PrefixQuant's rule.
 
     `bits`, `symmetric` and `levels` are the grid of q in the objective L_q: per tensor, with the range of the following
     tokens themselves. They are separate from the quantizer under test, so that every row of a table shares one search.
@@ -234,6 +236,10 @@ class SearchConfig:
     symmetric: bool = False
     levels: str = "full"
     batch_size: int | None = None
+    texts: int = 64
+    contexts: int = 200
+    outlier_tokens: int = 3
+    eta: float = 64.0
 
     def __post_init__(self) -> None:
         one_of("search.method", self.method, SEARCH_METHODS)
@@ -249,6 +255,10 @@ class SearchConfig:
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)
+        for key in ("texts", "contexts", "outlier_tokens"):
+            at_least(f"search.{key}", getattr(self, key), 1)
+        reason = "it must be finite and at least 1"
+        require(1 <= self.eta < math.inf, "search.eta", self.eta, reason)
         if self.method == "tokens":
             reason = "search.method=tokens needs search.tokens or search.token_ids, and only one of them"
             require((self.tokens is None) != (self.token_ids is None), "search.tokens", self.tokens, reason)

@@ -7,6 +7,12 @@ from typing import Any
 
 from cushion.config import RunConfig
 
+_USED_BY_RULE = {
+    "qfep": ("texts", "text_length", "contexts", "outlier_tokens"),
+    "prefixquant": ("texts", "text_length", "eta", "max_length"),
+}
+"""The search keys that have an effect with a rule."""
+
 
 def options_without_effect(config: RunConfig) -> list[str]:
     """Warnings about options that are set away from their default but have no effect in this combination."""
@@ -22,10 +28,13 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
     if search.method != "greedy":
         shared = ("name", "method", "tokens", "token_ids", "length", "bits", "symmetric", "levels")
-        keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in shared)
+        used = (*shared, *_USED_BY_RULE.get(search.method, ()))
+        keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in used)
         changed("search", search, keys, f"with search.method={search.method}")
-    elif search.proposal != "sampled":
-        changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
+    else:
+        changed("search", search, ("texts", "contexts", "outlier_tokens", "eta"), "with search.method=greedy")
+        if search.proposal != "sampled":
+            changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
     if search.method == "greedy" and search.proposal == "sampled" and search.frequent >= search.candidates:
         found.append(
             f"search.candidates={search.candidates} leaves no room for a seeded draw beside "

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
-from cushion.config import GIVEN_PREFIXES, QuantizerConfig, RunConfig, to_dict
+from cushion.config import GIVEN_PREFIXES, RULES, QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
 from cushion.evaluation.harness import mean_accuracy
@@ -31,6 +31,9 @@ from cushion.sources import local_files
 from cushion.steps import Steps, runtime
 
 logger = logging.getLogger(__name__)
+
+RULE_TITLES = {"qfep": "QFeP prefix", "prefixquant": "PrefixQuant prefix"}
+"""How the prefixes of the rules are called in tables."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -213,6 +216,8 @@ class _Run:
             given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
             title = "given prefix" if config.method == "tokens" else f"{config.method} prefix"
             return _Stage("found", title, given, 0.0)
+        if config.method in RULES:
+            return self._find_by_rule()
         state, found = self.steps.search(self._metadata())
         seconds = sum(step.seconds for step in state.steps)
         self.result.search = {
@@ -235,6 +240,25 @@ class _Run:
             )
             return None
         return _Stage("found", "greedy prefix", found, seconds)
+
+    def _find_by_rule(self) -> _Stage | None:
+        """The prefix of QFeP or of PrefixQuant's rule, or None where the rule finds no outlier token."""
+        config = self.config.search
+        record, found = self.steps.search_by_rule(self._metadata())
+        self.result.search = {"method": config.method, **record}
+        self.result.timings["search"] = record["seconds"]
+        if not record["token_ids"]:
+            self._warn(
+                f"the search found no prefix: no token of the search text is an outlier above search.eta={config.eta} "
+                "times the median at a down projection, so the run goes on without one"
+            )
+            return None
+        if config.method == "prefixquant" and len(found) < record["length"]:
+            self._warn(
+                f"PrefixQuant's rule asks for a prefix of {record['length']} tokens, and this one has {len(found)}: it "
+                f"is cut to search.max_length={config.max_length}, or there are not as many different outlier tokens"
+            )
+        return _Stage("found", RULE_TITLES[config.method], found, record["seconds"])
 
     def _metadata(self) -> dict[str, Any]:
         return {

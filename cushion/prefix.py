@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from cushion.artifacts import write_json
 from cushion.errors import ArtifactError
 from cushion.hashing import tensor_digest
+from cushion.models.architectures import ARCHITECTURES, cache_shape, find_architecture
 
 FORMAT = "cushion-prefix-1"
 
@@ -57,11 +58,12 @@ class Prefix:
     def from_tokens(
         cls, model: PreTrainedModel, token_ids: Sequence[int], metadata: dict[str, Any] | None = None
     ) -> Prefix:
-        """The keys and values that `model` computes for `token_ids` from position 0 on."""
+        """The keys and values that `model` computes for `token_ids` from position 0 on, each on its layer's device."""
         if not token_ids:
             return cls.empty()
-        cache = DynamicCache(config=model.config)
-        input_ids = torch.tensor([list(token_ids)], device=model.device)
+        cache = DynamicCache()  # not the model's own kind, which drops what is behind a sliding window
+        embeddings: Any = model.get_input_embeddings()
+        input_ids = torch.tensor([list(token_ids)], device=embeddings.weight.device)
         model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         keys = tuple(layer.keys[0].clone() for layer in layers)
@@ -69,7 +71,9 @@ class Prefix:
         return cls(tuple(int(t) for t in token_ids), keys, values, False, metadata or {})
 
     def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
-        """A fresh cache that holds the prefix for each row of a batch.
+        """A fresh cache that holds the prefix for each row of a batch, each layer's part on that layer's device.
+
+        Layers with a sliding window see of the prefix what their window reaches, as they would of its tokens.
 
         A forward pass changes its cache in place, so take a new one for every call. In `generate`, which expects the
         ids of what is cached among its inputs, use `prepend`:
@@ -83,19 +87,24 @@ class Prefix:
         if len(self) == 0:
             return cache
         self._check_model(model)
-        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(_batched(key, batch_size, model), _batched(value, batch_size, model), index)
+        devices = _layer_devices(model)
+        for index, (key, value, device) in enumerate(zip(self.keys, self.values, devices, strict=True)):
+            rows = [_batched(tensor, batch_size, device, model.dtype) for tensor in (key, value)]
+            cache.update(rows[0], rows[1], index)
         return cache
 
     def _check_model(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        own = (len(self.keys), self.keys[0].shape[0], self.keys[0].shape[2])
-        if own != (config.num_hidden_layers, heads, size):
+        if config.model_type in ARCHITECTURES:
+            wanted = find_architecture(config, str(model.name_or_path)).cache_shape(config)
+        else:
+            wanted = cache_shape(config)
+        shapes = {(tensor.shape[0], tensor.shape[2]) for tensor in (*self.keys, *self.values)}
+        own = [(len(self.keys), *shape) for shape in sorted(shapes)]
+        if own != [wanted]:
             raise ArtifactError(
-                f"the prefix has (layers, key-value heads, head size) {own}, the model "
-                f"{(config.num_hidden_layers, heads, size)}: it belongs to another model"
+                f"the prefix has (layers, key-value heads, head size) {' and '.join(map(str, own))}, the model "
+                f"{wanted}: it belongs to another model"
             )
 
     def prepend(self, inputs: Any) -> dict[str, Any]:
@@ -184,5 +193,14 @@ def _base(path: str | Path) -> Path:
     return base.with_suffix("") if base.suffix in (".safetensors", ".json") else base
 
 
-def _batched(tensor: Tensor, batch_size: int, model: PreTrainedModel) -> Tensor:
-    return tensor.to(device=model.device, dtype=model.dtype).unsqueeze(0).expand(batch_size, *tensor.shape)
+def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where each layer computes: a model may be spread over several devices."""
+    config = model.config.get_text_config()
+    if config.model_type not in ARCHITECTURES:
+        return [model.device] * config.num_hidden_layers
+    blocks = model.get_submodule(ARCHITECTURES[config.model_type][0].blocks)
+    return [next(block.parameters()).device for block in blocks.children()]
+
+
+def _batched(tensor: Tensor, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device=device, dtype=dtype).unsqueeze(0).expand(batch_size, *tensor.shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cushion.config import EvalConfig, RunConfig
+from cushion.config import RULES, EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
@@ -110,7 +110,7 @@ def _needed(config: RunConfig) -> set[str]:
         "evaluation": True,
         "calibration": config.quantizer.needs_calibration,
         "tuning": config.tuning.method != "none",
-        "search": config.search.method == "greedy",
+        "search": config.search.method in ("greedy", *RULES),
     }
     return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured_corpora(config).values())
 
@@ -132,6 +132,11 @@ def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
         return [lm.bos_token_id]
     if search.method == "newline" or (search.method == "greedy" and search.start == "newline"):
         return lm.encode("\n").tolist()
+    if search.method in RULES and lm.bos_token_id is None:
+        raise ConfigError(
+            f"search.method={search.method} puts a BOS token into the prefix, and {lm.label} has neither BOS nor EOS: "
+            "use search=greedy_sampled"
+        )
     return []
 
 
@@ -157,6 +162,14 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
             raise ConfigError(
                 f"search.max_length={search.max_length} and search.text_length={search.text_length} need "
                 f"{longest + search.text_length} positions, but {lm.label} has {lm.context_length}: shorten one"
+            )
+    if search.method in RULES:
+        from_bos = int(search.method == "qfep")
+        longest = 3 if search.method == "qfep" else search.max_length
+        if lm.context_length is not None and search.text_length + from_bos > lm.context_length:
+            raise ConfigError(
+                f"search.text_length={search.text_length} needs {search.text_length + from_bos} positions, but "
+                f"{lm.label} has {lm.context_length}: shorten it"
             )
     check_evaluation(lm, config.eval, longest)
     check_tasks(lm, config.eval, config.quantizer, longest)
@@ -191,6 +204,8 @@ def _draw_texts(
     if search.method == "greedy":
         steps = max(1, search.max_length - start_length)
         search_texts = corpora["search"].samples(encode, search.text_length, steps, seed)
+    elif search.method in RULES:
+        search_texts = corpora["search"].samples(encode, search.text_length, search.texts, seed)
     if tuning.method != "none":
         parts = [tuning.sequences, tuning.held_out_sequences]
         drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)

@@ -9,8 +9,8 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -32,21 +32,26 @@ from cushion.evaluation import attention, harness, perplexity, tasks
 from cushion.evaluation.attention import AttentionShares, attention_shares
 from cushion.events import Event, Progress, Record
 from cushion.hashing import digest, tensor_digest
-from cushion.models import LanguageModel, architectures, language_model
+from cushion.models import LanguageModel, architectures, experts, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
 from cushion.quantization.calibration import calibrate
 from cushion.row import Measured, RowMeasurement
-from cushion.search import greedy, objective, proposals
+from cushion.search import greedy, objective, prefixquant, proposals, qfep, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
+from cushion.search.prefixquant import PrefixQuantRecord, prefixquant_rule
 from cushion.search.proposals import propose
+from cushion.search.qfep import QfepRecord, qfep_search
+from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
-_COMMON = (sys.modules[__name__], config_module, architectures, language_model, prefix, numerics)
+_COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
+    "qfep": (*_COMMON, activations, scan, qfep),
+    "prefixquant": (*_COMMON, activations, scan, prefixquant),
     "calibration": (*_COMMON, activations, calibration),
     "tuning": (*_COMMON, activations, linear, smoothquant, simulate, tuning),
     "activations": (*_COMMON, activations, objective),
@@ -55,6 +60,12 @@ CODE: dict[str, tuple[ModuleType, ...]] = {
     "task": (*_COMMON, linear, smoothquant, simulate, row, harness, tasks),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
+
+_RULES: dict[str, tuple[Callable[..., Iterator[Any]], type[QfepRecord | PrefixQuantRecord], tuple[str, ...]]] = {
+    "qfep": (qfep_search, QfepRecord, ("contexts", "outlier_tokens")),
+    "prefixquant": (prefixquant_rule, PrefixQuantRecord, ("eta", "max_length")),
+}
+"""Per rule: its search, the record of what it found, and the configuration that it depends on."""
 
 
 def runtime(device_type: str) -> list[str]:
@@ -143,6 +154,36 @@ class Steps:
         self._log_series("search", [asdict(step) for step in state.steps])
         text = self._lm.decode(state.token_ids)
         return state, replace(found, metadata={**metadata, "text": text})
+
+    def search_by_rule(self, metadata: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
+        """Run QFeP or PrefixQuant's rule; its record, and the prefix found (empty where nothing was).
+
+        Args:
+            metadata: kept with the prefix.
+        """
+        config, texts = self._config.search, self._texts.search
+        assert texts is not None
+        find, kind, keys = _RULES[config.method]
+        depends_on = self._depends_on(
+            config.method, config={key: getattr(config, key) for key in keys}, texts=tensor_digest([texts])
+        )
+
+        def make(workspace: Workspace) -> None:
+            for event in find(self._lm, config, texts):
+                if isinstance(event, Scanned):
+                    self._emit(Progress(f"{config.method}, {event.unit}s", event.done, event.total, event.unit))
+                else:
+                    write_json(workspace.folder / "search.json", asdict(event))
+                    if event.token_ids:
+                        Prefix.from_tokens(self._lm.model, event.token_ids).save(workspace.folder / "prefix")
+
+        folder, _ = self._store.get_or_make(config.method, depends_on, make)
+        with reading(folder):
+            stored = read_json(folder / "search.json")
+            record = {field.name: stored[field.name] for field in fields(kind)}
+            found = Prefix.load(folder / "prefix") if record["token_ids"] else Prefix.empty()
+        text = self._lm.decode(record["token_ids"])
+        return record, replace(found, metadata={**metadata, "text": text})
 
     def tune(self, found: Prefix) -> Tuned:
         """Tune the keys and values of a prefix.

@@ -18,7 +18,18 @@ from cushion.models import LanguageModel, load_language_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and two test runs side by side lose nothing
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt", "bloom")
+FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
+    "gpt_neox", "falcon",
+)  # fmt: skip
+SMOOTHABLE = (*FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_new_decoder_one_norm", "falcon_alibi")
+"""The families and those of their variants that SmoothQuant works on."""
+
+VARIANTS = (*SMOOTHABLE, "opt_post_norm")
+"""Everything that the table has an entry for."""
+
+SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
+"""The families whose tiny model has layers with a sliding window of 8 positions."""
 
 
 @pytest.fixture

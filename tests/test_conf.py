@@ -110,7 +110,12 @@ def test_the_default_is_the_embedded_model_and_the_embedded_text() -> None:
     assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}
 
 
-@pytest.mark.parametrize("search", ["none", "greedy_sampled", "greedy_exhaustive"])
+def test_qfeps_quantizer_is_the_per_tensor_dynamic_one_under_its_own_name() -> None:
+    qfep, dynamic = (to_dict(composed(f"quantizer={name}").quantizer) for name in ("qfep", "per_tensor_dynamic"))
+    assert {**qfep, "name": ""} == {**dynamic, "name": ""}
+
+
+@pytest.mark.parametrize("search", ["none", "greedy_sampled", "greedy_exhaustive", "qfep", "prefixquant"])
 @pytest.mark.parametrize("quantizer", [file.stem for file in OPTIONS if file.parent.name == "quantizer"])
 def test_quantizers_and_searches_combine_freely(quantizer: str, search: str) -> None:
     config = composed(f"quantizer={quantizer}", f"search={search}")

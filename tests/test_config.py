@@ -52,6 +52,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: SearchConfig(max_length=-3), r"search\.max_length=-3 .*at least 1"),
     (lambda: SearchConfig(text_length=-3), r"search\.text_length=-3 .*at least 2"),
     (lambda: SearchConfig(batch_size=0), r"search\.batch_size=0"),
+    (lambda: SearchConfig(method="qefp"), r"search\.method='qefp' .*did you mean 'qfep'\?"),
+    (lambda: SearchConfig(texts=0), r"search\.texts=0 .*at least 1"),
+    (lambda: SearchConfig(contexts=0), r"search\.contexts=0 .*at least 1"),
+    (lambda: SearchConfig(outlier_tokens=0), r"search\.outlier_tokens=0 .*at least 1"),
+    (lambda: SearchConfig(eta=0.5), r"search\.eta=0\.5 is not allowed: .* at least 1"),
+    (lambda: SearchConfig(eta=float("inf")), r"search\.eta=inf"),
     (lambda: SearchConfig(method="tokens"), r"needs search\.tokens or search\.token_ids"),
     (lambda: SearchConfig(method="tokens", tokens="a", token_ids=[1]), r"only one of them"),
     (lambda: SearchConfig(method="tokens", token_ids=[]), r"the prefix is empty"),
@@ -148,6 +154,16 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
         "search.candidates=9 has no effect with search.proposal=exhaustive",
     ),
     (RunConfig(search=replace(GREEDY, token_ids=[1])), "search.token_ids=[1] has no effect with search.method=greedy"),
+    (RunConfig(search=replace(GREEDY, texts=9)), "search.texts=9 has no effect with search.method=greedy"),
+    (RunConfig(search=SearchConfig(method="qfep", eta=9)), "search.eta=9 has no effect with search.method=qfep"),
+    (
+        RunConfig(search=SearchConfig(method="qfep", batch_size=9)),
+        "search.batch_size=9 has no effect with search.method=qfep",
+    ),
+    (
+        RunConfig(search=SearchConfig(method="prefixquant", contexts=9)),
+        "search.contexts=9 has no effect with search.method=prefixquant",
+    ),
     (RunConfig(tuning=TuningConfig(learning_rate=1.0)), "tuning.learning_rate=1.0 has no effect with"),
     (
         RunConfig(search=GREEDY, tuning=replace(TUNED, lambda_q=0, reduction="sum")),
@@ -180,4 +196,9 @@ def test_options_that_have_an_effect_are_not_named() -> None:
     search = replace(GREEDY, tau=0.3, candidates=9, frequent=8, text_length=64)
     quantizer = QuantizerConfig(weights=WeightConfig(granularity="per_group", group_size=4))
     assert options_without_effect(RunConfig(search=search, quantizer=quantizer, tuning=TUNED)) == []
+    for rule in (
+        SearchConfig(method="qfep", texts=2, text_length=9, contexts=3, outlier_tokens=2),
+        SearchConfig(method="prefixquant", texts=2, text_length=9, eta=3, max_length=2),
+    ):
+        assert options_without_effect(RunConfig(search=rule)) == []
     assert options_without_effect(RunConfig()) == []

@@ -1,74 +1,226 @@
-"""The architecture table: where the decoder blocks, their linears and the norms before them are. Data, no code.
+"""The architecture table: where the decoder blocks, their linears and the norms before them are. Data, no branches.
 
 A new family is one entry here and one row in `tests/models/test_architectures.py`; docs/extending.md walks through it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from cushion.errors import UnsupportedModelError, did_you_mean
+
+Requirements = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the parts of one model family are.
+    """Where the parts of one model family, or of one variant of it, are.
 
     Args:
         model_type: `config.model_type` of the family in transformers.
         blocks: path of the `ModuleList` of decoder blocks, from the causal language model.
-        smoothing: for each norm of a block, the linears that read its output: the pairs into which SmoothQuant's scale
-            is folded (arXiv 2211.10438, section 4). Paths from the block.
+        smoothing: for each norm of a block, all modules that read its output: the pairs into which SmoothQuant's scale
+            is folded (arXiv 2211.10438, section 4). Paths from the block; `*` stands for every child there.
         smoothing_requires: values that the model's configuration must have for those pairs to be right: variants of a
             family that put their norms elsewhere cannot be smoothed.
+        down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
+            the block, in which `*` stands for any one part (the number of an expert).
+        norm_offset: what the norms named in `smoothing` add to their weight before they multiply with it: 0, or 1 where
+            they compute `(1 + weight)`. Norms with an offset must do so in float32.
+        requires: values of the model's configuration by which this entry holds, where the variants of a family need
+            entries of their own; the first entry of the family that holds is taken.
+        experts: path, from the block, of experts whose weights are fused into tensors of three dimensions; they are
+            replaced by linears on loading.
+        full_precision: modules of a block that multiply with a weight and are no linears to quantize: routers, whose
+            few weights the field leaves alone. Paths from the block.
+        key_value_heads: how many heads the cache of a layer has: a number, or a key of the configuration. None:
+            `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
 
     """
 
     model_type: str
     blocks: str
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
-    smoothing_requires: tuple[tuple[str, bool], ...] = ()
+    smoothing_requires: Requirements = ()
+    down_projection: str = ""
+    norm_offset: float = 0.0
+    requires: Requirements = ()
+    experts: str | None = None
+    full_precision: tuple[str, ...] = ()
+    key_value_heads: str | int | None = None
+
+    def cache_shape(self, config: Any) -> tuple[int, int, int]:
+        """Layers, key-value heads and head size of the cache of a model with this configuration."""
+        return cache_shape(config, self.key_value_heads)
 
 
-_LLAMA_SMOOTHING = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+def cache_shape(config: Any, key_value_heads: str | int | None = None) -> tuple[int, int, int]:
+    """Layers, key-value heads and head size of a cache; `key_value_heads` as in the table."""
+    heads = key_value_heads
+    if heads is None:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    elif isinstance(heads, str):
+        heads = getattr(config, heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, int(heads), size
+
+
+_ATTENTION = ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+_LLAMA_SMOOTHING = (_ATTENTION, ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
+_GEMMA2_SMOOTHING = (_ATTENTION, ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
+_EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+
+_ENTRIES = (
+    Architecture("llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),  # also SmolLM and SOLAR
+    Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+    Architecture(
+        "mixtral",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", _EXPERTS)),
+        experts="mlp.experts",
+        full_precision=("mlp.gate",),
+        down_projection="mlp.experts.*.down_proj",
+    ),
+    Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+    Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+    Architecture("gemma", "model.layers", _LLAMA_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
+    Architecture("gemma2", "model.layers", _GEMMA2_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
+    Architecture("gemma3_text", "model.layers", _GEMMA2_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
+    Architecture(
+        "phi3",
+        "model.layers",
+        (
+            ("input_layernorm", ("self_attn.qkv_proj",)),
+            ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+        ),
+        down_projection="mlp.down_proj",
+    ),
+    Architecture(
+        "opt",
+        "model.decoder.layers",
+        (
+            ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("final_layer_norm", ("fc1",)),
+        ),
+        smoothing_requires=(("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True)),
+        down_projection="fc2",
+    ),
+    Architecture(
+        "bloom",
+        "transformer.h",
+        (
+            ("input_layernorm", ("self_attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+        smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(  # with and without a parallel residual, both norms read hidden states and have one reader each
+        "gpt_neox",
+        "gpt_neox.layers",
+        (
+            ("input_layernorm", ("attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
+        "falcon",
+        "transformer.h",
+        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+        requires=(("new_decoder_architecture", True), ("num_ln_in_parallel_attn", 1)),
+        key_value_heads="num_attention_heads",
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
+        "falcon",
+        "transformer.h",
+        (("ln_attn", ("self_attention.query_key_value",)), ("ln_mlp", ("mlp.dense_h_to_4h",))),
+        requires=(("new_decoder_architecture", True),),
+        key_value_heads="num_attention_heads",
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
+        "falcon",
+        "transformer.h",
+        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+        requires=(("parallel_attn", True), ("multi_query", True)),
+        key_value_heads=1,
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(
+        "falcon",
+        "transformer.h",
+        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+        requires=(("parallel_attn", True), ("multi_query", False)),
+        key_value_heads="num_kv_heads",
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(
+        "falcon",
+        "transformer.h",
+        (
+            ("input_layernorm", ("self_attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+        requires=(("parallel_attn", False), ("multi_query", True)),
+        key_value_heads=1,
+        down_projection="mlp.dense_4h_to_h",
+    ),
+    Architecture(  # Falcon-RW: one after the other, with ALiBi
+        "falcon",
+        "transformer.h",
+        (
+            ("input_layernorm", ("self_attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+        requires=(("parallel_attn", False), ("multi_query", False)),
+        key_value_heads="num_kv_heads",
+        down_projection="mlp.dense_4h_to_h",
+    ),
 )
 
-ARCHITECTURES = {
-    entry.model_type: entry
-    for entry in (
-        Architecture("llama", "model.layers", _LLAMA_SMOOTHING),
-        Architecture("mistral", "model.layers", _LLAMA_SMOOTHING),
-        Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING),
-        Architecture(
-            "opt",
-            "model.decoder.layers",
-            (
-                ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-                ("final_layer_norm", ("fc1",)),
-            ),
-            smoothing_requires=(("do_layer_norm_before", True),),
-        ),
-        Architecture(
-            "bloom",
-            "transformer.h",
-            (
-                ("input_layernorm", ("self_attention.query_key_value",)),
-                ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-            ),
-            smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
-        ),
-    )
+ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
+    model_type: tuple(entry for entry in _ENTRIES if entry.model_type == model_type)
+    for model_type in dict.fromkeys(entry.model_type for entry in _ENTRIES)
 }
+"""The entries of each family, in the order in which they are tried."""
 
 
-def find_architecture(model_type: str, model: str) -> Architecture:
-    """The entry of the table for `model_type`; raises `UnsupportedModelError` naming the model and what there is."""
+def unmet(requirements: Requirements, config: Any) -> Iterable[tuple[str, Any]]:
+    """The keys that a configuration does not have as required, with the values that it has."""
+    for key, needed in requirements:
+        value = getattr(config, key, None)
+        if value != needed:
+            yield key, value
+
+
+def find_architecture(config: Any, model: str) -> Architecture:
+    """The entry of the table for a transformers configuration.
+
+    Args:
+        config: of the model, or of its text part.
+        model: `model.path`, for the message.
+
+    Raises:
+        UnsupportedModelError: naming the model, its architecture and what there is.
+
+    """
+    model_type = str(config.model_type)
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"model.path={model!r} has the architecture {model_type!r}, which is not supported (supported: {known})"
             f"{did_you_mean(model_type, ARCHITECTURES)}; docs/extending.md says how to add one"
         )
-    return ARCHITECTURES[model_type]
+    for entry in ARCHITECTURES[model_type]:
+        if not any(unmet(entry.requires, config)):
+            return entry
+    keys = dict.fromkeys(key for entry in ARCHITECTURES[model_type] for key, _ in entry.requires)
+    values = ", ".join(f"{key}={getattr(config, key, None)}" for key in keys)
+    raise UnsupportedModelError(
+        f"model.path={model!r} is a variant of {model_type!r} that is not supported ({values}); docs/extending.md says "
+        "how to add one"
+    )

@@ -17,6 +17,7 @@ from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelErro
 from cushion.hashing import tensor_digest
 from cushion.models.architectures import Architecture, find_architecture
 from cushion.models.embedded import embedded_model
+from cushion.models.experts import with_linear_experts
 from cushion.models.tiny import byte_tokenizer, tiny_model
 
 
@@ -73,7 +74,7 @@ class LanguageModel:
         return cast("int | None", bos if bos is not None else self.tokenizer.eos_token_id)
 
     def linears(self, targets: list[str] | None = None) -> dict[str, nn.Linear]:
-        """The linear layers of the decoder blocks by full name, in order; lm_head is none of them.
+        """The linear layers of the decoder blocks by full name, in order; lm_head and routers are none of them.
 
         Args:
             targets: last parts of the names to keep (`["down_proj"]`), `["all"]` or None for all of them.
@@ -82,9 +83,11 @@ class LanguageModel:
             ConfigError: a target that no linear of this model is called.
 
         """
-        blocks = self.architecture.blocks
         found = {
-            f"{blocks}.{name}": module for name, module in self.blocks.named_modules() if isinstance(module, nn.Linear)
+            f"{self.architecture.blocks}.{index}.{name}": module
+            for index, block in enumerate(self.blocks)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and name not in self.architecture.full_precision
         }
         if targets is None or targets == ["all"]:
             return found
@@ -96,6 +99,25 @@ class LanguageModel:
                     f"{', '.join(known)}{did_you_mean(target, known)}"
                 )
         return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
+
+    def norm_readers(self, index: int) -> list[tuple[str, dict[str, nn.Module]]]:
+        """For each norm of block `index` that linears read, its full name and all that read it, by full name.
+
+        Readers that stay in full precision (`Architecture.full_precision`) are among them.
+        """
+        block, path = self.blocks[index], f"{self.architecture.blocks}.{index}."
+        return [
+            (
+                path + norm,
+                {path + name: block.get_submodule(name) for paths in readers for name in _expand(block, paths)},
+            )
+            for norm, readers in self.architecture.smoothing
+        ]
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the module of this full name is a linear that quantizers quantize, and no router."""
+        inside = name.removeprefix(f"{self.architecture.blocks}.").partition(".")[2]
+        return inside not in self.architecture.full_precision
 
     def encode(self, text: str) -> Tensor:
         """Token ids of `text` without special tokens: a vector of shape (number of tokens,)."""
@@ -156,17 +178,36 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
         else:
             check_model(config)
         model, tokenizer = _from_pretrained(folder, config)
-    architecture = find_architecture(model.config.model_type, config.path)
-    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
-    if len(devices) > 1:
-        raise ConfigError(
-            f"model.device_map={config.device_map!r} spreads {config.label} over {sorted(devices)}, which is not "
-            "supported yet: choose a device that holds the whole model, or a smaller model or dtype"
-        )
+    architecture = find_architecture(model.config, config.path)
+    _refuse_offloading(model, config)
+    if architecture.experts is not None:
+        for block in cast(nn.ModuleList, model.get_submodule(architecture.blocks)):
+            fused = block.get_submodule(architecture.experts)
+            block.set_submodule(architecture.experts, with_linear_experts(fused, config.path))
     if config.device_map is None or scheme == "tiny":
         cast(Any, model).to(device)
     model.eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))
+
+
+def _expand(block: nn.Module, path: str) -> list[str]:
+    """The paths that `path` stands for, with every `*` replaced by the name of each child there."""
+    parent, star, rest = path.partition(".*.")
+    if not star:
+        return [path]
+    children = [name for name, _ in block.get_submodule(parent).named_children()]
+    return [expanded for child in children for expanded in _expand(block, f"{parent}.{child}.{rest}")]
+
+
+def _refuse_offloading(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Weights that accelerate moves to a GPU only while they are used cannot be quantized where they are."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    idle = places & {"disk"} | (places & {"cpu"} if len(places - {"cpu", "disk"}) else set())
+    if idle:
+        raise ConfigError(
+            f"model.device_map={config.device_map!r} offloads part of {config.label} to {' and '.join(sorted(idle))}, "
+            "which is not supported: use more GPUs, a smaller model or dtype, or device=cpu"
+        )
 
 
 def check_model(config: ModelConfig) -> None:
@@ -184,7 +225,7 @@ def check_model(config: ModelConfig) -> None:
         settings = AutoConfig.from_pretrained(str(Path(config.path).expanduser()), **_loading_options(config))
     except Exception as error:
         raise _cannot_load(config, error) from error
-    find_architecture(settings.model_type, config.path)
+    find_architecture(settings, config.path)
     if getattr(settings, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             f"model.path={config.path!r} holds weights that are quantized already: name a checkpoint in float32, "

@@ -5,6 +5,7 @@ They show no outliers of their own; `path="tiny:llama"` and the other names of `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from cushion.errors import ModelNotFoundError, did_you_mean
@@ -35,22 +45,61 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
-TINY = {
+_GEMMA: dict[str, Any] = {**_LLAMA, "head_dim": 16}
+_HEADS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_POSITIONS: dict[str, Any] = {"max_position_embeddings": 256}
+_WINDOW = 8
+"""Positions in a sliding window: shorter than any text worth trying."""
+
+
+def _opt(**options: Any) -> OPTConfig:
+    sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
+    return OPTConfig(**{**_COMMON, **_HEADS, **_POSITIONS, **sizes, **options})
+
+
+def _falcon(**options: Any) -> FalconConfig:
+    return FalconConfig(**{**_COMMON, **_HEADS, **_POSITIONS, "ffn_hidden_size": 64, **options})
+
+
+TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_COMMON, **_LLAMA),
-    "mistral": lambda: MistralConfig(**_COMMON, **_LLAMA, sliding_window=128),
+    "mistral": lambda: MistralConfig(**_COMMON, **_LLAMA, sliding_window=_WINDOW),
+    "mixtral": lambda: MixtralConfig(**_COMMON, **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
-    "opt": lambda: OPTConfig(
+    "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
+    "gemma": lambda: GemmaConfig(**_COMMON, **{**_GEMMA, "num_key_value_heads": 1}),
+    "gemma2": lambda: Gemma2Config(
         **_COMMON,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        dropout=0.0,
+        **_GEMMA,
+        query_pre_attn_scalar=16,
+        sliding_window=_WINDOW,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=2.0,
     ),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **_COMMON,
+        **_GEMMA,
+        query_pre_attn_scalar=16,
+        sliding_window=_WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**_COMMON, **_LLAMA, sliding_window=_WINDOW),
+    "opt": _opt,
     "bloom": lambda: BloomConfig(**_COMMON, hidden_size=32, n_layer=3, n_head=4),
+    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, **_HEADS, **_POSITIONS, intermediate_size=64),
+    "falcon": _falcon,
+    # variants of a family
+    "opt_post_norm": lambda: _opt(do_layer_norm_before=False, word_embed_proj_dim=16),
+    "gpt_neox_sequential": lambda: GPTNeoXConfig(
+        **_COMMON, **_HEADS, **_POSITIONS, intermediate_size=64, use_parallel_residual=False
+    ),
+    "falcon_new_decoder": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2, bias=True),
+    "falcon_new_decoder_one_norm": lambda: _falcon(
+        new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "falcon_alibi": lambda: _falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
 }
+"""Configurations by name: `config.model_type` of every family in the architecture table, and some of its variants."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

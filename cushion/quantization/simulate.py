@@ -13,6 +13,7 @@ from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QuantizerConfig
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
+from cushion.models.architectures import unmet
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
 from cushion.quantization.smoothquant import smoothing_scales
@@ -66,7 +67,9 @@ def quantized(
             weight = linear.weight.detach()
             if weight_grid is not None:
                 weight = quantize_weight(weight, weight_grid, config.weights.granularity, config.weights.group_size)
-            activation = _activation_quantizer(name, config, calibration, scales.get(name), straight_through)
+            activation = _activation_quantizer(
+                name, config, calibration, scales.get(name), straight_through, weight.device
+            )
             if weight_grid is None and activation is None:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
@@ -79,13 +82,13 @@ def quantized(
 
 def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
     """Raise `ConfigError` when a target, the group size or smoothing does not fit this model, without computing."""
-    for key, needed in lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ():
-        if getattr(lm.model.config, key) != needed:
-            raise ConfigError(
-                f"quantizer.smoothing_alpha={config.smoothing_alpha} cannot be used with {lm.label}: its configuration "
-                f"has {key}={getattr(lm.model.config, key)}, so its norms do not stand before the linears; use "
-                "quantizer.smoothing_alpha=null"
-            )
+    required = lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ()
+    for key, value in unmet(required, lm.model.config):
+        raise ConfigError(
+            f"quantizer.smoothing_alpha={config.smoothing_alpha} cannot be used with {lm.label}: its configuration "
+            f"has {key}={value}, so its norms do not stand before the linears or have no weights; use "
+            "quantizer.smoothing_alpha=null"
+        )
     if config.smoothing_alpha is not None and not lm.architecture.smoothing:
         raise ConfigError(
             f"quantizer.smoothing_alpha={config.smoothing_alpha} has nothing to smooth in {lm.label}: its architecture "
@@ -103,37 +106,58 @@ def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
             )
 
 
-def _ranges(name: str, calibration: ChannelRanges | None) -> tuple[Tensor, Tensor]:
+def _ranges(name: str, calibration: ChannelRanges | None, device: torch.device) -> tuple[Tensor, Tensor]:
     if calibration is None or name not in calibration.minimum:
-        raise CalibrationError(f"the calibration statistics have no entry for {name}: calibrate this model again")
-    return calibration.minimum[name], calibration.maximum[name]
+        raise CalibrationError(
+            f"the calibration statistics have no entry for {name}: calibrate this model again, with more text "
+            "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
+        )
+    return calibration.minimum[name].to(device), calibration.maximum[name].to(device)
+
+
+def _shared_abs_max(readers: dict[str, nn.Linear], calibration: ChannelRanges | None) -> Tensor:
+    """max|X_j| of the input that several linears share; experts see parts of it, and some of them perhaps nothing."""
+    seen = [name for name in readers if calibration is not None and name in calibration.minimum]
+    device = next(iter(readers.values())).weight.device
+    ranges = [_ranges(name, calibration, device) for name in seen or readers]
+    return torch.stack([torch.maximum(-low, high) for low, high in ranges]).amax(0)
 
 
 def _smooth(
     lm: LanguageModel, config: QuantizerConfig, calibration: ChannelRanges | None, replacements: _Replacements
 ) -> dict[str, Tensor]:
-    """Fold SmoothQuant's scales into norms and linears; the scale of each smoothed linear's input by name."""
+    """Fold SmoothQuant's scales into norms and all that read them; the scale of each smoothed linear's input by name.
+
+    A reader that stays in full precision, such as a router, is scaled with the others and has no say in the scale.
+    """
     assert config.smoothing_alpha is not None
     scales: dict[str, Tensor] = {}
-    for index, block in enumerate(lm.blocks):
-        for norm_name, linear_names in lm.architecture.smoothing:
-            norm = block.get_submodule(norm_name)
-            linears = {}
-            for name in linear_names:
-                linears[f"{lm.architecture.blocks}.{index}.{name}"] = cast(nn.Linear, block.get_submodule(name))
-            low, high = _ranges(next(iter(linears)), calibration)
+    for index in range(len(lm.blocks)):
+        for norm_name, readers in lm.norm_readers(index):
+            linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
             weights = [linear.weight.detach() for linear in linears.values()]
-            scale = smoothing_scales(torch.maximum(-low, high), weights, config.smoothing_alpha)
-            for parameter in ("weight", "bias"):
-                old = getattr(norm, parameter, None)
-                if old is not None:
-                    new = (old.float() / scale.to(old.device)).to(old.dtype)
-                    replacements.put(norm, parameter, nn.Parameter(new, requires_grad=False))
-            for name, linear in linears.items():
-                new = (linear.weight.float() * scale.to(linear.weight.device)).to(linear.weight.dtype)
-                replacements.put(linear, "weight", nn.Parameter(new, requires_grad=False))
-                scales[name] = scale
+            scale = smoothing_scales(_shared_abs_max(linears, calibration), weights, config.smoothing_alpha)
+            _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, replacements)
+            for name, reader in readers.items():
+                weight = cast(Tensor, reader.weight)
+                new = (weight.float() * scale.to(weight.device)).to(weight.dtype)
+                replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
+                if name in linears:
+                    scales[name] = scale
     return scales
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor, offset: float, replacements: _Replacements) -> None:
+    """Divide a norm's output by `scale`.
+
+    The norm multiplies with `offset + weight`. With an offset the new weight is kept in float32: close to -1, half
+    precision would leave next to nothing of `1 + weight`.
+    """
+    for parameter, added in (("weight", offset), ("bias", 0.0)):
+        old = getattr(norm, parameter, None)
+        if old is not None:
+            new = (old.float() + added) / scale.to(old.device) - added
+            replacements.put(norm, parameter, nn.Parameter(new if added else new.to(old.dtype), requires_grad=False))
 
 
 def _activation_quantizer(
@@ -142,6 +166,7 @@ def _activation_quantizer(
     calibration: ChannelRanges | None,
     smoothing: Tensor | None,
     straight_through: bool,
+    device: torch.device,
 ) -> ActivationQuantizer | None:
     activations: ActivationConfig = config.activations
     if activations.bits is None:
@@ -149,7 +174,7 @@ def _activation_quantizer(
     grid = Grid(activations.bits, activations.symmetric, config.levels)
     if activations.range == "dynamic":
         return ActivationQuantizer(grid, activations.granularity, None, straight_through)
-    low, high = _ranges(name, calibration)
+    low, high = _ranges(name, calibration, device)
     if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
-        low, high = low / smoothing.to(low.device), high / smoothing.to(high.device)
+        low, high = low / smoothing.to(device), high / smoothing.to(device)
     return ActivationQuantizer(grid, activations.granularity, (low.amin(), high.amax()), straight_through)

@@ -33,9 +33,18 @@ def calibrated(lm: LanguageModel, texts: Tensor, prefix: Prefix | None = None) -
 def recomputed(lm: LanguageModel, texts: Tensor, prefix_ids: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Ranges by name from whole forward passes over [prefix, text], the prefix's positions cut off afterwards."""
     seen: dict[str, list[Tensor]] = {}
+    positions: dict[str, list[Tensor]] = {}  # which tokens an expert sees is what the router says
     blocks = lm.architecture.blocks
     handles = []
+
+    def route(name: str, output: tuple[Tensor, ...]) -> None:
+        for expert in range(lm.model.config.num_local_experts):
+            chosen = (output[-1] == expert).any(1).nonzero()[:, 0]
+            positions.setdefault(name.removesuffix("gate") + f"experts.{expert}.", []).append(chosen)
+
     for name, module in lm.model.named_modules():
+        if name.endswith("mlp.gate"):
+            handles.append(module.register_forward_hook(lambda _m, _a, output, name=name: route(name, output)))
         if isinstance(module, nn.Linear) and name.startswith(blocks + "."):
             handles.append(
                 module.register_forward_pre_hook(lambda _m, args, name=name: seen.setdefault(name, []).append(args[0]))
@@ -45,10 +54,13 @@ def recomputed(lm: LanguageModel, texts: Tensor, prefix_ids: list[int]) -> dict[
             lm.model(torch.cat([torch.tensor(prefix_ids, dtype=torch.long), text])[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    following = {
-        name: torch.cat([values.reshape(-1, values.shape[-1])[len(prefix_ids) :] for values in calls])
-        for name, calls in seen.items()
-    }
+    following = {}
+    for name, calls in seen.items():
+        rows = [values.reshape(-1, values.shape[-1]) for values in calls]
+        routed = [tokens for tokens in positions.get(name.rpartition(".")[0] + ".", []) if len(tokens)]
+        where = routed or [torch.arange(len(values)) for values in rows]
+        kept = [values[tokens >= len(prefix_ids)] for values, tokens in zip(rows, where, strict=True)]
+        following[name] = torch.cat(kept)
     return {name: (values.amin(0), values.amax(0)) for name, values in following.items()}
 
 

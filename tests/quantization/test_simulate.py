@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, SMOOTHABLE
 from torch import Tensor, nn
 
 from cushion.activations import ChannelRanges
@@ -91,7 +91,7 @@ def test_with_nothing_quantized_and_no_prefix_logits_are_bit_equal(tiny: Tiny, f
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llama", name) for name in QUANTIZERS] + [(family, "smoothed_static") for family in FAMILIES[1:]],
+    [("llama", name) for name in QUANTIZERS] + [(family, "smoothed_static") for family in SMOOTHABLE[1:]],
 )
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
 def test_leaving_restores_the_very_same_objects_and_bits(tiny: Tiny, family: str, name: str, raises: bool) -> None:
@@ -277,11 +277,12 @@ def test_more_bits_come_closer_to_full_precision(tiny: Tiny, name: str) -> None:
 
 
 def smoothed_linears(lm: LanguageModel, block: int) -> list[tuple[str, list[str]]]:
-    path = f"{lm.architecture.blocks}.{block}."
-    return [(path + norm, [path + name for name in names]) for norm, names in lm.architecture.smoothing]
+    """The norms of a block and the linears behind each; a router is no linear."""
+    readers = lm.norm_readers(block)
+    return [(norm, [name for name in names if name in lm.linears()]) for norm, names in readers]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMOOTHABLE)
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_smoothing_leaves_the_full_precision_function_unchanged(tiny: Tiny, family: str, alpha: float) -> None:
     lm, texts = tiny(family), make_texts()
@@ -299,17 +300,19 @@ def test_norms_and_weights_are_scaled_by_equation_4(tiny: Tiny, family: str, alp
     lm, texts = tiny(family), make_texts()
     ranges = calibrated(lm, texts)
     pairs = [pair for block in range(3) for pair in smoothed_linears(lm, block)]
-    inputs = inputs_of(lm, [names[0] for _, names in pairs], texts)
+    inputs = inputs_of(lm, [name for _, names in pairs for name in names], texts)
     before = {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
     with quantized(lm, smoothing_only(alpha), ranges):
         after = {name: parameter.detach().clone() for name, parameter in lm.model.named_parameters()}
     for norm, names in pairs:
-        activation = inputs[names[0]].flatten(0, -2).abs().amax(0)
+        seen = [inputs[name].flatten(0, -2) for name in names if name in inputs]  # an expert sees a part of the tokens
+        activation = torch.cat(seen).abs().amax(0)
         weight = torch.cat([before[name + ".weight"] for name in names]).abs().amax(0)
         scale = activation.pow(alpha) / weight.pow(1 - alpha)
-        for parameter in ("weight", "bias"):
+        for parameter, offset in (("weight", lm.architecture.norm_offset), ("bias", 0.0)):
             if f"{norm}.{parameter}" in before:
-                torch.testing.assert_close(after[f"{norm}.{parameter}"], before[f"{norm}.{parameter}"] / scale)
+                old, new = (side[f"{norm}.{parameter}"] + offset for side in (before, after))
+                torch.testing.assert_close(new, old / scale)
         for name in names:
             torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] * scale)
 
@@ -318,15 +321,23 @@ def test_norms_and_weights_are_scaled_by_equation_4(tiny: Tiny, family: str, alp
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_smoothing_lowers_the_range_of_a_planted_outlier_channel(tiny: Tiny, family: str, alpha: float) -> None:
     lm, texts = tiny(family), make_texts()
+    offset = lm.architecture.norm_offset
     for block in range(3):
-        for norm, _ in smoothed_linears(lm, block):
-            lm.model.get_submodule(norm).weight[5] *= 300
+        for norm, readers in lm.norm_readers(block):
+            weight = lm.model.get_submodule(norm).weight
+            weight[5] = 300 * (offset + weight[5]) - offset
+            for name in readers.keys() - lm.linears().keys():
+                readers[name].weight[:, 5] /= 300  # a router sends every token where it went before
     ranges = calibrated(lm, texts)
     with quantized(lm, smoothing_only(alpha), ranges):
         smoothed = calibrated(lm, texts)
     for block in range(3):
         for _, names in smoothed_linears(lm, block):
-            for name in names:
+            reached = [
+                name for name in names if name in ranges.minimum
+            ]  # the outlier leaves some experts without tokens
+            assert len(reached) == len(names) or len(reached) >= 4
+            for name in reached:
                 before = torch.maximum(ranges.maximum[name], -ranges.minimum[name])
                 after = torch.maximum(smoothed.maximum[name], -smoothed.minimum[name])
                 assert before.argmax() == 5
@@ -361,6 +372,54 @@ def test_smoothed_static_ranges_are_those_of_calibrating_the_smoothed_model(
             unsmoothed = torch.maximum(-ranges.minimum[name].min(), ranges.maximum[name].max()) / 127
             moved += not torch.isclose(expected, unsmoothed, rtol=1e-3) if symmetric else 1
     assert moved > 0
+
+
+@torch.no_grad()
+def test_a_router_follows_its_norm_and_has_no_say_in_the_scale(tiny: Tiny) -> None:
+    lm, texts = tiny("mixtral"), make_texts()
+    (norm, readers), name = lm.norm_readers(1)[1], "model.layers.1.mlp.gate"
+    before, old_norm = readers[name].weight.clone(), lm.model.get_submodule(norm).weight.clone()
+    ranges = calibrated(lm, texts)
+    scales = []
+    for factor in (1, 1000):  # a router with enormous weights, were it a linear, would decide every scale
+        lm.model.get_submodule(name).weight.copy_(before * factor)
+        with quantized(lm, smoothing_only(0.5), ranges):
+            scales.append(old_norm / lm.model.get_submodule(norm).weight)
+            torch.testing.assert_close(readers[name].weight, before * factor * scales[-1])
+    assert torch.equal(*scales)
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_reached_is_named(tiny: Tiny) -> None:
+    lm, texts = tiny("mixtral"), make_texts()
+    lm.model.get_submodule("model.layers.2.mlp.gate").weight.zero_()  # ties go to the same two experts every time
+    ranges, untouched = calibrated(lm, texts), logits(lm, texts)
+    missing = sorted(lm.linears().keys() - ranges.minimum.keys())
+    assert len(missing) == 6 and all(name.startswith("model.layers.2.mlp.experts.") for name in missing)
+    message = rf"no entry for ({'|'.join(missing)}): .*quantizer\.calibration\.samples.*no token was routed to"
+    with pytest.raises(CalibrationError, match=message), quantized(lm, QUANTIZERS["static"], ranges):
+        pytest.fail("the body must not run")
+    with quantized(lm, smoothing_only(0.5), ranges):  # the experts that were reached tell the range of the shared input
+        torch.testing.assert_close(logits(lm, texts), untouched, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_folding_into_a_half_precision_norm_with_offset_keeps_what_is_left(tiny: Tiny) -> None:
+    """What is left of 1 + weight is so small that bfloat16, which is coarse next to -1, would be off by half of it."""
+    lm, texts = tiny("gemma"), make_texts()
+    cast(Any, lm.model).to(torch.bfloat16)
+    ranges = calibrated(lm, texts)
+    for low, high in zip(ranges.minimum.values(), ranges.maximum.values(), strict=True):
+        low.mul_(1e5), high.mul_(1e5)
+    before = {n: p.clone() for n, p in lm.model.named_parameters()}
+    with quantized(lm, smoothing_only(0.5), ranges):
+        assert logits(lm, texts).dtype == torch.bfloat16
+        for norm, readers in lm.norm_readers(1):
+            for name, reader in readers.items():
+                product = (1 + lm.model.get_submodule(norm).weight.float()) * reader.weight.float()
+                expected = (1 + before[f"{norm}.weight"].float()) * before[f"{name}.weight"].float()
+                torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-6)
+                assert (1 + lm.model.get_submodule(norm).weight.float()).abs().max() < 0.1
 
 
 def test_smoothing_rescues_static_quantization_from_an_outlier_channel(tiny: Tiny) -> None:

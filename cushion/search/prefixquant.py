@@ -1,0 +1,124 @@
+"""PrefixQuant's rule for the prefix: the tokens with outliers at the down projections (arXiv 2410.05265, section 4).
+
+A token is an outlier of a layer when its scale there (among experts, the largest) exceeds eta times the median of its
+text. Their mean number per text, at the layer where it is largest, gives the length of the prefix; the most frequent of
+them, with BOS last, are its tokens. One pass over the texts, nothing is tried out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cushion.config import SearchConfig
+from cushion.errors import UnsupportedModelError
+from cushion.models import LanguageModel
+from cushion.search.scan import Scanned, scan_texts
+
+REPORTED_TOKENS = 10
+"""Outlier tokens that are kept in the record."""
+
+
+@dataclass(frozen=True)
+class OutlierToken:
+    """How often a token is an outlier, over all texts and down projections, position 0 left out."""
+
+    token_id: int
+    token: str
+    count: int
+
+
+@dataclass(frozen=True)
+class PrefixQuantRecord:
+    """What the rule found; `token_ids` is empty where no token is an outlier.
+
+    `mean_counts` is, per down projection, the mean number of outlier tokens in a text, the initial one included;
+    `module` is where it is largest, `initial_share` the part of the texts whose initial token is an outlier there, and
+    `length` the ceiling of that mean: the length that the rule asks for. `token_ids` is shorter where there are not as
+    many different outlier tokens, or where `search.max_length` cuts it.
+    """
+
+    token_ids: list[int]
+    length: int
+    module: str
+    initial_share: float
+    mean_counts: dict[str, float]
+    tokens: list[OutlierToken]
+    token_forwards: int
+    seconds: float
+
+
+def down_projections(lm: LanguageModel) -> dict[str, list[str]]:
+    """The full names of the linears that are a block's down projection: one, or one for each of its experts.
+
+    By the name that the architecture table gives them, in the order of the blocks.
+
+    Raises:
+        UnsupportedModelError: the table names none for this architecture, or the model has none of that name.
+
+    """
+    path, found = lm.architecture.down_projection.split("."), dict[str, list[str]]()
+    for name in lm.linears():
+        index, *own = name.removeprefix(f"{lm.architecture.blocks}.").split(".")
+        if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
+            layer = ".".join([lm.architecture.blocks, index, *path])
+            found.setdefault(layer, []).append(name)
+    if not found:
+        raise UnsupportedModelError(
+            f"search.method=prefixquant reads the down projections, and the architecture table has none for {lm.label} "
+            f"({lm.architecture.model_type}): use search=qfep or search=greedy_sampled"
+        )
+    return found
+
+
+def prefixquant_rule(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Iterator[Scanned | PrefixQuantRecord]:
+    """Find the prefix by PrefixQuant's rule.
+
+    Args:
+        config: `eta`, and `max_length`, the largest length of the prefix.
+        texts: token ids, (texts, tokens), run as they are.
+
+    Yields:
+        `Scanned` after every text, and the `PrefixQuantRecord` at the end.
+
+    Raises:
+        NotFiniteError: an activation is not finite.
+        UnsupportedModelError: the down projections, or the tokens that they read, are not known.
+
+    """
+    started = time.perf_counter()
+    assert lm.bos_token_id is not None, "checked by preparation"
+    layers, scales = down_projections(lm), dict[str, Tensor]()
+    yield from scan_texts(lm, [name for names in layers.values() for name in names], texts, scales)
+    totals: dict[str, int] = {}
+    initial: dict[str, int] = {}
+    frequency: Counter[int] = Counter()
+    for name, names in layers.items():
+        of_layer = torch.stack([scales[each].nan_to_num(nan=0.0) for each in names]).amax(0)
+        outliers = outlier_tokens(of_layer, config.eta)
+        totals[name], initial[name] = int(outliers.sum()), int(outliers[:, 0].sum())
+        frequency.update(texts[:, 1:].cpu()[outliers[:, 1:]].tolist())
+    module = max(totals, key=totals.__getitem__)
+    length = -(-totals[module] // len(texts))
+    ranked = sorted(frequency.items(), key=lambda item: (-item[1], item[0]))
+    others = max(0, min(length, config.max_length) - 1)
+    yield PrefixQuantRecord(
+        token_ids=[*(token for token, _ in ranked[:others]), lm.bos_token_id] if length else [],
+        length=length,
+        module=module,
+        initial_share=initial[module] / len(texts),
+        mean_counts={name: total / len(texts) for name, total in totals.items()},
+        tokens=[OutlierToken(token, lm.decode([token]), count) for token, count in ranked[:REPORTED_TOKENS]],
+        token_forwards=texts.numel(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def outlier_tokens(scales: Tensor, eta: float) -> Tensor:
+    """Which tokens exceed `eta` times the median scale of their text: `scales` and the result are (texts, tokens)."""
+    return scales > eta * scales.median(dim=1, keepdim=True).values

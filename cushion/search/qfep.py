@@ -1,0 +1,183 @@
+"""QFeP, the quantization-free prefix: the search for a prefix [BOS, C, T] (arXiv 2405.14428, section 4.2).
+
+Over texts with BOS in front, the linear is found whose input has the largest ratio of the maximal to the median token
+scale. The tokens T with the largest scales there are tried behind the contexts C that are most frequent in the text:
+in the row [BOS, C, T, C, T] the first T should take the spike and the second one should not. Nothing is trained, and
+the vocabulary is not searched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cushion.config import SearchConfig
+from cushion.models import LanguageModel
+from cushion.search.scan import Scanned, ratios, scan_texts, token_scales
+
+TOP_TOKENS = 3
+"""Tokens of each text, by scale, among which the best are chosen."""
+
+REPORTED_RATIOS = 10
+"""Linears whose ratio is kept in the record."""
+
+
+@dataclass(frozen=True)
+class SpikeToken:
+    """A token T: its largest scale in any text, and its best context C with the score of that row.
+
+    The score is the scale of T at position 2 of [BOS, C, T, C, T] over its scale at position 4.
+    """
+
+    token_id: int
+    token: str
+    scale: float
+    context_id: int
+    context: str
+    score: float
+
+
+@dataclass(frozen=True)
+class QfepRecord:
+    """What QFeP found.
+
+    `ratios` are those of the linears with the largest ones, descending, and `module` is the first; a ratio over a
+    median of zero is written as the largest number of float32.
+    """
+
+    token_ids: list[int]
+    module: str
+    ratios: dict[str, float]
+    tokens: list[SpikeToken]
+    contexts: int
+    token_forwards: int
+    """Tokens run through the blocks: all of them for the texts, only those down to `module` for the rows of five."""
+    seconds: float
+
+
+def qfep_search(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Iterator[Scanned | QfepRecord]:
+    """Run the four steps of QFeP.
+
+    Args:
+        config: the number of tokens T (`outlier_tokens`) and of contexts C (`contexts`).
+        texts: token ids without BOS, (texts, tokens).
+
+    Yields:
+        `Scanned` after every text and every batch of contexts, and the `QfepRecord` at the end.
+
+    Raises:
+        NotFiniteError: an activation is not finite.
+        UnsupportedModelError: a linear of the model does not read every token.
+
+    """
+    started = time.perf_counter()
+    assert lm.bos_token_id is not None, "checked by preparation"
+    with_bos, scales = lm.with_bos(texts), dict[str, Tensor]()
+    yield from scan_texts(lm, list(lm.linears()), with_bos, scales)
+    means = ratios(scales)
+    ranked = sorted(means, key=lambda name: -means[name])  # stable: of linears with one input, the first
+    module = ranked[0]
+    spikes = spike_tokens(with_bos, scales[module], config.outlier_tokens)
+    contexts = frequent_tokens(texts, config.contexts)
+    batch_size = max(1, texts.shape[1] // 5)  # as many tokens at once as a text had
+    tokens: list[SpikeToken] = []
+    for number, (token, scale) in enumerate(spikes.items()):
+        scores: list[float] = []
+        for score in score_contexts(lm, module, token, contexts, batch_size):
+            scores += score.tolist()
+            yield Scanned(number * len(contexts) + len(scores), len(spikes) * len(contexts), "context")
+        best = max(range(len(contexts)), key=scores.__getitem__)  # ties: the more frequent context
+        context = contexts[best]
+        tokens.append(SpikeToken(token, lm.decode([token]), scale, context, lm.decode([context]), scores[best]))
+    winner = max(tokens, key=lambda spike: spike.score)  # ties: the token with the larger scale
+    yield QfepRecord(
+        token_ids=[lm.bos_token_id, winner.context_id, winner.token_id],
+        module=module,
+        ratios={name: min(means[name], torch.finfo(torch.float32).max) for name in ranked[:REPORTED_RATIOS]},
+        tokens=tokens,
+        contexts=len(contexts),
+        token_forwards=with_bos.numel() + 5 * len(contexts) * len(tokens),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def spike_tokens(texts: Tensor, scales: Tensor, count: int) -> dict[int, float]:
+    """The `count` distinct tokens with the largest scales, and these, descending.
+
+    Only the three tokens of each text with the largest scales take part; BOS, the first of each text, does not.
+
+    Args:
+        texts: token ids with BOS in front, (texts, tokens).
+        scales: of the same shape; not a number where the linear does not read the token.
+
+    """
+    largest: dict[int, float] = {}
+    read = scales[:, 1:].nan_to_num(nan=-1.0)
+    top = read.topk(min(TOP_TOKENS, read.shape[1]), dim=1)
+    tokens = texts[:, 1:].cpu().gather(1, top.indices)
+    for token, scale in zip(tokens.flatten().tolist(), top.values.flatten().tolist(), strict=True):
+        if scale >= 0:
+            largest[token] = max(scale, largest.get(token, 0.0))
+    ranked = sorted(largest.items(), key=lambda item: (-item[1], item[0]))
+    return dict(ranked[:count])
+
+
+def frequent_tokens(texts: Tensor, count: int) -> list[int]:
+    """The `count` most frequent tokens of the texts, descending; ties go to the smaller token id."""
+    counts = torch.bincount(texts.flatten().cpu())
+    ranked = torch.argsort(counts, descending=True, stable=True)[:count]
+    return ranked[counts[ranked] > 0].tolist()
+
+
+def score_contexts(
+    lm: LanguageModel, module: str, token: int, contexts: list[int], batch_size: int
+) -> Iterator[Tensor]:
+    """How much the second T of [BOS, C, T, C, T] is calmer than the first, for each context C in turn.
+
+    The rows are run down to the block of `module` only.
+
+    Args:
+        batch_size: contexts per forward pass.
+
+    Yields:
+        Batch by batch: the scale of T at position 2 over its scale at position 4 at the input of `module`, float64
+        on the CPU, shape (batch,). A row whose first scale is zero, or in which an expert does not read both, has 0.
+
+    """
+    assert lm.bos_token_id is not None, "checked by preparation"
+    for batch in torch.tensor(contexts).split(batch_size):
+        bos, spike = torch.full_like(batch, lm.bos_token_id), torch.full_like(batch, token)
+        rows = torch.stack([bos, batch, spike, batch, spike], dim=1)
+        with first_blocks(lm, block_of(lm, module) + 1):
+            yield calming(token_scales(lm, [module], rows)[module])
+
+
+def calming(scales: Tensor) -> Tensor:
+    """The scale at position 2 over that at position 4, float64, shape (rows,), of `scales` of shape (rows, 5).
+
+    It is 0 where one of them is not a number.
+    """
+    first, second = scales[:, 2].double(), scales[:, 4].double()
+    return (first / second.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(nan=0.0)
+
+
+def block_of(lm: LanguageModel, module: str) -> int:
+    """The number of the decoder block that a linear is in."""
+    return int(module.removeprefix(f"{lm.architecture.blocks}.").partition(".")[0])
+
+
+@contextmanager
+def first_blocks(lm: LanguageModel, count: int) -> Iterator[None]:
+    """The model cut down to its first `count` decoder blocks; on leaving, it has the very list it had before."""
+    parent, _, leaf = lm.architecture.blocks.rpartition(".")
+    owner, blocks = lm.model.get_submodule(parent), lm.blocks
+    setattr(owner, leaf, nn.ModuleList(list(blocks)[:count]))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, blocks)
