@@ -5,6 +5,7 @@ Hooks live exactly as long as the `with` block that made them, also when the cod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,3 +123,61 @@ class ChannelRanges:
         if name in self.minimum:
             low, high = torch.minimum(low, self.minimum[name]), torch.maximum(high, self.maximum[name])
         self.minimum[name], self.maximum[name] = low, high
+
+
+class TokenScales:
+    """Per linear, the abs-max of every token's input: the token scales of QFeP and QFeM (arXiv 2405.14428, section 4).
+
+    Each call adds the input of one forward pass. Texts that go through the model alone may differ in length, and a
+    linear that reads only some of the tokens (an expert) has only those.
+
+    Args:
+        texts: how many texts go through the model at once, all of one length. Needed because some architectures lay
+            the tokens of all texts in one row before a linear (OPT).
+
+    """
+
+    def __init__(self, texts: int = 1) -> None:
+        self.texts = texts
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def __call__(self, name: str, values: Tensor) -> None:
+        """Add `values`, shape (texts, tokens, channels) or (texts x tokens, channels)."""
+        scales = values.detach().abs().amax(-1).reshape(self.texts, -1)
+        self._rows.setdefault(name, []).extend(scales.float().cpu())
+
+    @property
+    def names(self) -> list[str]:
+        """The linears seen, in the order in which they were first seen."""
+        return list(self._rows)
+
+    def rows(self, name: str) -> list[Tensor]:
+        """The token scales of one linear: per text, in order, float32 on the CPU, shape (tokens,)."""
+        return self._rows[name]
+
+    def scales(self, name: str) -> Tensor:
+        """The token scales of one linear over texts of one length: float32 on the CPU, shape (texts, tokens)."""
+        return torch.stack(self._rows[name])
+
+    def ratios(self) -> dict[str, float]:
+        """Per linear, max / median of a text's token scales, averaged over the texts: how far its outliers stand out.
+
+        Not finite where an activation is not.
+        """
+        means = {}
+        for name, rows in self._rows.items():
+            seen = [max_over_median(row) for row in rows if len(row)]
+            means[name] = sum(seen) / len(seen) if seen else 1.0
+        return means
+
+
+def max_over_median(scales: Tensor) -> float:
+    """The ratio of the largest to the median token scale of one text, shape (tokens,), at least 1.
+
+    The median of an even number is the lower of the middle two. Where it is zero the ratio is infinite, or 1 when all
+    scales are zero; a scale that is no number makes the ratio none.
+    """
+    largest, median = float(scales.max()), float(scales.median())
+    if median == 0:
+        return 1.0 if largest == 0 else math.inf
+    return largest / median

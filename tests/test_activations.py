@@ -11,7 +11,15 @@ import torch
 from conftest import FAMILIES
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs, observe_outputs
+from cushion.activations import (
+    ChannelRanges,
+    MagnitudeCurve,
+    MagnitudeStatistics,
+    TokenScales,
+    max_over_median,
+    observe_inputs,
+    observe_outputs,
+)
 from cushion.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -218,3 +226,69 @@ def test_the_largest_magnitude_is_that_of_any_layer() -> None:
     maximum = [1.5, 4.25, 3.0]
     assert MagnitudeCurve([0.0], [0.0], [0.0], [0.0], [0.0], maximum).largest == max(maximum)
     assert math.isnan(MagnitudeCurve([0.0], [0.0], [0.0], [0.0], [0.0], [*maximum, math.nan]).largest)
+
+
+# Token scales.
+
+
+def ratio_by_sorting(scales: list[float]) -> float:
+    return max(scales) / sorted(scales)[(len(scales) - 1) // 2]
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7])
+def test_token_scales_and_their_ratios_agree_with_plain_loops(tokens: int, flattened: bool) -> None:
+    batches = [draw(3, tokens, 5, seed=seed) for seed in range(2)]
+    scales = TokenScales(texts=3)
+    for batch in batches:
+        scales("a", batch.flatten(0, 1) if flattened else batch)
+        scales("b", 10 * batch)
+    rows = [[max(abs(value) for value in token) for token in text] for batch in batches for text in batch.tolist()]
+    assert scales.names == ["a", "b"]
+    assert scales.scales("a").dtype == torch.float32 and scales.scales("a").tolist() == rows
+    expected = sum(ratio_by_sorting(row) for row in rows) / len(rows)
+    assert scales.ratios() == {"a": pytest.approx(expected), "b": pytest.approx(expected)}
+
+
+def test_a_planted_token_sets_the_ratio_of_its_linear_alone() -> None:
+    scales = TokenScales()
+    for seed in range(2):
+        values = torch.full((1, 9, 4), 2.0)
+        scales("plain", values)
+        spoiled = values.clone()
+        spoiled[0, 3, 1] = -200.0 * (seed + 1)
+        scales("planted", spoiled)
+    assert scales.ratios() == {"plain": 1.0, "planted": 150.0}
+    assert scales.scales("planted")[:, 3].tolist() == [200.0, 400.0]
+
+
+def test_texts_of_several_lengths_and_linears_that_read_no_token_have_ratios_too() -> None:
+    scales = TokenScales()
+    for tokens in (3, 0, 5):
+        scales("expert", torch.arange(1.0, tokens + 1)[:, None])
+        scales("idle", torch.zeros(0, 4))
+    assert [len(row) for row in scales.rows("expert")] == [3, 0, 5]
+    assert scales.ratios() == {"expert": pytest.approx((3 / 2 + 5 / 3) / 2), "idle": 1.0}
+
+
+def test_ratios_over_a_median_of_zero_and_over_what_is_not_finite() -> None:
+    assert max_over_median(torch.tensor([0.0, 0.0, 3.0])) == math.inf
+    assert max_over_median(torch.zeros(3)) == 1.0
+    assert math.isnan(max_over_median(torch.tensor([1.0, math.nan, 3.0])))
+    assert max_over_median(torch.tensor([1.0, math.inf, 3.0])) == math.inf
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_scales_of_a_batch_are_those_of_its_texts_one_by_one(tiny: Tiny, family: str) -> None:
+    lm, ids = tiny(family), torch.arange(21).reshape(3, 7)
+    together, apart = TokenScales(texts=3), TokenScales()
+    with observe_inputs(lm.linears(), together):
+        lm.body(ids)
+    with observe_inputs(lm.linears(), apart):
+        for text in ids:
+            lm.body(text[None])
+    assert together.names == apart.names and set(together.names) == set(lm.linears())
+    for name in together.names:
+        assert together.scales(name).shape == (3, 7)
+        torch.testing.assert_close(together.scales(name), apart.scales(name))
