@@ -265,7 +265,8 @@ class _Run:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", _scheme(quantizer))
         if len(stage.prefix):
             label += f" + {stage.title}"
-        value, seconds = self.steps.evaluate(stage.prefix, quantizer, label)
+        keep, keep_seconds = self._keep_modules(stage, quantizer)
+        value, seconds = self.steps.evaluate(stage.prefix, quantizer, label, keep)
         self.result.timings[f"perplexity, {label}"] = seconds
         self.emit(Record("perplexity", len(self.result.rows), {label: value}))
         return Row(
@@ -276,12 +277,51 @@ class _Run:
             perplexity={evaluation_name(self.config): value},
             largest_activation=curve.largest,
             quantization_error=error,
-            seconds=stage.seconds + seconds,
+            seconds=stage.seconds + keep_seconds + seconds,
         )
+
+    def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:
+        """The linears that QFeM keeps in full precision behind this stage's prefix, and the seconds of finding them."""
+        if quantizer is None or not quantizer.uses_qfem:
+            return frozenset(), 0.0
+        kept = self.steps.keep(stage.prefix, quantizer, stage.title)
+        self.result.qfem = {**(self.result.qfem or {}), stage.key: kept.record}
+        self.result.timings[f"qfem, {stage.title}"] = kept.seconds
+        for warning in _qfem_warnings(kept.record, stage.title):
+            self._warn(warning)
+        return kept.names, kept.seconds
 
     def _warn(self, message: str) -> None:
         logger.warning(message)
         self.result.warnings.append(message)
+
+
+def _qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
+    """What a user should know of one entry of `result.qfem`: nothing kept, a target missed, a doubtful bisection."""
+    search, largest = record["alpha_search"], max(record["ratios"].values(), default=1.0)
+    if search is None:
+        if record["kept"]:
+            return []
+        return [
+            f"quantizer.qfem.alpha={record['alpha']} keeps no linear in full precision ({title}): the largest ratio is "
+            f"{largest:.6g}"
+        ]
+    found, warnings = search["points"][search["found"]], []
+    reference, limit = search["reference_perplexity"], search["target"] * search["reference_perplexity"]
+    if not search["reached"]:
+        warnings.append(
+            f"quantizer.qfem.target={search['target']} is not reached ({title}): with the inputs of all linears in "
+            f"full precision the perplexity on calibration text is {found['perplexity']}, and {limit:.6g} was wanted "
+            f"({reference:.6g} with per-token scales); the run goes on with all of them kept, raise the target"
+        )
+    if search["contradictions"]:
+        counts = ", ".join(str(search["points"][index]["kept_modules"]) for index in search["contradictions"])
+        warnings.append(
+            f"the search for quantizer.qfem.alpha assumes that the perplexity falls with every linear that is kept, "
+            f"and it does not ({title}): {found['kept_modules']} were taken to be needed, which what was measured with "
+            f"{counts} kept contradicts"
+        )
+    return warnings
 
 
 def _scheme(quantizer: QuantizerConfig) -> str:

@@ -154,7 +154,7 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
                 activations=ActivationConfig(range="dynamic"), calibration=CalibrationConfig(samples=3)
             )
         ),
-        "quantizer.calibration.samples=3 has no effect without static ranges or smoothing",
+        "quantizer.calibration.samples=3 has no effect without static ranges, smoothing or QFeM",
     ),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ def quantized(
     config: QuantizerConfig,
     calibration: ChannelRanges | None = None,
     straight_through: bool = False,
+    keep: Set[str] | None = None,
 ) -> Iterator[LanguageModel]:
     """The model under the quantizer; on leaving, every weight and module is the very object it was before.
 
@@ -48,9 +49,12 @@ def quantized(
         config: the quantizer.
         calibration: ranges of the linears' inputs with the prefix in place; needed for static ranges and smoothing.
         straight_through: let gradients pass the rounding of activations (for tuning).
+        keep: full names of linears whose input stays in full precision; their weights are quantized all the same.
+            Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
 
     Raises:
-        CalibrationError: `calibration` is needed and missing, or lacks a linear.
+        CalibrationError: `calibration` or `keep` is needed and missing, or `calibration` lacks a linear, or `keep`
+            names what is no linear of the blocks.
         ConfigError: a target or group size does not fit the model.
 
     """
@@ -58,6 +62,7 @@ def quantized(
     check_quantizer(lm, config)
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
+    _check_keep(lm, config, keep)
     replacements = _Replacements()
     try:
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
@@ -66,7 +71,9 @@ def quantized(
             weight = linear.weight.detach()
             if weight_grid is not None:
                 weight = quantize_weight(weight, weight_grid, config.weights.granularity, config.weights.group_size)
-            activation = _activation_quantizer(name, config, calibration, scales.get(name), straight_through)
+            activation = None
+            if keep is None or name not in keep:
+                activation = _activation_quantizer(name, config, calibration, scales.get(name), straight_through)
             if weight_grid is None and activation is None:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
@@ -101,6 +108,20 @@ def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
                 f"quantizer.weights.group_size={size} does not divide the {linear.in_features} inputs of {name}: "
                 "choose a divisor"
             )
+
+
+def _check_keep(lm: LanguageModel, config: QuantizerConfig, keep: Set[str] | None) -> None:
+    if config.uses_qfem and keep is None:
+        raise CalibrationError(
+            f"quantizer={config.name} uses QFeM, and the linears that it keeps in full precision were not given: "
+            "measure their ratios behind the prefix first (cushion.quantization.qfem)"
+        )
+    unknown = sorted((keep or frozenset()) - lm.linears().keys())
+    if unknown:
+        raise CalibrationError(
+            f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder blocks: "
+            "measure the ratios of this model again"
+        )
 
 
 def _ranges(name: str, calibration: ChannelRanges | None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 _LINES = (
     ("top1", "top-1", "#b2182b", "-"),
@@ -21,16 +23,22 @@ _LINES = (
 )
 
 
-def figures_of(folder: Path) -> dict[str, Path]:
-    """The figures of the run in `folder`, by name: where they are or will be."""
-    return {"activation_curves": folder / "figures" / "activation_curves.png"}
+def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """The figures of the run in `folder`, by name: where they are or will be.
+
+    Args:
+        result: the content of result.json, which says what there is to draw.
+        folder: the run's folder.
+    """
+    names = ["activation_curves", *(["qfem_tradeoff"] if _alpha_searches(result) else [])]
+    return {name: folder / "figures" / f"{name}.png" for name in names}
 
 
 def draw_figures(result: dict[str, Any], folder: Path) -> None:
     """Draw every figure of a run that is not there yet."""
-    path = figures_of(folder)["activation_curves"]
-    if not path.is_file():
-        activation_curves(result, path)
+    for name, path in figures_of(result, folder).items():
+        if not path.is_file():
+            _DRAW[name](result, path)
 
 
 def activation_curves(result: dict[str, Any], path: Path) -> Path:
@@ -54,6 +62,59 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     figure.legend(handles, labels, loc="lower center", ncols=len(_LINES), frameon=False, fontsize=8)
     figure.suptitle(f"Activation magnitudes, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return _save(figure, path)
+
+
+def qfem_tradeoff(result: dict[str, Any], path: Path) -> Path:
+    """QFeM's trade-off: linears in full precision against perplexity on calibration text, one panel per prefix.
+
+    Args:
+        result: the content of result.json, of a run that searched alpha.
+        path: the PNG file to write.
+
+    Returns:
+        `path`.
+
+    """
+    searches, titles = _alpha_searches(result), result["activations"]["titles"]
+    figure, axes = pyplot.subplots(1, len(searches), figsize=(3.6 * len(searches), 3.1), sharey=True, squeeze=False)
+    for axis, (stage, search) in zip(axes[0], searches.items(), strict=True):
+        points = [point for point in search["points"] if point["perplexity"] is not None]
+        kept, values = [point["kept_modules"] for point in points], [point["perplexity"] for point in points]
+        axis.plot(kept, values, "o-", color="#2166ac", label="evaluated", linewidth=1.4, markersize=3.5)
+        found = search["points"][search["found"]]
+        if found["perplexity"] is not None:
+            chosen = {"color": "#b2182b", "label": "chosen", "markersize": 11, "clip_on": False, "zorder": 3}
+            axis.plot([found["kept_modules"]], [found["perplexity"]], "*", **chosen)
+        reference = search["reference_perplexity"]
+        axis.axhline(reference, color="0.4", linestyle=":", linewidth=1.2, label="per-token scales")
+        axis.axhline(search["target"] * reference, color="0.4", linestyle="--", linewidth=1.2, label="target")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(-0.15, 1.3 * max(kept, default=1))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set_yscale("log")
+        axis.set_xlabel("linears in full precision")
+        axis.set_title(titles[stage], fontsize=9)
+        _tidy(axis)
+    axes[0][0].set_ylabel("perplexity, calibration text")
+    parts = [axis.get_legend_handles_labels() for axis in axes[0]]
+    labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
+    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.suptitle(f"QFeM, {result['model']['label']}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return _save(figure, path)
+
+
+def _alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """QFeM's searches for alpha in a result, by stage."""
+    kept = result.get("qfem") or {}
+    return {stage: record["alpha_search"] for stage, record in kept.items() if record["alpha_search"]}
+
+
+_DRAW = {"activation_curves": activation_curves, "qfem_tradeoff": qfem_tradeoff}
+
+
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=200, format="png")
@@ -69,6 +130,10 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("block")
     axis.set_title(title, fontsize=9)
+    _tidy(axis)
+
+
+def _tidy(axis: Axes) -> None:
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

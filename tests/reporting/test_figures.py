@@ -67,7 +67,7 @@ def test_a_magnitude_of_zero_is_drawn_all_the_same(tmp_path: Path) -> None:
 
 def test_figures_are_drawn_where_they_are_missing_and_left_alone_where_they_are(tmp_path: Path) -> None:
     draw_figures(result(2), tmp_path)
-    (path,) = figures_of(tmp_path).values()
+    (path,) = figures_of(result(2), tmp_path).values()
     assert path.read_bytes().startswith(b"\x89PNG")
     path.write_bytes(b"drawn before")
     draw_figures(result(2), tmp_path)
