@@ -29,7 +29,7 @@ from cushion.quantization.simulate import quantized
 
 @dataclass(frozen=True)
 class ModuleRatios:
-    """The ratio of every linear that read calibration tokens, in the model's order, and which linears read one tensor.
+    """The ratio of every linear that read calibration tokens, and which linears read the very same tensor.
 
     Every ratio is at least 1; one that is infinite, because the median is 0, stands as the largest double. A linear
     that no token reached (an expert that was never chosen) has none, and is never kept.
@@ -39,14 +39,14 @@ class ModuleRatios:
     groups: list[list[str]]
 
     def of(self, names: list[str]) -> ModuleRatios:
-        """The part of it that concerns `names`."""
+        """The part of it that concerns `names`, in their order."""
         groups = [[name for name in group if name in names] for group in self.groups]
         return ModuleRatios(
             {name: self.ratios[name] for name in names if name in self.ratios}, [group for group in groups if group]
         )
 
     def above(self, alpha: float) -> list[str]:
-        """The linears with a ratio above `alpha`, in the model's order."""
+        """The linears with a ratio above `alpha`."""
         return [name for name, ratio in self.ratios.items() if ratio > alpha]
 
     def thresholds(self) -> list[float]:
