@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import PLANTED, TOKEN, plant_in
+from planted_linears import PLANTED, TOKEN, plant_in
 from tiny_run import processes, saved_model, small_config, tuning_config
 
 from cushion import pipeline

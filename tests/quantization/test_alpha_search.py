@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import PLANTED, own_texts, plant
+from planted_linears import PLANTED, own_texts, plant
 from torch import Tensor, nn
 
 from cushion.activations import ChannelRanges

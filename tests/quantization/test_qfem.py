@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
-from planted import DOWN, GATES, PLANTED, QUERIES, own_texts, plant
+from planted_linears import DOWN, GATES, PLANTED, QUERIES, own_texts, plant
 from torch import Tensor, nn
 from torch.nn import functional
 
