@@ -71,9 +71,9 @@ def quantized(
             weight = linear.weight.detach()
             if weight_grid is not None:
                 weight = quantize_weight(weight, weight_grid, config.weights.granularity, config.weights.group_size)
-            activation = None
-            if keep is None or name not in keep:
-                activation = _activation_quantizer(name, config, calibration, scales.get(name), straight_through)
+            activation = _activation_quantizer(name, config, calibration, scales.get(name), straight_through)
+            if keep is not None and name in keep:
+                activation = None
             if weight_grid is None and activation is None:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
@@ -108,20 +108,6 @@ def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
                 f"quantizer.weights.group_size={size} does not divide the {linear.in_features} inputs of {name}: "
                 "choose a divisor"
             )
-
-
-def _check_keep(lm: LanguageModel, config: QuantizerConfig, keep: Set[str] | None) -> None:
-    if config.uses_qfem and keep is None:
-        raise CalibrationError(
-            f"quantizer={config.name} uses QFeM, and the linears that it keeps in full precision were not given: "
-            "measure their ratios behind the prefix first (cushion.quantization.qfem)"
-        )
-    unknown = sorted((keep or frozenset()) - lm.linears().keys())
-    if unknown:
-        raise CalibrationError(
-            f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder blocks: "
-            "measure the ratios of this model again"
-        )
 
 
 def _ranges(name: str, calibration: ChannelRanges | None) -> tuple[Tensor, Tensor]:
@@ -174,3 +160,17 @@ def _activation_quantizer(
     if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
         low, high = low / smoothing.to(low.device), high / smoothing.to(high.device)
     return ActivationQuantizer(grid, activations.granularity, (low.amin(), high.amax()), straight_through)
+
+
+def _check_keep(lm: LanguageModel, config: QuantizerConfig, keep: Set[str] | None) -> None:
+    if config.uses_qfem and keep is None:
+        raise CalibrationError(
+            f"quantizer={config.name} uses QFeM, and the linears that it keeps in full precision were not given: "
+            "measure their ratios behind the prefix first (cushion.quantization.qfem)"
+        )
+    unknown = sorted((keep or frozenset()) - lm.linears().keys())
+    if unknown:
+        raise CalibrationError(
+            f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder blocks: "
+            "measure the ratios of this model again"
+        )
