@@ -87,9 +87,8 @@ def execute(config: RunConfig) -> Path:
         print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
-    for figure in figures_of(folder).values():
-        if figure.is_file():
-            print(f"figure   {figure}")
+    for figure in figures_of(record, folder).values():
+        print(f"figure   {figure}")
     place = folder / TRACKING_FILE
     print(f"W&B run  {read_json(place)['location'] if place.is_file() else 'none'}")
     print("results")

@@ -169,6 +169,29 @@ class CalibrationConfig:
 
 
 @dataclass
+class QFeMConfig:
+    """`quantizer.qfem`: QFeM (arXiv 2405.14428, section 4.2), off unless `alpha` is set or `search` is on.
+
+    Linears whose input has a max/median ratio of token scales above `alpha` keep full-precision activations.
+    """
+
+    alpha: float | None = None
+    search: bool = False
+    target: float = 1.05
+    texts: int | None = None
+    curve: int = 0
+
+    def __post_init__(self) -> None:
+        alpha, target = self.alpha, self.target
+        require(alpha is None or 0 <= alpha < math.inf, "quantizer.qfem.alpha", alpha, "at least 0 and finite, or null")
+        require(0 < target < math.inf, "quantizer.qfem.target", target, "it must be positive and finite")
+        at_least("quantizer.qfem.texts", self.texts, 1)
+        at_least("quantizer.qfem.curve", self.curve, 0)
+        reason = "with quantizer.qfem.search=true alpha is what is looked for: set one of the two"
+        require(alpha is None or not self.search, "quantizer.qfem.alpha", alpha, reason)
+
+
+@dataclass
 class QuantizerConfig:
     """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is)."""
 
@@ -179,6 +202,7 @@ class QuantizerConfig:
     smoothing_alpha: float | None = None
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    qfem: QFeMConfig = field(default_factory=QFeMConfig)
 
     def __post_init__(self) -> None:
         weights, activations = self.weights, self.activations
@@ -198,6 +222,9 @@ class QuantizerConfig:
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
         at_least("quantizer.calibration.samples", self.calibration.samples, 1)
         at_least("quantizer.calibration.length", self.calibration.length, 2)
+        texts, samples = self.qfem.texts, self.calibration.samples
+        reason = f"there are quantizer.calibration.samples={samples} calibration texts"
+        require(texts is None or texts <= samples, "quantizer.qfem.texts", texts, reason)
 
     @property
     def is_full_precision(self) -> bool:
@@ -206,9 +233,19 @@ class QuantizerConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether statistics over calibration text are needed: for static ranges and for smoothing."""
+        """Whether channel ranges over calibration text are needed: for static ranges and for smoothing."""
         static = self.activations.bits is not None and self.activations.range == "static"
         return static or self.smoothing_alpha is not None
+
+    @property
+    def uses_qfem(self) -> bool:
+        """Whether QFeM decides which linears keep full-precision activations."""
+        return self.activations.bits is not None and (self.qfem.search or self.qfem.alpha is not None)
+
+    @property
+    def needs_calibration_text(self) -> bool:
+        """Whether calibration text is needed: for channel ranges, or for QFeM's ratios."""
+        return self.needs_calibration or self.uses_qfem
 
 
 @dataclass

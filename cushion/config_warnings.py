@@ -67,7 +67,12 @@ def options_without_effect(config: RunConfig) -> list[str]:
     if quantizer.weights.granularity != "per_group":
         changed("quantizer.weights", quantizer.weights, ("group_size",),
                 f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
-    if not quantizer.needs_calibration:
+    if not quantizer.needs_calibration_text:
         changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
-                "without static ranges or smoothing")  # fmt: skip
+                "without static ranges, smoothing or QFeM")  # fmt: skip
+    if quantizer.activations.bits is None:
+        changed("quantizer.qfem", quantizer.qfem, ("alpha", "search", "target", "texts", "curve"),
+                "with quantizer.activations.bits=None")  # fmt: skip
+    elif not quantizer.qfem.search:
+        changed("quantizer.qfem", quantizer.qfem, ("target", "texts", "curve"), "with quantizer.qfem.search=False")
     return found

@@ -305,7 +305,8 @@ class _Run:
             label += f" + {stage.title}"
         name = kind if stage.key == "none" else f"{kind}_{stage.key}"
         samples = self.folder / "samples" / name if self.config.eval.samples else None
-        measured = self.steps.measure_row(stage.prefix, quantizer, label, samples)
+        keep, keep_seconds = self._keep_modules(stage, quantizer)
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         asked = {task: measured.tasks[task] for task in self.tasks.asked if task in measured.tasks}
         mean = mean_accuracy(asked)
@@ -322,12 +323,23 @@ class _Run:
             perplexity=measured.perplexity,
             largest_activation=curve.largest,
             quantization_error=error,
-            seconds=stage.seconds + measured.seconds,
+            seconds=stage.seconds + keep_seconds + measured.seconds,
             tokens=measured.tokens,
             tasks={task: asdict(found) for task, found in measured.tasks.items()},
             accuracy=None if mean is None else mean[0],
             accuracy_stderr=None if mean is None else mean[1],
         )
+
+    def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:
+        """The linears that QFeM keeps in full precision behind this stage's prefix, and the seconds of finding them."""
+        if quantizer is None or not quantizer.uses_qfem:
+            return frozenset(), 0.0
+        kept = self.steps.keep(stage.prefix, quantizer, stage.title)
+        self.result.qfem = {**(self.result.qfem or {}), stage.key: kept.record}
+        self.result.timings[f"qfem, {stage.title}"] = kept.seconds
+        for warning in _qfem_warnings(kept.record, stage.title):
+            self._warn(warning)
+        return kept.names, kept.seconds
 
     def _warn(self, message: str) -> None:
         logger.warning(message)
@@ -354,6 +366,34 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "task_batch_size": task_batch_size(evaluation, None),
         "accuracy": evaluation.accuracy,
     }
+
+
+def _qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
+    """What a user should know of one entry of `result.qfem`: nothing kept, a target missed, a doubtful bisection."""
+    search, largest = record["alpha_search"], max(record["ratios"].values(), default=1.0)
+    if search is None:
+        if record["kept"]:
+            return []
+        return [
+            f"quantizer.qfem.alpha={record['alpha']} keeps no linear in full precision ({title}): the largest ratio is "
+            f"{largest:.6g}"
+        ]
+    found, warnings = search["points"][search["found"]], []
+    reference, limit = search["reference_perplexity"], search["target"] * search["reference_perplexity"]
+    if not search["reached"]:
+        warnings.append(
+            f"quantizer.qfem.target={search['target']} is not reached ({title}): with the inputs of all linears in "
+            f"full precision the perplexity on calibration text is {found['perplexity']}, and {limit:.6g} was wanted "
+            f"({reference:.6g} with per-token scales); the run goes on with all of them kept, raise the target"
+        )
+    if search["contradictions"]:
+        counts = ", ".join(str(search["points"][index]["kept_modules"]) for index in search["contradictions"])
+        warnings.append(
+            f"the search for quantizer.qfem.alpha assumes that the perplexity falls with every linear that is kept, "
+            f"and it does not ({title}): {found['kept_modules']} were taken to be needed, which what was measured with "
+            f"{counts} kept contradicts"
+        )
+    return warnings
 
 
 def _scheme(quantizer: QuantizerConfig) -> str:

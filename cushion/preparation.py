@@ -108,7 +108,7 @@ def _needed(config: RunConfig) -> set[str]:
     """The purposes for which this run needs text."""
     needed = {
         "evaluation": True,
-        "calibration": config.quantizer.needs_calibration,
+        "calibration": config.quantizer.needs_calibration_text,
         "tuning": config.tuning.method != "none",
         "search": config.search.method in ("greedy", *RULES),
     }
@@ -177,7 +177,7 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
     with_bos = int(config.eval.bos == "block")
     for key, used, length, extra in (
         ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length, 0),
-        ("quantizer.calibration.length", quantizer.needs_calibration, quantizer.calibration.length, with_bos),
+        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length, with_bos),
     ):
         if used and lm.context_length is not None and longest + length + extra > lm.context_length:
             raise ConfigError(
@@ -196,7 +196,7 @@ def _draw_texts(
     if first is None:  # no perplexity is measured
         first = corpora["evaluation"].blocks(encode, evaluation.block_length, count)
     calibration_texts = search_texts = tuning_texts = held_out = None
-    if config.quantizer.needs_calibration:
+    if config.quantizer.needs_calibration_text:
         calibration = config.quantizer.calibration
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
         if evaluation.bos == "block":  # ranges are taken from what the evaluation will run

@@ -60,6 +60,7 @@ class RunResult:
     prefix: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    qfem: dict[str, Any] | None = None
     activations: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -53,6 +53,7 @@ class RowMeasurement:
 
     Args:
         ranges: calibration statistics behind this prefix, where the quantizer needs them.
+        keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
         label: what progress bars call the row.
         depends_on: gives the cache keys; prefix and quantizer of this row are in them.
         emit: called with progress.
@@ -66,13 +67,14 @@ class RowMeasurement:
         behind: Prefix,
         quantizer: QuantizerConfig | None,
         ranges: ChannelRanges | None,
+        keep: Set[str],
         label: str,
         store: ArtifactStore,
         depends_on: DependsOn,
         emit: Callable[[Event], None],
     ) -> None:
         self._lm, self._config, self._behind = lm, config, behind
-        self._quantizer, self._ranges, self._label = quantizer, ranges, label
+        self._quantizer, self._ranges, self._keep, self._label = quantizer, ranges, keep, label
         self._store, self._depends_on, self._emit = store, depends_on, emit
         self._asked: PrefixedModel | None = None
         self._stack = ExitStack()
@@ -109,7 +111,7 @@ class RowMeasurement:
     def _quantize(self) -> None:
         """Put the quantizer on the model, the first time something has to be computed on it."""
         if self._quantizer is not None and not self._is_quantized:
-            self._stack.enter_context(quantized(self._lm, self._quantizer, self._ranges))
+            self._stack.enter_context(quantized(self._lm, self._quantizer, self._ranges, keep=self._keep))
             self._is_quantized = True
 
     def _perplexity(self, corpus: str, blocks: Tensor, is_one_of_many: bool) -> tuple[float, int, float]:

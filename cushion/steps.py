@@ -9,7 +9,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -35,8 +35,10 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, experts, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
-from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
+from cushion.quantization import alpha_search, calibration, linear, numerics, qfem, simulate, smoothquant
+from cushion.quantization.alpha_search import AlphaSearch, search_alpha
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.row import Measured, RowMeasurement
 from cushion.search import greedy, objective, prefixquant, proposals, qfep, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
@@ -58,6 +60,8 @@ CODE: dict[str, tuple[ModuleType, ...]] = {
     "attention": (*_COMMON, attention),
     "perplexity": (*_COMMON, linear, smoothquant, simulate, row, perplexity),
     "task": (*_COMMON, linear, smoothquant, simulate, row, harness, tasks),
+    "ratios": (*_COMMON, activations, linear, smoothquant, simulate, qfem),
+    "alpha": (*_COMMON, linear, smoothquant, simulate, perplexity, qfem, alpha_search),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
 
@@ -85,6 +89,15 @@ class Calibration:
 
     ranges: ChannelRanges
     depends_on: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The linears that keep full-precision activations behind one prefix, how they were chosen, and the seconds."""
+
+    names: frozenset[str]
+    record: dict[str, Any]
     seconds: float
 
 
@@ -196,12 +209,13 @@ class Steps:
         assert texts is not None and held_out is not None
         under = tuning_quantizer(config, quantizer)
         calibrated = self.calibrate(found) if under.needs_calibration else None
+        modules = self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None
         depends_on = self._depends_on(
             "tuning",
             prefix=found.fingerprint,
             config=_without(to_dict(config), "name", "method"),
             objective=self._grid(),
-            quantizer=_quantizer_identity(under, calibrated),
+            quantizer=_quantizer_identity(under, calibrated, modules or frozenset()),
             texts=tensor_digest([texts, held_out]),
             seed=self._config.seed,
         )
@@ -221,6 +235,7 @@ class Steps:
                 seed=self._config.seed,
                 calibration=None if calibrated is None else calibrated.ranges,
                 state=state,
+                keep=modules,
             )
             try:
                 for current in steps:
@@ -319,6 +334,96 @@ class Steps:
             record = read_json(folder / "activations.json")
             return MagnitudeCurve(**record["curve"]), float(record["quantization_error"])
 
+    def keep(self, behind: Prefix, quantizer: QuantizerConfig, title: str) -> Kept:
+        """QFeM: the linears that keep full-precision activations behind a prefix, by their ratios and alpha.
+
+        The record has the fields of `qfem.<stage>` in result.json.
+        """
+        ratios, ratios_from, seconds = self._ratios(behind, quantizer, title)
+        ratios = ratios.of(list(self._lm.linears(quantizer.targets)))
+        alpha, search = quantizer.qfem.alpha, None
+        if alpha is None:
+            search = self._search_alpha(behind, quantizer, ratios, ratios_from, title)
+            alpha = float(search["points"][search["found"]]["alpha"])
+            seconds += search["seconds"]
+        kept = ratios.above(alpha)
+        record = {
+            "alpha": alpha,
+            "kept": kept,
+            "ratios": ratios.ratios,
+            "groups": ratios.groups,
+            "alpha_search": search,
+            "seconds": seconds,
+        }
+        return Kept(frozenset(kept), record, seconds)
+
+    def _ratios(
+        self, behind: Prefix, quantizer: QuantizerConfig, title: str
+    ) -> tuple[ModuleRatios, dict[str, Any], float]:
+        texts, plain = self._texts.calibration, without_rounding(quantizer)
+        assert texts is not None
+        calibrated = self.calibrate(behind) if plain.needs_calibration else None
+        depends_on = self._depends_on(
+            "ratios",
+            prefix=behind.fingerprint,
+            quantizer=_quantizer_identity(plain, calibrated),
+            texts=tensor_digest([texts]),
+        )
+
+        def make(workspace: Workspace) -> None:
+            started, observer = time.perf_counter(), RatioObserver()
+            ranges = None if calibrated is None else calibrated.ranges
+            for done in measure_ratios(self._lm, behind, texts, quantizer, observer, ranges):
+                self._emit(Progress(f"ratios, {title}", done, len(texts), "text"))
+            record = {**asdict(observer.ratios()), "seconds": time.perf_counter() - started}
+            write_json(workspace.folder / "ratios.json", record)
+
+        folder, _ = self._store.get_or_make("ratios", depends_on, make)
+        with reading(folder):
+            record = read_json(folder / "ratios.json")
+            return ModuleRatios(record["ratios"], record["groups"]), depends_on, float(record["seconds"])
+
+    def _search_alpha(
+        self, behind: Prefix, quantizer: QuantizerConfig, ratios: ModuleRatios, ratios_from: dict[str, Any], title: str
+    ) -> dict[str, Any]:
+        settings, texts = quantizer.qfem, self._texts.calibration
+        assert texts is not None
+        texts = texts[: settings.texts]
+        calibrated = self.calibrate(behind) if quantizer.needs_calibration else None
+        depends_on = self._depends_on(
+            "alpha",
+            prefix=behind.fingerprint,
+            quantizer=_quantizer_identity(quantizer, calibrated),
+            ratios=ratios_from,
+            texts=tensor_digest([texts]),
+            target=settings.target,
+            curve=settings.curve,
+        )
+
+        def make(workspace: Workspace) -> None:
+            saved = workspace.checkpoint.load()
+            state, before = AlphaSearch(), 0.0
+            if saved is not None:
+                state.reference, before = saved[0]["reference"], saved[0]["seconds"]
+                state.points = {int(number): value for number, value in saved[0]["points"].items()}
+            started, kept_points = time.perf_counter() - before, -1
+            ranges = None if calibrated is None else calibrated.ranges
+            for done, at_most in search_alpha(self._lm, behind, quantizer, ratios, texts, state, ranges):
+                self._emit(Progress(f"alpha search, {title}", done, at_most, "text"))
+                if state.reference is not None and len(state.points) != kept_points:
+                    seconds = time.perf_counter() - started
+                    progress = {"reference": state.reference, "points": state.points, "seconds": seconds}
+                    workspace.checkpoint.save(progress)
+                    kept_points = len(state.points)
+            record = _alpha_record(state, ratios, settings.target, len(texts), time.perf_counter() - started)
+            write_json(workspace.folder / "alpha.json", record)
+
+        folder, _ = self._store.get_or_make("alpha", depends_on, make)
+        with reading(folder):
+            record = read_json(folder / "alpha.json")
+            float(record["points"][record["found"]]["alpha"]), float(record["seconds"])
+            return {key: record[key] for key in _ALPHA_KEYS}
+
     def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
         """Where attention goes behind a prefix, on the full-precision model; None where it is not asked for."""
         count, first = self._config.eval.attention_texts, self._config.eval.attention_first
@@ -338,16 +443,22 @@ class Steps:
             return AttentionShares(**read_json(folder / "attention.json"))
 
     def measure_row(
-        self, behind: Prefix, quantizer: QuantizerConfig | None, label: str, samples: Path | None = None
+        self,
+        behind: Prefix,
+        quantizer: QuantizerConfig | None,
+        label: str,
+        keep: Set[str] = frozenset(),
+        samples: Path | None = None,
     ) -> Measured:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
             samples: folder for lm-eval's record of every sample, None for none.
 
         """
         calibrated = self.calibrate(behind) if quantizer is not None and quantizer.needs_calibration else None
-        identity = None if quantizer is None else _quantizer_identity(quantizer, calibrated)
+        identity = None if quantizer is None else _quantizer_identity(quantizer, calibrated, keep)
 
         def depends_on(step: str, **others: Any) -> dict[str, Any]:
             return self._depends_on(step, prefix=behind.fingerprint, quantizer=identity, **others)
@@ -358,6 +469,7 @@ class Steps:
             behind,
             quantizer,
             None if calibrated is None else calibrated.ranges,
+            keep,
             label,
             self._store,
             depends_on,
@@ -388,8 +500,47 @@ class Steps:
                 self._emit(Record(kind, step["step"], _without(step, "step")))
 
 
-def _quantizer_identity(quantizer: QuantizerConfig, calibrated: Calibration | None) -> dict[str, Any]:
-    identity = _without(to_dict(quantizer), "name", "calibration")
+def _alpha_record(
+    state: AlphaSearch, ratios: ModuleRatios, target: float, texts: int, seconds: float
+) -> dict[str, Any]:
+    """What a finished search for alpha found, as `qfem.<stage>.alpha_search` of result.json has it."""
+    alphas, points = ratios.thresholds(), []
+    for number, value in sorted(state.points.items()):
+        kept = ratios.above(alphas[number])
+        groups = sum(set(group) <= set(kept) for group in ratios.groups)
+        point = {"alpha": alphas[number], "kept_groups": groups, "kept_modules": len(kept), "perplexity": value}
+        points.append((number, point))
+    numbers = [number for number, _ in points]
+    assert state.found is not None
+    return {
+        "target": target,
+        "texts": texts,
+        "reference_perplexity": state.reference,
+        "points": [point for _, point in points],
+        "found": numbers.index(state.found),
+        "reached": state.reached,
+        "contradictions": [numbers.index(number) for number in state.contradictions(target)],
+        "seconds": seconds,
+    }
+
+
+_ALPHA_KEYS = (
+    "target",
+    "texts",
+    "reference_perplexity",
+    "points",
+    "found",
+    "reached",
+    "contradictions",
+    "seconds",
+)
+
+
+def _quantizer_identity(
+    quantizer: QuantizerConfig, calibrated: Calibration | None, keep: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """What of a quantizer decides an outcome; of QFeM, the linears that it keeps."""
+    identity = {**_without(to_dict(quantizer), "name", "calibration", "qfem"), "keep": sorted(keep)}
     return identity if calibrated is None else {**identity, "calibration": calibrated.depends_on}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn import functional
 from transformers import get_scheduler
 
 from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
-from cushion.config import QuantizerConfig, SearchConfig, TuningConfig
+from cushion.config import QFeMConfig, QuantizerConfig, SearchConfig, TuningConfig
 from cushion.errors import TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -184,6 +184,7 @@ def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> Quanti
             weights=replace(quantizer.weights, bits=None),
             activations=replace(quantizer.activations, bits=None),
             smoothing_alpha=None,
+            qfem=QFeMConfig(),
         )
     return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
 
@@ -199,6 +200,7 @@ def tune_prefix(
     seed: int,
     calibration: ChannelRanges | None = None,
     state: TuningState | None = None,
+    keep: Set[str] | None = None,
 ) -> Iterator[TuningState]:
     """Tune the keys and values of `found`.
 
@@ -208,6 +210,7 @@ def tune_prefix(
         held_out: token ids that decide which step was best, (sequences, tokens).
         calibration: statistics behind `found`, needed when the quantizer smooths.
         state: go on from here instead of from the start.
+        keep: linears whose input stays in full precision behind `found`, needed when the quantizer uses QFeM.
 
     Yields:
         The state after every step, the same object each time; its `best` is the prefix to keep. Between two steps the
@@ -218,7 +221,7 @@ def tune_prefix(
 
     """
     loss_of = TuningLoss(lm, config, objective)
-    with quantized(lm, tuning_quantizer(config, quantizer), calibration, straight_through=True):
+    with quantized(lm, tuning_quantizer(config, quantizer), calibration, straight_through=True, keep=keep):
         if state is None:
             initial = _held_out_loss(loss_of, found, held_out, config)
             if not math.isfinite(initial):

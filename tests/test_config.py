@@ -15,6 +15,7 @@ from cushion.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    QFeMConfig,
     QuantizerConfig,
     RunConfig,
     SearchConfig,
@@ -73,6 +74,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: EvalConfig(task_batch_size=0), r"eval\.task_batch_size=0"),
     (lambda: EvalConfig(attention_texts=-1), r"eval\.attention_texts=-1"),
     (lambda: TuningConfig(method="prefix"), r"either tuning\.steps or tuning\.epochs"),
+    (lambda: QFeMConfig(alpha=-1.0), r"quantizer\.qfem\.alpha=-1\.0 .*at least 0 and finite, or null"),
+    (lambda: QFeMConfig(alpha=float("nan")), r"quantizer\.qfem\.alpha=nan"),
+    (lambda: QFeMConfig(alpha=5.0, search=True), r"quantizer\.qfem\.alpha=5\.0 .*set one of the two"),
+    (lambda: QFeMConfig(target=0.0), r"quantizer\.qfem\.target=0\.0 .*positive"),
+    (lambda: QFeMConfig(texts=0), r"quantizer\.qfem\.texts=0 .*at least 1"),
+    (lambda: QFeMConfig(curve=-1), r"quantizer\.qfem\.curve=-1 .*at least 0"),
+    (lambda: QuantizerConfig(qfem=QFeMConfig(texts=17)), r"quantizer\.qfem\.texts=17 .*calibration\.samples=16"),
     (lambda: TuningConfig(method="prefix", steps=3, epochs=1), r"either tuning\.steps or tuning\.epochs"),
     (lambda: TuningConfig(method="prefix", steps=0), r"tuning\.steps=0"),
     (lambda: TuningConfig(method="prefix", epochs=-1), r"tuning\.epochs=-1"),
@@ -107,6 +115,20 @@ def test_every_number_of_bits_from_2_to_8_and_none_is_allowed(bits: int | None) 
     quantizer = QuantizerConfig(weights=WeightConfig(bits=bits), activations=ActivationConfig(bits=bits))
     assert quantizer.is_full_precision == (bits is None)
     assert quantizer.needs_calibration == (bits is not None)
+
+
+def test_qfem_needs_calibration_text_and_no_ranges_and_is_off_without_activation_bits() -> None:
+    dynamic = ActivationConfig(range="dynamic")
+    for qfem in (QFeMConfig(alpha=0.0), QFeMConfig(search=True)):
+        quantizer = QuantizerConfig(activations=dynamic, qfem=qfem)
+        assert (quantizer.uses_qfem, quantizer.needs_calibration_text, quantizer.needs_calibration) == (
+            True,
+            True,
+            False,
+        )
+        assert not QuantizerConfig(activations=ActivationConfig(bits=None), qfem=qfem).needs_calibration_text
+    assert not QuantizerConfig(activations=dynamic).needs_calibration_text
+    assert QuantizerConfig().needs_calibration_text
 
 
 def test_smoothing_alone_is_no_full_precision_and_needs_calibration() -> None:
@@ -180,7 +202,15 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
                 activations=ActivationConfig(range="dynamic"), calibration=CalibrationConfig(samples=3)
             )
         ),
-        "quantizer.calibration.samples=3 has no effect without static ranges or smoothing",
+        "quantizer.calibration.samples=3 has no effect without static ranges, smoothing or QFeM",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(qfem=QFeMConfig(alpha=3.0, curve=4))),
+        "quantizer.qfem.curve=4 has no effect with quantizer.qfem.search=False",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(activations=ActivationConfig(bits=None), qfem=QFeMConfig(search=True))),
+        "quantizer.qfem.search=True has no effect with quantizer.activations.bits=None",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from tiny_run import saved_model, searching_config, small_config, tuning_config
 
 from cushion import pipeline
-from cushion.config import ActivationConfig, CalibrationConfig, CorpusConfig, QuantizerConfig, RunConfig, SearchConfig
+from cushion.config import (
+    ActivationConfig,
+    CalibrationConfig,
+    CorpusConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+)
 from cushion.errors import ConfigError, DataError, ModelNotFoundError, UnsupportedModelError
 from cushion.preparation import choose_device, prepare
 
@@ -88,6 +97,9 @@ def needs(name: str, text: Path, output: Path) -> tuple[RunConfig, set[str]]:
     elif name == "smoothing":
         config, purposes = small_config(text, output), {"evaluation", "calibration"}
         config.quantizer = copy.deepcopy(SMOOTHED)
+    elif name == "qfem":
+        config, purposes = small_config(text, output), {"evaluation", "calibration"}
+        config.quantizer = replace(DYNAMIC, qfem=QFeMConfig(alpha=5.0))
     elif name == "given prefix":
         config, purposes = small_config(text, output), {"evaluation"}
         config.quantizer = copy.deepcopy(DYNAMIC)
@@ -102,7 +114,7 @@ def needs(name: str, text: Path, output: Path) -> tuple[RunConfig, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluation alone", "static ranges", "smoothing", "given prefix", "search", "everything"]
+    "name", ["evaluation alone", "static ranges", "smoothing", "qfem", "given prefix", "search", "everything"]
 )
 def test_only_the_text_that_a_run_needs_is_read(text_file: Path, tmp_path: Path, name: str) -> None:
     config, purposes = needs(name, text_file, tmp_path / "out")

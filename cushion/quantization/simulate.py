@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -42,6 +42,7 @@ def quantized(
     config: QuantizerConfig,
     calibration: ChannelRanges | None = None,
     straight_through: bool = False,
+    keep: Set[str] | None = None,
 ) -> Iterator[LanguageModel]:
     """The model under the quantizer; on leaving, every weight and module is the very object it was before.
 
@@ -49,9 +50,12 @@ def quantized(
         config: the quantizer.
         calibration: ranges of the linears' inputs with the prefix in place; needed for static ranges and smoothing.
         straight_through: let gradients pass the rounding of activations (for tuning).
+        keep: full names of linears whose input stays in full precision; their weights are quantized all the same.
+            Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
 
     Raises:
-        CalibrationError: `calibration` is needed and missing, or lacks a linear.
+        CalibrationError: `calibration` or `keep` is needed and missing, or `calibration` lacks a linear, or `keep`
+            names what is no linear of the blocks.
         ConfigError: a target or group size does not fit the model.
 
     """
@@ -59,6 +63,7 @@ def quantized(
     check_quantizer(lm, config)
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
+    _check_keep(lm, config, keep)
     replacements = _Replacements()
     try:
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
@@ -70,6 +75,8 @@ def quantized(
             activation = _activation_quantizer(
                 name, config, calibration, scales.get(name), straight_through, weight.device
             )
+            if keep is not None and name in keep:
+                activation = None
             if weight_grid is None and activation is None:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
@@ -178,3 +185,17 @@ def _activation_quantizer(
     if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
         low, high = low / smoothing.to(device), high / smoothing.to(device)
     return ActivationQuantizer(grid, activations.granularity, (low.amin(), high.amax()), straight_through)
+
+
+def _check_keep(lm: LanguageModel, config: QuantizerConfig, keep: Set[str] | None) -> None:
+    if config.uses_qfem and keep is None:
+        raise CalibrationError(
+            f"quantizer={config.name} uses QFeM, and the linears that it keeps in full precision were not given: "
+            "measure their ratios behind the prefix first (cushion.quantization.qfem)"
+        )
+    unknown = sorted((keep or frozenset()) - lm.linears().keys())
+    if unknown:
+        raise CalibrationError(
+            f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder blocks: "
+            "measure the ratios of this model again"
+        )

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 _LINES = (
     ("top1", "top-1", "#b2182b", "-"),
@@ -22,14 +23,20 @@ _LINES = (
 )
 
 
-def figures_of(folder: Path) -> dict[str, Path]:
-    """The figures of the run in `folder`, by name: where they are or will be."""
-    return {name: folder / "figures" / f"{name}.png" for name in FIGURES}
+def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """The figures of the run in `folder`, by name: where they are or will be.
+
+    Attention is drawn where it was measured, QFeM's trade-off where its alpha was searched.
+    """
+    names = ["activation_curves"]
+    names += ["attention_maps"] if result.get("attention") else []
+    names += ["qfem_tradeoff"] if _alpha_searches(result) else []
+    return {name: folder / "figures" / f"{name}.png" for name in names}
 
 
 def draw_figures(result: dict[str, Any], folder: Path) -> None:
     """Draw every figure of a run that is not there yet."""
-    for name, path in figures_of(folder).items():
+    for name, path in figures_of(result, folder).items():
         if not path.is_file():
             FIGURES[name](result, path)
 
@@ -58,6 +65,52 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     return _save(figure, path)
 
 
+def qfem_tradeoff(result: dict[str, Any], path: Path) -> Path:
+    """QFeM's trade-off: linears in full precision against perplexity on calibration text, one panel per prefix.
+
+    Args:
+        result: the content of result.json, of a run that searched alpha.
+        path: the PNG file to write.
+
+    Returns:
+        `path`.
+
+    """
+    searches, titles = _alpha_searches(result), result["activations"]["titles"]
+    figure, axes = pyplot.subplots(1, len(searches), figsize=(3.6 * len(searches), 3.1), sharey=True, squeeze=False)
+    for axis, (stage, search) in zip(axes[0], searches.items(), strict=True):
+        points = [point for point in search["points"] if point["perplexity"] is not None]
+        kept, values = [point["kept_modules"] for point in points], [point["perplexity"] for point in points]
+        axis.plot(kept, values, "o-", color="#2166ac", label="evaluated", linewidth=1.4, markersize=3.5)
+        found = search["points"][search["found"]]
+        if found["perplexity"] is not None:
+            chosen = {"color": "#b2182b", "label": "chosen", "markersize": 11, "clip_on": False, "zorder": 3}
+            axis.plot([found["kept_modules"]], [found["perplexity"]], "*", **chosen)
+        reference = search["reference_perplexity"]
+        axis.axhline(reference, color="0.4", linestyle=":", linewidth=1.2, label="per-token scales")
+        axis.axhline(search["target"] * reference, color="0.4", linestyle="--", linewidth=1.2, label="target")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xlim(-0.15, 1.3 * max(kept, default=1))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set_yscale("log")
+        axis.set_xlabel("linears in full precision")
+        axis.set_title(titles[stage], fontsize=9)
+        _tidy(axis)
+    axes[0][0].set_ylabel("perplexity, calibration text")
+    parts = [axis.get_legend_handles_labels() for axis in axes[0]]
+    labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
+    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.suptitle(f"QFeM, {result['model']['label']}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return _save(figure, path)
+
+
+def _alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """QFeM's searches for alpha in a result, by stage."""
+    kept = result.get("qfem") or {}
+    return {stage: record["alpha_search"] for stage, record in kept.items() if record["alpha_search"]}
+
+
 def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     layers = range(len(curve["top1"]))
     for key, label, colour, style in _LINES:
@@ -65,21 +118,27 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("block")
     axis.set_title(title, fontsize=9)
+    _tidy(axis)
+
+
+def _tidy(axis: Axes) -> None:
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
 
 
-def attention_maps(result: dict[str, Any], path: Path) -> Path | None:
+def attention_maps(result: dict[str, Any], path: Path) -> Path:
     """Share of attention per layer and head on the first tokens and on the prefix, before and after (Figure 3).
 
+    Args:
+        result: the content of result.json, of a run that measured attention.
+        path: the PNG file to write.
+
     Returns:
-        `path`, or None where the result has no attention and nothing is drawn.
+        `path`.
 
     """
     attention = result["attention"]
-    if attention is None:
-        return None
     titles = result["activations"]["titles"]
     panels = [(f"{titles[stage]}:\nfirst {attention['first']} tokens", shares["first"])
               for stage, shares in attention["stages"].items()]  # fmt: skip
@@ -97,7 +156,7 @@ def attention_maps(result: dict[str, Any], path: Path) -> Path | None:
     return _save(figure, path)
 
 
-FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps}
+FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps, "qfem_tradeoff": qfem_tradeoff}
 """Every figure of a run by name, and what draws it."""
 
 

@@ -1,4 +1,4 @@
-"""The figure of activation magnitudes: a PNG fit for a paper, one panel per prefix, every curve with its numbers."""
+"""The figures: PNG files fit for a paper, one panel per prefix, every curve with its numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 from matplotlib import pyplot
 
-from cushion.reporting.figures import activation_curves, attention_maps, draw_figures, figures_of
+from cushion.reporting.figures import activation_curves, attention_maps, draw_figures, figures_of, qfem_tradeoff
 
 KEYS = ("top1", "top2", "top3", "top10_percent", "median")
 
@@ -74,7 +74,7 @@ def test_a_magnitude_of_zero_is_drawn_all_the_same(tmp_path: Path) -> None:
 
 def test_figures_are_drawn_where_they_are_missing_and_left_alone_where_they_are(tmp_path: Path) -> None:
     draw_figures(result(2), tmp_path)
-    paths = figures_of(tmp_path)
+    paths = figures_of(result(2), tmp_path)
     assert list(paths) == ["activation_curves", "attention_maps"]
     for path in paths.values():
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -106,7 +106,55 @@ def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeyp
         pyplot.close(figure)
 
 
+# ---- QFeM's trade-off ---------------------------------------------------------------------------------------------
+
+
+def searched(found: int, values: tuple[float | None, ...] = (90.0, 30.0, 12.0)) -> dict[str, Any]:
+    points = [{"kept_modules": number**2, "perplexity": value} for number, value in enumerate(values)]
+    return {"target": 1.05, "reference_perplexity": 11.5, "points": points, "found": found}
+
+
+def with_qfem(**searches: dict[str, Any] | None) -> dict[str, Any]:
+    return {**result(3), "qfem": {stage: {"alpha_search": search} for stage, search in searches.items()}}
+
+
+def test_the_trade_off_has_a_panel_per_prefix_with_points_choice_reference_and_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = with_qfem(none=searched(2), found=searched(1, (None, 30.0, 12.0)), tuned=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
+        path = qfem_tradeoff(record, tmp_path / "new" / "tradeoff.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    figure = pyplot.gcf()
+    try:
+        assert [axis.get_title() for axis in figure.axes] == ["title of none", "title of found"]
+        drawn = [
+            {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()}
+            for axis in figure.axes
+        ]
+        assert drawn[0]["evaluated"] == ([0, 1, 4], [90.0, 30.0, 12.0])
+        assert drawn[1]["evaluated"] == ([1, 4], [30.0, 12.0]), "what is not finite cannot be drawn"
+        assert [part["chosen"] for part in drawn] == [([4], [12.0]), ([1], [30.0])]
+        for part in drawn:
+            assert part["per-token scales"][1] == [11.5, 11.5]
+            assert part["target"][1] == pytest.approx([12.075, 12.075])
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert legend == ["evaluated", "chosen", "per-token scales", "target"]
+    finally:
+        pyplot.close(figure)
+
+
 def test_nothing_is_drawn_where_no_attention_was_measured(tmp_path: Path) -> None:
-    assert attention_maps({**result(2), "attention": None}, tmp_path / "maps.png") is None
-    draw_figures({**result(2), "attention": None}, tmp_path)
-    assert not figures_of(tmp_path)["attention_maps"].exists()
+    without = {**result(2), "attention": None}
+    draw_figures(without, tmp_path)
+    assert list(figures_of(without, tmp_path)) == ["activation_curves"]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["activation_curves.png"]
+
+
+def test_the_trade_off_is_drawn_only_where_alpha_was_searched(tmp_path: Path) -> None:
+    assert "qfem_tradeoff" not in figures_of(with_qfem(none=None), tmp_path)
+    assert "qfem_tradeoff" not in figures_of({**result(2), "qfem": None}, tmp_path)
+    record = with_qfem(none=searched(0, (None,)))
+    draw_figures(record, tmp_path)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"activation_curves.png", "qfem_tradeoff.png"}

@@ -1,0 +1,141 @@
+"""QFeM (arXiv 2405.14428, section 4.2): linears with outlier tokens at their input keep full-precision activations.
+
+`r = max / median` of the token scales of a linear's input, a token's scale being its abs-max, is averaged over texts;
+linears with `r > alpha` are left out of activation quantization, their weights are quantized all the same. Linears that
+read the very same tensor (query, key and value; gate and up) have one ratio, and go together.
+
+The prefix stands before each text through the cache, so its own positions are in no ratio. The ratios are those of what
+the quantizer would see: of the smoothed inputs where it smooths.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cushion.activations import ChannelRanges, TokenScales, observe_inputs
+from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
+from cushion.errors import CalibrationError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.simulate import quantized
+
+
+@dataclass(frozen=True)
+class ModuleRatios:
+    """The ratio of every linear that read calibration tokens, and which linears read the very same tensor.
+
+    Every ratio is at least 1; one that is infinite, because the median is 0, stands as the largest double. A linear
+    that no token reached (an expert that was never chosen) has none, and is never kept.
+    """
+
+    ratios: dict[str, float]
+    groups: list[list[str]]
+
+    def of(self, names: list[str]) -> ModuleRatios:
+        """The part of it that concerns `names`, in their order."""
+        groups = [[name for name in group if name in names] for group in self.groups]
+        return ModuleRatios(
+            {name: self.ratios[name] for name in names if name in self.ratios}, [group for group in groups if group]
+        )
+
+    def above(self, alpha: float) -> list[str]:
+        """The linears with a ratio above `alpha`."""
+        return [name for name, ratio in self.ratios.items() if ratio > alpha]
+
+    def thresholds(self) -> list[float]:
+        """The smallest alpha of every set that can be kept, from none of the linears (the largest ratio) to all (0)."""
+        return [*sorted(set(self.ratios.values()), reverse=True), 0.0]
+
+
+def without_rounding(quantizer: QuantizerConfig) -> QuantizerConfig:
+    """What a quantizer does to a model before anything is rounded: smoothing, which leaves the function as it was."""
+    return QuantizerConfig(
+        quantizer.name,
+        weights=WeightConfig(bits=None),
+        activations=ActivationConfig(bits=None),
+        smoothing_alpha=quantizer.smoothing_alpha,
+    )
+
+
+class RatioObserver:
+    """Collects the token scales of every linear's input, and which linears read the very same tensor.
+
+    Feed it texts one by one.
+    """
+
+    def __init__(self) -> None:
+        self._scales = TokenScales()
+        self._group: dict[str, list[str]] = {}
+        self._alive: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def __call__(self, name: str, values: Tensor) -> None:
+        """Add the input of one linear, shape (1, tokens, channels) or (tokens, channels)."""
+        self._scales(name, values)
+        self._group.setdefault(name, [name])
+        # a reference to a tensor that is gone never compares equal, so memory that is used again joins nothing
+        self._alive = [(reader, first) for reader, first in self._alive if reader() is not None]
+        for reader, first in self._alive:
+            if reader() is values:
+                return self._join(first, name)
+        self._alive.append((weakref.ref(values), name))
+        return None
+
+    def _join(self, first: str, second: str) -> None:
+        if self._group[first] is self._group[second]:
+            return
+        self._group[first].extend(self._group[second])
+        for name in self._group[second]:
+            self._group[name] = self._group[first]
+
+    def ratios(self) -> ModuleRatios:
+        """The ratios so far.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+        """
+        for name in self._scales.names:
+            if not all(torch.isfinite(row).all() for row in self._scales.rows(name)):
+                raise CalibrationError(
+                    f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
+                )
+        own = {name: min(ratio, sys.float_info.max) for name, ratio in self._scales.ratios().items()}
+        groups = list({id(group): group for group in self._group.values()}.values())
+        shared = {name: max(own[member] for member in group) for group in groups for name in group}
+        assert all(math.isfinite(ratio) and ratio >= 1 for ratio in shared.values())
+        return ModuleRatios({name: shared[name] for name in own}, groups)
+
+
+@torch.no_grad()
+def measure_ratios(
+    lm: LanguageModel,
+    behind: Prefix,
+    texts: Tensor,
+    quantizer: QuantizerConfig,
+    observer: RatioObserver,
+    calibration: ChannelRanges | None = None,
+) -> Iterator[int]:
+    """Run `texts` through the model as the quantizer finds it, without any rounding, and let `observer` collect.
+
+    Args:
+        texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
+        quantizer: its smoothing is in place while the inputs are seen.
+        observer: filled in place, with all linears of the decoder blocks.
+        calibration: channel ranges behind the same prefix, needed where the quantizer smooths.
+
+    Yields:
+        The number of texts done. Between two texts the smoothing is still on the model: close the generator before
+        using the model for anything else.
+
+    """
+    with quantized(lm, without_rounding(quantizer), calibration):
+        for done, text in enumerate(texts, start=1):
+            with observe_inputs(lm.linears(), observer):
+                lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)
+            yield done
