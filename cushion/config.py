@@ -22,6 +22,7 @@ LEVELS = ("full", "paper")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
+ROTATIONS = ("none", "hadamard")
 SEARCH_METHODS = ("none", "tokens", "greedy")
 PROPOSALS = ("exhaustive", "sampled")
 OBJECTIVES = ("quantization_error", "maximum_activation")
@@ -165,6 +166,8 @@ class QuantizerConfig:
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     levels: str = "full"
     smoothing_alpha: float | None = None
+    rotation: str = "none"
+    rotation_seed: int = 0
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
@@ -183,6 +186,8 @@ class QuantizerConfig:
         one_of("quantizer.levels", self.levels, LEVELS)
         alpha = self.smoothing_alpha
         require(alpha is None or 0 <= alpha <= 1, "quantizer.smoothing_alpha", alpha, "0 to 1, or null for none")
+        one_of("quantizer.rotation", self.rotation, ROTATIONS)
+        at_least("quantizer.rotation_seed", self.rotation_seed, 0)
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
         at_least("quantizer.calibration.samples", self.calibration.samples, 1)
         at_least("quantizer.calibration.length", self.calibration.length, 2)
@@ -190,7 +195,8 @@ class QuantizerConfig:
     @property
     def is_full_precision(self) -> bool:
         """Whether this quantizer leaves the model as it is."""
-        return self.weights.bits is None and self.activations.bits is None and self.smoothing_alpha is None
+        kept = self.weights.bits is None and self.activations.bits is None
+        return kept and self.smoothing_alpha is None and self.rotation == "none"
 
     @property
     def needs_calibration(self) -> bool:

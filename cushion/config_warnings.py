@@ -48,6 +48,8 @@ def options_without_effect(config: RunConfig) -> list[str]:
     if quantizer.weights.granularity != "per_group":
         changed("quantizer.weights", quantizer.weights, ("group_size",),
                 f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
+    if quantizer.rotation == "none":
+        changed("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")
     if not quantizer.needs_calibration:
         changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
                 "without static ranges or smoothing")  # fmt: skip

@@ -36,8 +36,9 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
-from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
+from cushion.quantization import calibration, hadamard, linear, numerics, replacements, rotation, simulate, smoothquant
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.rotation import rotated
 from cushion.quantization.simulate import quantized
 from cushion.search import greedy, objective, proposals
 from cushion.search.greedy import Scored, SearchState, greedy_search
@@ -45,13 +46,14 @@ from cushion.search.objective import Objective
 from cushion.search.proposals import propose
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
+_ROTATION = (hadamard, replacements, rotation)
 _COMMON = (sys.modules[__name__], config_module, architectures, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
-    "calibration": (*_COMMON, activations, calibration),
-    "tuning": (*_COMMON, activations, linear, smoothquant, simulate, tuning),
+    "calibration": (*_COMMON, *_ROTATION, activations, calibration),
+    "tuning": (*_COMMON, *_ROTATION, activations, linear, smoothquant, simulate, tuning),
     "activations": (*_COMMON, activations, objective),
-    "perplexity": (*_COMMON, linear, smoothquant, simulate, perplexity_module),
+    "perplexity": (*_COMMON, *_ROTATION, linear, smoothquant, simulate, perplexity_module),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
 
@@ -152,7 +154,7 @@ class Steps:
         texts, held_out = self._texts.tuning, self._texts.held_out
         assert texts is not None and held_out is not None
         under = tuning_quantizer(config, quantizer)
-        calibrated = self.calibrate(found) if under.needs_calibration else None
+        calibrated = self.calibrate(found, under) if under.needs_calibration else None
         depends_on = self._depends_on(
             "tuning",
             prefix=found.fingerprint,
@@ -215,17 +217,21 @@ class Steps:
         self._log_series("tuning", record["steps"])
         return Tuned(tuned, record, seconds)
 
-    def calibrate(self, behind: Prefix) -> Calibration:
-        """Ranges of every linear's input over the calibration texts behind a prefix."""
+    def calibrate(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration:
+        """Ranges of every linear's input over the calibration texts behind a prefix, rotated as the quantizer says."""
         texts = self._texts.calibration
         assert texts is not None
-        depends_on = self._depends_on("calibration", prefix=behind.fingerprint, texts=tensor_digest([texts]))
+        turned = (quantizer.rotation, 0 if quantizer.rotation == "none" else quantizer.rotation_seed)
+        depends_on = self._depends_on(
+            "calibration", prefix=behind.fingerprint, rotation=list(turned), texts=tensor_digest([texts])
+        )
 
         def make(workspace: Workspace) -> None:
             started = time.perf_counter()
             ranges = ChannelRanges()
-            for done in calibrate(self._lm, behind, texts, ranges):
-                self._emit(Progress("calibration", done, len(texts), "text"))
+            with rotated(self._lm, *turned):
+                for done in calibrate(self._lm, behind, texts, ranges):
+                    self._emit(Progress("calibration", done, len(texts), "text"))
             tensors = {f"minimum.{name}": low.cpu() for name, low in ranges.minimum.items()}
             tensors |= {f"maximum.{name}": high.cpu() for name, high in ranges.maximum.items()}
             save_file(tensors, workspace.folder / "ranges.safetensors")
@@ -279,7 +285,9 @@ class Steps:
     def evaluate(self, behind: Prefix, quantizer: QuantizerConfig | None, label: str) -> tuple[float, float]:
         """Perplexity behind a prefix, quantized or not, and the seconds of its calibration and evaluation."""
         config, blocks = self._config.eval, self._texts.blocks
-        calibrated = self.calibrate(behind) if quantizer is not None and quantizer.needs_calibration else None
+        calibrated = (
+            self.calibrate(behind, quantizer) if quantizer is not None and quantizer.needs_calibration else None
+        )
         depends_on = self._depends_on(
             "perplexity",
             prefix=behind.fingerprint,

@@ -184,6 +184,7 @@ def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> Quanti
             weights=replace(quantizer.weights, bits=None),
             activations=replace(quantizer.activations, bits=None),
             smoothing_alpha=None,
+            rotation="none",
         )
     return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +15,9 @@ from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.replacements import Replacements
+from cushion.quantization.rotation import check_rotation, rotated
 from cushion.quantization.smoothquant import smoothing_scales
-
-
-class _Replacements:
-    """Attributes of modules put in place of others, and the way back. Nothing is changed in place."""
-
-    def __init__(self) -> None:
-        self._originals: list[tuple[nn.Module, str, Any]] = []
-
-    def put(self, module: nn.Module, name: str, value: Any) -> None:
-        self._originals.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    def undo(self) -> None:
-        for module, name, original in reversed(self._originals):
-            setattr(module, name, original)
-        self._originals.clear()
 
 
 @contextmanager
@@ -46,20 +32,22 @@ def quantized(
 
     Args:
         config: the quantizer.
-        calibration: ranges of the linears' inputs with the prefix in place; needed for static ranges and smoothing.
+        calibration: ranges of the linears' inputs with the prefix in place, of the rotated model where the quantizer
+            rotates; needed for static ranges and smoothing.
         straight_through: let gradients pass the rounding of activations (for tuning).
 
     Raises:
         CalibrationError: `calibration` is needed and missing, or lacks a linear.
-        ConfigError: a target or group size does not fit the model.
+        ConfigError: a target, the group size or the rotation does not fit the model.
 
     """
     assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
     check_quantizer(lm, config)
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
-    replacements = _Replacements()
+    replacements, surroundings = Replacements(), ExitStack()
     try:
+        surroundings.enter_context(rotated(lm, config.rotation, config.rotation_seed))
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
         weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
         for name, linear in lm.linears(config.targets).items():
@@ -75,10 +63,12 @@ def quantized(
         yield lm
     finally:
         replacements.undo()
+        surroundings.close()
 
 
 def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
-    """Raise `ConfigError` when a target, the group size or smoothing does not fit this model, without computing."""
+    """Raise `ConfigError` when targets, group size, rotation or smoothing do not fit this model, without computing."""
+    check_rotation(lm, config.rotation)
     for key, needed in lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ():
         if getattr(lm.model.config, key) != needed:
             raise ConfigError(
@@ -110,7 +100,7 @@ def _ranges(name: str, calibration: ChannelRanges | None) -> tuple[Tensor, Tenso
 
 
 def _smooth(
-    lm: LanguageModel, config: QuantizerConfig, calibration: ChannelRanges | None, replacements: _Replacements
+    lm: LanguageModel, config: QuantizerConfig, calibration: ChannelRanges | None, replacements: Replacements
 ) -> dict[str, Tensor]:
     """Fold SmoothQuant's scales into norms and linears; the scale of each smoothed linear's input by name."""
     assert config.smoothing_alpha is not None
