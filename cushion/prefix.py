@@ -25,6 +25,12 @@ from cushion.hashing import tensor_digest
 FORMAT = "cushion-prefix-1"
 
 
+class PrefixCache(DynamicCache):
+    """A cache that knows how many of its first positions are a prefix's, which stay in full precision."""
+
+    prefix_length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prefix of key-value cache.
@@ -68,7 +74,7 @@ class Prefix:
         values = tuple(layer.values[0].clone() for layer in layers)
         return cls(tuple(int(t) for t in token_ids), keys, values, False, metadata or {})
 
-    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> PrefixCache:
         """A fresh cache that holds the prefix for each row of a batch.
 
         A forward pass changes its cache in place, so take a new one for every call. In `generate`, which expects the
@@ -79,10 +85,11 @@ class Prefix:
             ArtifactError: the prefix was made for a model of another shape.
 
         """
-        cache = DynamicCache(config=model.config)
+        cache = PrefixCache(config=model.config)
         if len(self) == 0:
             return cache
         self._check_model(model)
+        cache.prefix_length = len(self)
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             cache.update(_batched(key, batch_size, model), _batched(value, batch_size, model), index)
         return cache

@@ -36,7 +36,17 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
-from cushion.quantization import calibration, hadamard, linear, numerics, replacements, rotation, simulate, smoothquant
+from cushion.quantization import (
+    attention,
+    calibration,
+    hadamard,
+    linear,
+    numerics,
+    replacements,
+    rotation,
+    simulate,
+    smoothquant,
+)
 from cushion.quantization.calibration import calibrate
 from cushion.quantization.rotation import rotated
 from cushion.quantization.simulate import quantized
@@ -51,9 +61,9 @@ _COMMON = (sys.modules[__name__], config_module, architectures, language_model, 
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
     "calibration": (*_COMMON, *_ROTATION, activations, calibration),
-    "tuning": (*_COMMON, *_ROTATION, activations, linear, smoothquant, simulate, tuning),
+    "tuning": (*_COMMON, *_ROTATION, activations, attention, linear, smoothquant, simulate, tuning),
     "activations": (*_COMMON, activations, objective),
-    "perplexity": (*_COMMON, *_ROTATION, linear, smoothquant, simulate, perplexity_module),
+    "perplexity": (*_COMMON, *_ROTATION, attention, linear, smoothquant, simulate, perplexity_module),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
 

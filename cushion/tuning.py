@@ -183,6 +183,8 @@ def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> Quanti
             quantizer,
             weights=replace(quantizer.weights, bits=None),
             activations=replace(quantizer.activations, bits=None),
+            kv_cache=replace(quantizer.kv_cache, bits=None),
+            attention=replace(quantizer.attention, bits=None),
             smoothing_alpha=None,
             rotation="none",
         )

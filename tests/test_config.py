@@ -10,10 +10,12 @@ import pytest
 
 from cushion.config import (
     ActivationConfig,
+    AttentionConfig,
     CalibrationConfig,
     CorpusConfig,
     DataConfig,
     EvalConfig,
+    KvCacheConfig,
     ModelConfig,
     QuantizerConfig,
     RunConfig,
@@ -41,6 +43,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: QuantizerConfig(activations=ActivationConfig(granularity="per_token")), r"activations\.range='static'"),
     (lambda: QuantizerConfig(smoothing_alpha=1.5), r"quantizer\.smoothing_alpha=1\.5"),
     (lambda: QuantizerConfig(smoothing_alpha=float("nan")), r"quantizer\.smoothing_alpha=nan"),
+    (lambda: QuantizerConfig(rotation="hadamar"), r"quantizer\.rotation='hadamar' .*did you mean 'hadamard'\?"),
+    (lambda: QuantizerConfig(rotation_seed=-1), r"quantizer\.rotation_seed=-1 .*at least 0"),
+    (lambda: QuantizerConfig(zero_point="int"), r"quantizer\.zero_point='int' .*real, integer"),
+    (lambda: QuantizerConfig(kv_cache=KvCacheConfig(bits=1)), r"quantizer\.kv_cache\.bits=1 is not allowed: 2 to 8"),
+    (lambda: QuantizerConfig(attention=AttentionConfig(bits=9)), r"quantizer\.attention\.bits=9"),
+    (lambda: QuantizerConfig(kv_cache=KvCacheConfig(granularity="per_tok")), r"kv_cache\.granularity.*'per_token'\?"),
+    (lambda: QuantizerConfig(attention=AttentionConfig(granularity="x")), r"quantizer\.attention\.granularity='x'"),
     (lambda: QuantizerConfig(targets=[]), r"quantizer\.targets=\[\]"),
     (lambda: QuantizerConfig(calibration=CalibrationConfig(samples=0)), r"quantizer\.calibration\.samples=0"),
     (lambda: QuantizerConfig(calibration=CalibrationConfig(length=-1)), r"quantizer\.calibration\.length=-1"),
@@ -91,6 +100,17 @@ def test_every_number_of_bits_from_2_to_8_and_none_is_allowed(bits: int | None) 
     quantizer = QuantizerConfig(weights=WeightConfig(bits=bits), activations=ActivationConfig(bits=bits))
     assert quantizer.is_full_precision == (bits is None)
     assert quantizer.needs_calibration == (bits is not None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rotation": "hadamard"}, {"kv_cache": KvCacheConfig(bits=4)}, {"attention": AttentionConfig(bits=8)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_rotation_and_the_targets_in_attention_are_no_full_precision_and_need_no_calibration(change: Any) -> None:
+    kept = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None), **change)
+    assert not kept.is_full_precision
+    assert not kept.needs_calibration
 
 
 def test_smoothing_alone_is_no_full_precision_and_needs_calibration() -> None:
@@ -156,6 +176,22 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
         ),
         "quantizer.calibration.samples=3 has no effect without static ranges or smoothing",
     ),
+    (
+        RunConfig(quantizer=QuantizerConfig(rotation_seed=2)),
+        "rotation_seed=2 has no effect with quantizer.rotation=none",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(zero_point="integer")),
+        "quantizer.zero_point='integer' has no effect without an asymmetric grid",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(kv_cache=KvCacheConfig(symmetric=True))),
+        "quantizer.kv_cache.symmetric=True has no effect with quantizer.kv_cache.bits=null",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(attention=AttentionConfig(granularity="per_token"))),
+        "quantizer.attention.granularity='per_token' has no effect with quantizer.attention.bits=null",
+    ),
 ]
 
 
@@ -170,4 +206,10 @@ def test_options_that_have_an_effect_are_not_named() -> None:
     search = replace(GREEDY, tau=0.3, candidates=9, frequent=8, text_length=64)
     quantizer = QuantizerConfig(weights=WeightConfig(granularity="per_group", group_size=4))
     assert options_without_effect(RunConfig(search=search, quantizer=quantizer, tuning=TUNED)) == []
+    asymmetric = {"activations": ActivationConfig(symmetric=False), "kv_cache": KvCacheConfig(bits=4)}
+    for part in asymmetric:
+        quantizer = QuantizerConfig(
+            zero_point="integer", rotation="hadamard", rotation_seed=2, **{part: asymmetric[part]}
+        )
+        assert options_without_effect(RunConfig(quantizer=quantizer)) == []
     assert options_without_effect(RunConfig()) == []

@@ -13,6 +13,7 @@ from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QuantizerConfig
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
+from cushion.quantization.attention import check_attention, quantized_attention
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
 from cushion.quantization.replacements import Replacements
@@ -34,7 +35,7 @@ def quantized(
         config: the quantizer.
         calibration: ranges of the linears' inputs with the prefix in place, of the rotated model where the quantizer
             rotates; needed for static ranges and smoothing.
-        straight_through: let gradients pass the rounding of activations (for tuning).
+        straight_through: let gradients pass the rounding of activations and inside attention (for tuning).
 
     Raises:
         CalibrationError: `calibration` is needed and missing, or lacks a linear.
@@ -48,6 +49,7 @@ def quantized(
     replacements, surroundings = Replacements(), ExitStack()
     try:
         surroundings.enter_context(rotated(lm, config.rotation, config.rotation_seed))
+        surroundings.enter_context(quantized_attention(lm, config, straight_through))
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
         weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
         for name, linear in lm.linears(config.targets).items():
@@ -69,6 +71,7 @@ def quantized(
 def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
     """Raise `ConfigError` when targets, group size, rotation or smoothing do not fit this model, without computing."""
     check_rotation(lm, config.rotation)
+    check_attention(lm, config)
     for key, needed in lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ():
         if getattr(lm.model.config, key) != needed:
             raise ConfigError(
@@ -136,7 +139,7 @@ def _activation_quantizer(
     activations: ActivationConfig = config.activations
     if activations.bits is None:
         return None
-    grid = Grid(activations.bits, activations.symmetric, config.levels)
+    grid = Grid(activations.bits, activations.symmetric, config.levels, config.zero_point)
     if activations.range == "dynamic":
         return ActivationQuantizer(grid, activations.granularity, None, straight_through)
     low, high = _ranges(name, calibration)
