@@ -21,7 +21,7 @@ class ResidualStream:
         readers: for each norm of a block that reads the stream, whatever reads its output: linears, or parameters whose
             last dimension is the stream's (routers, fused experts). Nothing else may read it. Paths from the block.
         writers: the linears of a block whose output is added to the stream, or parameters whose last dimension but one
-            is the stream's. Paths from the block.
+            is the stream's. Paths from the block. In these and the readers' paths `*` stands for every child there.
         embedding_norm: path of a norm that stands between the embeddings and the stream, from the model.
         post_norms: norms of a block that stand between a writer and the stream; their writers are then not named.
         norm_offset: what is added to a norm's weight before it multiplies (1 where the norm computes `1 + weight`).

@@ -12,7 +12,7 @@ prefix made from the plain model fits the rotated one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -116,10 +116,10 @@ def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
             _put(embedding, "weight", _times(cast(Tensor, embedding.weight), into), replacements)
     for block in lm.blocks:
         for norm_path, reader_paths in stream.readers:
-            readers = [_weight_of(block, path) for path in reader_paths]
+            readers = _weights_of(block, reader_paths)
             _fold_norm(block, norm_path, readers, stream, back, replacements)
-        for path in stream.writers:
-            _fold_writer(*_weight_of(block, path), into, replacements)
+        for owner, name in _weights_of(block, stream.writers):
+            _fold_writer(owner, name, into, replacements)
         for path in stream.post_norms:
             _append(block, path, into, replacements)
     head = lm.model.get_output_embeddings()
@@ -127,12 +127,23 @@ def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
     _fold_norm(lm.model, stream.final_norm, [(head, "weight")], stream, back, replacements)
 
 
-def _weight_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Owner and name of the weight at `path`, which is a linear or, as in fused experts, a parameter."""
-    owner_path, _, leaf = path.rpartition(".")
-    owner = root.get_submodule(owner_path)
-    found = getattr(owner, leaf)
-    return (owner, leaf) if isinstance(found, nn.Parameter) else (found, "weight")
+def _weights_of(root: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    """Owner and name of the weights at `paths`, each of a linear or, as in fused experts, a parameter itself.
+
+    A `*` in a path stands for every child there.
+    """
+    found: list[tuple[nn.Module, str]] = []
+    for path in paths:
+        before, star, after = path.partition(".*.")
+        if star:
+            for child in root.get_submodule(before).children():
+                found += _weights_of(child, [after])
+            continue
+        owner_path, _, leaf = path.rpartition(".")
+        owner = root.get_submodule(owner_path)
+        value = getattr(owner, leaf)
+        found.append((owner, leaf) if isinstance(value, nn.Parameter) else (value, "weight"))
+    return found
 
 
 def _fold_norm(
@@ -149,10 +160,10 @@ def _fold_norm(
     for owner, name in readers:
         old = cast(Tensor, getattr(owner, name))
         if bias is not None:
-            shift = _times(old, bias.double()[:, None]).squeeze(-1)
+            shift = _times(old, bias.detach().double()[:, None]).squeeze(-1)
             own = getattr(owner, "bias", None)
             replacements.put(owner, "bias", _parameter(shift if own is None else own.double() + shift, old))
-        gain = 1.0 if weight is None else weight.double() + stream.norm_offset
+        gain = 1.0 if weight is None else weight.detach().double().to(old.device) + stream.norm_offset
         _put(owner, name, _times(old, back, gain), replacements)
     if isinstance(norm, nn.LayerNorm):
         like = readers[0][0].weight if weight is None else weight

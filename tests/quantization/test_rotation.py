@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -195,6 +195,19 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, ResidualStream]] = {
             writers=("self_attn.o_proj", "mlp.experts.down_proj"),
         ),
     ),
+    "opt": (  # norms without weights, linears without biases
+        OPTConfig(
+            **COMMON,
+            word_embed_proj_dim=24,
+            ffn_dim=40,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            layer_norm_elementwise_affine=False,
+            enable_bias=False,
+        ),
+        "model.decoder.layers",
+        cast(ResidualStream, ARCHITECTURES["opt"].residual),
+    ),
     "tied": (LlamaConfig(**COMMON, **HEADS, tie_word_embeddings=True), "model.layers", LLAMA),
 }
 
@@ -224,6 +237,28 @@ def test_other_architectures_are_described_by_data_alone(name: str, prompt: list
         changed = block_inputs(lm, prefix)
         assert all(not torch.allclose(changed[key], values, atol=0.05) for key, values in inputs.items())
     assert_untouched(lm, before)
+
+
+@torch.no_grad()
+def test_a_star_stands_for_every_expert() -> None:
+    """Experts whose projections are linears of their own, as a list of modules."""
+
+    class Experts(nn.ModuleList):
+        def forward(self, values: Tensor) -> Tensor:
+            return sum((expert.down(torch.relu(expert.up(values))) for expert in self), torch.zeros_like(values))
+
+    lm = other("tied")
+    for block in lm.blocks:
+        experts = [nn.ModuleDict({"up": nn.Linear(24, 40), "down": nn.Linear(40, 24)}) for _ in range(3)]
+        block.mlp = nn.Sequential(Experts(expert.requires_grad_(False) for expert in experts))
+    stream = lm.architecture.residual
+    assert stream is not None
+    readers = (stream.readers[0], ("post_attention_layernorm", ("mlp.0.*.up",)))
+    described = replace(stream, readers=readers, writers=("self_attn.o_proj", "mlp.0.*.down"))
+    lm.architecture = replace(lm.architecture, residual=described)
+    untouched = logits(lm)
+    with rotated(lm):
+        torch.testing.assert_close(logits(lm), untouched, rtol=1e-4, atol=1e-4)
 
 
 def test_tied_embeddings_are_untied_for_the_length_of_the_block_alone() -> None:
