@@ -12,16 +12,16 @@ from cushion.errors import UnsupportedModelError, did_you_mean
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """Where the residual stream of one model family is written and read: what rotation folds its matrix into.
+    """Where the residual stream of one model family is written: with who reads it, what rotation folds its matrix into.
+
+    The readers are those of `Architecture.smoothing`: a norm that reads the stream, and all that reads its output.
 
     Args:
         embeddings: the embedding tables whose sum starts the stream, learned positions included. Paths from the causal
             language model.
         final_norm: path of the norm that lm_head reads, from the causal language model.
-        readers: for each norm of a block that reads the stream, whatever reads its output: linears, or parameters whose
-            last dimension is the stream's (routers, fused experts). Nothing else may read it. Paths from the block.
         writers: the linears of a block whose output is added to the stream, or parameters whose last dimension but one
-            is the stream's. Paths from the block. In these and the readers' paths `*` stands for every child there.
+            is the stream's. Paths from the block. `*` stands for every child there.
         embedding_norm: path of a norm that stands between the embeddings and the stream, from the model.
         post_norms: norms of a block that stand between a writer and the stream; their writers are then not named.
         norm_offset: what is added to a norm's weight before it multiplies (1 where the norm computes `1 + weight`).
@@ -31,7 +31,6 @@ class ResidualStream:
 
     embeddings: tuple[str, ...]
     final_norm: str
-    readers: tuple[tuple[str, tuple[str, ...]], ...]
     writers: tuple[str, ...] = ()
     embedding_norm: str | None = None
     post_norms: tuple[str, ...] = ()
@@ -69,18 +68,7 @@ _LLAMA_SMOOTHING = (
 _LLAMA_RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
-    readers=_LLAMA_SMOOTHING,
     writers=("self_attn.o_proj", "mlp.down_proj"),
-)
-
-_OPT_SMOOTHING = (
-    ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("final_layer_norm", ("fc1",)),
-)
-
-_BLOOM_SMOOTHING = (
-    ("input_layernorm", ("self_attention.query_key_value",)),
-    ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
 )
 
 ARCHITECTURES = {
@@ -92,12 +80,14 @@ ARCHITECTURES = {
         Architecture(
             "opt",
             "model.decoder.layers",
-            _OPT_SMOOTHING,
+            (
+                ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+                ("final_layer_norm", ("fc1",)),
+            ),
             smoothing_requires=(("do_layer_norm_before", True),),
             residual=ResidualStream(
                 embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
                 final_norm="model.decoder.final_layer_norm",
-                readers=_OPT_SMOOTHING,
                 writers=("self_attn.out_proj", "fc2"),
                 requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
             ),
@@ -105,13 +95,15 @@ ARCHITECTURES = {
         Architecture(
             "bloom",
             "transformer.h",
-            _BLOOM_SMOOTHING,
+            (
+                ("input_layernorm", ("self_attention.query_key_value",)),
+                ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+            ),
             smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
             residual=ResidualStream(
                 embeddings=("transformer.word_embeddings",),
                 embedding_norm="transformer.word_embeddings_layernorm",
                 final_norm="transformer.ln_f",
-                readers=_BLOOM_SMOOTHING,
                 writers=("self_attention.dense", "mlp.dense_4h_to_h"),
                 requires=(("apply_residual_connection_post_layernorm", False),),
             ),

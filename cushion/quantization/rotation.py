@@ -78,7 +78,7 @@ def check_rotation(lm: LanguageModel, rotation: str) -> None:
     stream, settings = lm.architecture.residual, lm.model.config
     key = f"quantizer.rotation={rotation} cannot be used with {lm.label}"
     way_out = "use quantizer.rotation=none"
-    if stream is None:
+    if stream is None or not lm.architecture.smoothing:
         raise ConfigError(
             f"{key}: the architecture {lm.architecture.model_type!r} does not name where its residual stream is "
             f"written and read; {way_out}"
@@ -115,7 +115,7 @@ def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
             embedding = lm.model.get_submodule(path)
             _put(embedding, "weight", _times(cast(Tensor, embedding.weight), into), replacements)
     for block in lm.blocks:
-        for norm_path, reader_paths in stream.readers:
+        for norm_path, reader_paths in lm.architecture.smoothing:
             readers = _weights_of(block, reader_paths)
             _fold_norm(block, norm_path, readers, stream, back, replacements)
         for owner, name in _weights_of(block, stream.writers):

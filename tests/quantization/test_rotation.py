@@ -148,23 +148,24 @@ def test_rotated_blocks_see_the_stream_times_the_matrix(tiny: Tiny, family: str)
 
 COMMON: dict[str, Any] = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 24, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40}
-LLAMA = ARCHITECTURES["llama"].residual
-OTHERS: dict[str, tuple[PreTrainedConfig, str, ResidualStream]] = {
+LLAMA, READERS_OF_LLAMA = ARCHITECTURES["llama"].residual, ARCHITECTURES["llama"].smoothing
+OTHERS: dict[str, tuple[PreTrainedConfig, str, Any, ResidualStream]] = {
     "gemma": (
         GemmaConfig(**COMMON, **HEADS),
         "model.layers",
+        READERS_OF_LLAMA,
         replace(LLAMA, norm_offset=1.0),
     ),
     "gemma2": (
         Gemma2Config(**COMMON, **HEADS, sliding_window=8, query_pre_attn_scalar=8),
         "model.layers",
+        (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
         ResidualStream(
             embeddings=("model.embed_tokens",),
             final_norm="model.norm",
-            readers=(
-                ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-                ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-            ),
             post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
             norm_offset=1.0,
         ),
@@ -172,26 +173,26 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, ResidualStream]] = {
     "gpt_neox": (
         GPTNeoXConfig(**COMMON, num_attention_heads=4, intermediate_size=40, tie_word_embeddings=False),
         "gpt_neox.layers",
+        (
+            ("input_layernorm", ("attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
         ResidualStream(
             embeddings=("gpt_neox.embed_in",),
             final_norm="gpt_neox.final_layer_norm",
-            readers=(
-                ("input_layernorm", ("attention.query_key_value",)),
-                ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-            ),
             writers=("attention.dense", "mlp.dense_4h_to_h"),
         ),
     ),
     "mixtral": (
         MixtralConfig(**COMMON, **HEADS, num_local_experts=3, num_experts_per_tok=2),
         "model.layers",
+        (
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate", "mlp.experts.gate_up_proj")),
+        ),
         ResidualStream(
             embeddings=("model.embed_tokens",),
             final_norm="model.norm",
-            readers=(
-                ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-                ("post_attention_layernorm", ("mlp.gate", "mlp.experts.gate_up_proj")),
-            ),
             writers=("self_attn.o_proj", "mlp.experts.down_proj"),
         ),
     ),
@@ -206,15 +207,16 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, ResidualStream]] = {
             enable_bias=False,
         ),
         "model.decoder.layers",
+        ARCHITECTURES["opt"].smoothing,
         cast(ResidualStream, ARCHITECTURES["opt"].residual),
     ),
-    "tied": (LlamaConfig(**COMMON, **HEADS, tie_word_embeddings=True), "model.layers", LLAMA),
+    "tied": (LlamaConfig(**COMMON, **HEADS, tie_word_embeddings=True), "model.layers", READERS_OF_LLAMA, LLAMA),
 }
 
 
 def other(name: str) -> LanguageModel:
     """A tiny random model of another family, with an entry of the table made on the spot."""
-    config, blocks, stream = OTHERS[name]
+    config, blocks, readers, stream = OTHERS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -222,7 +224,7 @@ def other(name: str) -> LanguageModel:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     randomize(model)
     model.eval().requires_grad_(False)
-    architecture = Architecture(config.model_type, blocks, (), residual=stream)
+    architecture = Architecture(config.model_type, blocks, readers, residual=stream)
     return LanguageModel(model, byte_tokenizer(), architecture, name, name)
 
 
@@ -253,9 +255,9 @@ def test_a_star_stands_for_every_expert() -> None:
         block.mlp = nn.Sequential(Experts(expert.requires_grad_(False) for expert in experts))
     stream = lm.architecture.residual
     assert stream is not None
-    readers = (stream.readers[0], ("post_attention_layernorm", ("mlp.0.*.up",)))
-    described = replace(stream, readers=readers, writers=("self_attn.o_proj", "mlp.0.*.down"))
-    lm.architecture = replace(lm.architecture, residual=described)
+    readers = (lm.architecture.smoothing[0], ("post_attention_layernorm", ("mlp.0.*.up",)))
+    described = replace(stream, writers=("self_attn.o_proj", "mlp.0.*.down"))
+    lm.architecture = replace(lm.architecture, smoothing=readers, residual=described)
     untouched = logits(lm)
     with rotated(lm):
         torch.testing.assert_close(logits(lm), untouched, rtol=1e-4, atol=1e-4)
@@ -336,9 +338,10 @@ def test_embeddings_behind_a_projection_are_refused(tiny: Tiny) -> None:
         check_rotation(lm, "hadamard")
 
 
-def test_a_family_whose_stream_is_not_in_the_table_is_refused_by_name(tiny: Tiny) -> None:
+@pytest.mark.parametrize("missing", [{"residual": None}, {"smoothing": ()}], ids=["writers", "readers"])
+def test_a_family_whose_stream_is_not_in_the_table_is_refused_by_name(tiny: Tiny, missing: dict[str, Any]) -> None:
     lm = tiny()
-    lm.architecture = replace(lm.architecture, residual=None)
+    lm.architecture = replace(lm.architecture, **missing)
     with pytest.raises(ConfigError, match=r"'llama' does not name where its residual stream.*quantizer\.rotation=none"):
         check_quantizer(lm, rotation_only())
 
