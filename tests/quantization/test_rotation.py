@@ -36,6 +36,7 @@ from cushion.quantization.simulate import check_quantizer, quantized
 Tiny = Callable[..., LanguageModel]
 ROTATABLE = [family for family in FAMILIES if ARCHITECTURES[family].residual is not None]
 TEXTS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+MORE_TEXTS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(1))
 
 
 def rotation_only(**changes: Any) -> QuantizerConfig:
@@ -371,7 +372,7 @@ def test_a_planted_outlier_channel_is_spread_over_the_stream(tiny: Tiny, family:
 
 def calibrated(lm: LanguageModel, prefix: Prefix | None = None) -> ChannelRanges:
     ranges = ChannelRanges()
-    for _ in calibrate(lm, prefix or Prefix.empty(), TEXTS, ranges):
+    for _ in calibrate(lm, prefix or Prefix.empty(), MORE_TEXTS, ranges):
         pass
     return ranges
 
