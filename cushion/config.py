@@ -19,9 +19,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("embedded", "wikitext2", "c4", "file")
 SPLITS = ("train", "validation", "test")
 LEVELS = ("full", "paper")
+ZERO_POINTS = ("real", "integer")
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
+ROTATIONS = ("none", "hadamard")
 SEARCH_METHODS = ("none", "tokens", "bos", "newline", "random", "greedy", "qfep", "prefixquant")
 GIVEN_PREFIXES = ("tokens", "bos", "newline", "random")
 """Search methods that search for nothing: the user's tokens, and the controls every table needs."""
@@ -161,6 +163,24 @@ class ActivationConfig:
 
 
 @dataclass
+class KvCacheConfig:
+    """`quantizer.kv_cache`: the grid of the cached keys and values, dynamic. `bits: null` leaves them as they are."""
+
+    bits: int | None = None
+    granularity: str = "per_token"
+    symmetric: bool = False
+
+
+@dataclass
+class AttentionConfig:
+    """`quantizer.attention`: the grid of both inputs of both products of attention, dynamic. `bits: null`: none."""
+
+    bits: int | None = None
+    granularity: str = "per_tensor"
+    symmetric: bool = True
+
+
+@dataclass
 class CalibrationConfig:
     """`quantizer.calibration`: how much text the static ranges and the smoothing statistics are taken from."""
 
@@ -198,27 +218,39 @@ class QuantizerConfig:
     name: str = "per_tensor_static"
     weights: WeightConfig = field(default_factory=WeightConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     levels: str = "full"
+    zero_point: str = "real"
     smoothing_alpha: float | None = None
+    rotation: str = "none"
+    rotation_seed: int = 0
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     qfem: QFeMConfig = field(default_factory=QFeMConfig)
 
     def __post_init__(self) -> None:
         weights, activations = self.weights, self.activations
-        for key, bits in (("weights", weights.bits), ("activations", activations.bits)):
+        cache, attention = self.kv_cache, self.attention
+        bits_of = {"weights": weights.bits, "activations": activations.bits}
+        for key, bits in {**bits_of, "kv_cache": cache.bits, "attention": attention.bits}.items():
             allowed = "2 to 8, or null for full precision"
             require(bits is None or 2 <= bits <= 8, f"quantizer.{key}.bits", bits, allowed)
         one_of("quantizer.weights.granularity", weights.granularity, WEIGHT_GRANULARITIES)
         at_least("quantizer.weights.group_size", weights.group_size, 1)
         one_of("quantizer.activations.granularity", activations.granularity, ACTIVATION_GRANULARITIES)
+        one_of("quantizer.kv_cache.granularity", cache.granularity, ACTIVATION_GRANULARITIES)
+        one_of("quantizer.attention.granularity", attention.granularity, ACTIVATION_GRANULARITIES)
         one_of("quantizer.activations.range", activations.range, RANGES)
         if activations.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(activations.range == "dynamic", "quantizer.activations.range", activations.range, reason)
         one_of("quantizer.levels", self.levels, LEVELS)
+        one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
         alpha = self.smoothing_alpha
         require(alpha is None or 0 <= alpha <= 1, "quantizer.smoothing_alpha", alpha, "0 to 1, or null for none")
+        one_of("quantizer.rotation", self.rotation, ROTATIONS)
+        at_least("quantizer.rotation_seed", self.rotation_seed, 0)
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
         at_least("quantizer.calibration.samples", self.calibration.samples, 1)
         at_least("quantizer.calibration.length", self.calibration.length, 2)
@@ -229,7 +261,8 @@ class QuantizerConfig:
     @property
     def is_full_precision(self) -> bool:
         """Whether this quantizer leaves the model as it is."""
-        return self.weights.bits is None and self.activations.bits is None and self.smoothing_alpha is None
+        parts = (self.weights, self.activations, self.kv_cache, self.attention)
+        return all(part.bits is None for part in parts) and self.smoothing_alpha is None and self.rotation == "none"
 
     @property
     def needs_calibration(self) -> bool:

@@ -67,6 +67,15 @@ def options_without_effect(config: RunConfig) -> list[str]:
     if quantizer.weights.granularity != "per_group":
         changed("quantizer.weights", quantizer.weights, ("group_size",),
                 f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
+    grids = (quantizer.activations, quantizer.kv_cache, quantizer.attention)
+    if not any(grid.bits is not None and not grid.symmetric for grid in grids):
+        changed("quantizer", quantizer, ("zero_point",), "without an asymmetric grid")
+    for key in ("kv_cache", "attention"):
+        if getattr(quantizer, key).bits is None:
+            changed(f"quantizer.{key}", getattr(quantizer, key), ("granularity", "symmetric"),
+                    f"with quantizer.{key}.bits=null")  # fmt: skip
+    if quantizer.rotation == "none":
+        changed("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")
     if not quantizer.needs_calibration_text:
         changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
                 "without static ranges, smoothing or QFeM")  # fmt: skip

@@ -398,4 +398,5 @@ def _qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
 
 def _scheme(quantizer: QuantizerConfig) -> str:
     """`per_tensor_static W8A8`, the way the field writes it."""
-    return f"{quantizer.name} W{quantizer.weights.bits or 16}A{quantizer.activations.bits or 16}"
+    scheme = f"{quantizer.name} W{quantizer.weights.bits or 16}A{quantizer.activations.bits or 16}"
+    return scheme if quantizer.kv_cache.bits is None else f"{scheme}KV{quantizer.kv_cache.bits}"

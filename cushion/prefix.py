@@ -26,6 +26,12 @@ from cushion.models.architectures import ARCHITECTURES, cache_shape, find_archit
 FORMAT = "cushion-prefix-1"
 
 
+class PrefixCache(DynamicCache):
+    """A cache that knows how many of its first positions are a prefix's, which stay in full precision."""
+
+    prefix_length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """A prefix of key-value cache.
@@ -70,7 +76,7 @@ class Prefix:
         values = tuple(layer.values[0].clone() for layer in layers)
         return cls(tuple(int(t) for t in token_ids), keys, values, False, metadata or {})
 
-    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> PrefixCache:
         """A fresh cache that holds the prefix for each row of a batch, each layer's part on that layer's device.
 
         Layers with a sliding window see of the prefix what their window reaches, as they would of its tokens.
@@ -83,10 +89,11 @@ class Prefix:
             ArtifactError: the prefix was made for a model of another shape.
 
         """
-        cache = DynamicCache(config=model.config)
+        cache = PrefixCache(config=model.config)
         if len(self) == 0:
             return cache
         self._check_model(model)
+        cache.prefix_length = len(self)
         devices = _layer_devices(model)
         for index, (key, value, device) in enumerate(zip(self.keys, self.values, devices, strict=True)):
             rows = [_batched(tensor, batch_size, device, model.dtype) for tensor in (key, value)]

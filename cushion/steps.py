@@ -35,10 +35,23 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, experts, language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
-from cushion.quantization import alpha_search, calibration, linear, numerics, qfem, simulate, smoothquant
+from cushion.quantization import (
+    alpha_search,
+    calibration,
+    hadamard,
+    linear,
+    numerics,
+    qfem,
+    replacements,
+    rotation,
+    simulate,
+    smoothquant,
+)
+from cushion.quantization import attention as attention_quantizer
 from cushion.quantization.alpha_search import AlphaSearch, search_alpha
 from cushion.quantization.calibration import calibrate
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
+from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
 from cushion.search import greedy, objective, prefixquant, proposals, qfep, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
@@ -49,19 +62,21 @@ from cushion.search.qfep import QfepRecord, qfep_search
 from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
+_ROTATION = (hadamard, replacements, rotation)
+_QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
 _COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, objective, proposals, greedy),
     "qfep": (*_COMMON, activations, scan, qfep),
     "prefixquant": (*_COMMON, activations, scan, prefixquant),
-    "calibration": (*_COMMON, activations, calibration),
-    "tuning": (*_COMMON, activations, linear, smoothquant, simulate, tuning),
+    "calibration": (*_COMMON, *_ROTATION, activations, calibration),
+    "tuning": (*_COMMON, activations, *_QUANTIZED, tuning),
     "activations": (*_COMMON, activations, objective),
     "attention": (*_COMMON, attention),
-    "perplexity": (*_COMMON, linear, smoothquant, simulate, row, perplexity),
-    "task": (*_COMMON, linear, smoothquant, simulate, row, harness, tasks),
-    "ratios": (*_COMMON, activations, linear, smoothquant, simulate, qfem),
-    "alpha": (*_COMMON, linear, smoothquant, simulate, perplexity, qfem, alpha_search),
+    "perplexity": (*_COMMON, *_QUANTIZED, row, perplexity),
+    "task": (*_COMMON, *_QUANTIZED, row, harness, tasks),
+    "ratios": (*_COMMON, activations, *_QUANTIZED, qfem),
+    "alpha": (*_COMMON, *_QUANTIZED, perplexity, qfem, alpha_search),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
 
@@ -208,7 +223,7 @@ class Steps:
         texts, held_out = self._texts.tuning, self._texts.held_out
         assert texts is not None and held_out is not None
         under = tuning_quantizer(config, quantizer)
-        calibrated = self.calibrate(found) if under.needs_calibration else None
+        calibrated = self.calibrate(found, under) if under.needs_calibration else None
         modules = self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None
         depends_on = self._depends_on(
             "tuning",
@@ -273,17 +288,21 @@ class Steps:
         self._log_series("tuning", record["steps"])
         return Tuned(tuned, record, seconds)
 
-    def calibrate(self, behind: Prefix) -> Calibration:
-        """Ranges of every linear's input over the calibration texts behind a prefix."""
+    def calibrate(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration:
+        """Ranges of every linear's input over the calibration texts behind a prefix, rotated as the quantizer says."""
         texts = self._texts.calibration
         assert texts is not None
-        depends_on = self._depends_on("calibration", prefix=behind.fingerprint, texts=tensor_digest([texts]))
+        turned = (quantizer.rotation, 0 if quantizer.rotation == "none" else quantizer.rotation_seed)
+        depends_on = self._depends_on(
+            "calibration", prefix=behind.fingerprint, rotation=list(turned), texts=tensor_digest([texts])
+        )
 
         def make(workspace: Workspace) -> None:
             started = time.perf_counter()
             ranges = ChannelRanges()
-            for done in calibrate(self._lm, behind, texts, ranges):
-                self._emit(Progress("calibration", done, len(texts), "text"))
+            with rotated(self._lm, *turned):
+                for done in calibrate(self._lm, behind, texts, ranges):
+                    self._emit(Progress("calibration", done, len(texts), "text"))
             tensors = {f"minimum.{name}": low.cpu() for name, low in ranges.minimum.items()}
             tensors |= {f"maximum.{name}": high.cpu() for name, high in ranges.maximum.items()}
             save_file(tensors, workspace.folder / "ranges.safetensors")
@@ -362,7 +381,7 @@ class Steps:
     ) -> tuple[ModuleRatios, dict[str, Any], float]:
         texts, plain = self._texts.calibration, without_rounding(quantizer)
         assert texts is not None
-        calibrated = self.calibrate(behind) if plain.needs_calibration else None
+        calibrated = self.calibrate(behind, quantizer) if plain.needs_calibration else None
         depends_on = self._depends_on(
             "ratios",
             prefix=behind.fingerprint,
@@ -389,7 +408,7 @@ class Steps:
         settings, texts = quantizer.qfem, self._texts.calibration
         assert texts is not None
         texts = texts[: settings.texts]
-        calibrated = self.calibrate(behind) if quantizer.needs_calibration else None
+        calibrated = self.calibrate(behind, quantizer) if quantizer.needs_calibration else None
         depends_on = self._depends_on(
             "alpha",
             prefix=behind.fingerprint,
@@ -457,7 +476,9 @@ class Steps:
             samples: folder for lm-eval's record of every sample, None for none.
 
         """
-        calibrated = self.calibrate(behind) if quantizer is not None and quantizer.needs_calibration else None
+        calibrated = None
+        if quantizer is not None and quantizer.needs_calibration:
+            calibrated = self.calibrate(behind, quantizer)
         identity = None if quantizer is None else _quantizer_identity(quantizer, calibrated, keep)
 
         def depends_on(step: str, **others: Any) -> dict[str, Any]:

@@ -183,8 +183,11 @@ def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> Quanti
             quantizer,
             weights=replace(quantizer.weights, bits=None),
             activations=replace(quantizer.activations, bits=None),
+            kv_cache=replace(quantizer.kv_cache, bits=None),
+            attention=replace(quantizer.attention, bits=None),
             smoothing_alpha=None,
             qfem=QFeMConfig(),
+            rotation="none",
         )
     return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
 

@@ -10,10 +10,12 @@ import pytest
 
 from cushion.config import (
     ActivationConfig,
+    AttentionConfig,
     CalibrationConfig,
     CorpusConfig,
     DataConfig,
     EvalConfig,
+    KvCacheConfig,
     ModelConfig,
     QFeMConfig,
     QuantizerConfig,
@@ -42,6 +44,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: QuantizerConfig(activations=ActivationConfig(granularity="per_token")), r"activations\.range='static'"),
     (lambda: QuantizerConfig(smoothing_alpha=1.5), r"quantizer\.smoothing_alpha=1\.5"),
     (lambda: QuantizerConfig(smoothing_alpha=float("nan")), r"quantizer\.smoothing_alpha=nan"),
+    (lambda: QuantizerConfig(rotation="hadamar"), r"quantizer\.rotation='hadamar' .*did you mean 'hadamard'\?"),
+    (lambda: QuantizerConfig(rotation_seed=-1), r"quantizer\.rotation_seed=-1 .*at least 0"),
+    (lambda: QuantizerConfig(zero_point="int"), r"quantizer\.zero_point='int' .*real, integer"),
+    (lambda: QuantizerConfig(kv_cache=KvCacheConfig(bits=1)), r"quantizer\.kv_cache\.bits=1 is not allowed: 2 to 8"),
+    (lambda: QuantizerConfig(attention=AttentionConfig(bits=9)), r"quantizer\.attention\.bits=9"),
+    (lambda: QuantizerConfig(kv_cache=KvCacheConfig(granularity="per_tok")), r"kv_cache\.granularity.*'per_token'\?"),
+    (lambda: QuantizerConfig(attention=AttentionConfig(granularity="x")), r"quantizer\.attention\.granularity='x'"),
     (lambda: QuantizerConfig(targets=[]), r"quantizer\.targets=\[\]"),
     (lambda: QuantizerConfig(calibration=CalibrationConfig(samples=0)), r"quantizer\.calibration\.samples=0"),
     (lambda: QuantizerConfig(calibration=CalibrationConfig(length=-1)), r"quantizer\.calibration\.length=-1"),
@@ -131,6 +140,17 @@ def test_qfem_needs_calibration_text_and_no_ranges_and_is_off_without_activation
     assert QuantizerConfig().needs_calibration_text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rotation": "hadamard"}, {"kv_cache": KvCacheConfig(bits=4)}, {"attention": AttentionConfig(bits=8)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_rotation_and_the_targets_in_attention_are_no_full_precision_and_need_no_calibration(change: Any) -> None:
+    kept = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None), **change)
+    assert not kept.is_full_precision
+    assert not kept.needs_calibration
+
+
 def test_smoothing_alone_is_no_full_precision_and_needs_calibration() -> None:
     quantizer = QuantizerConfig(
         weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None), smoothing_alpha=0.5
@@ -212,6 +232,22 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
         RunConfig(quantizer=QuantizerConfig(activations=ActivationConfig(bits=None), qfem=QFeMConfig(search=True))),
         "quantizer.qfem.search=True has no effect with quantizer.activations.bits=None",
     ),
+    (
+        RunConfig(quantizer=QuantizerConfig(rotation_seed=2)),
+        "rotation_seed=2 has no effect with quantizer.rotation=none",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(zero_point="integer")),
+        "quantizer.zero_point='integer' has no effect without an asymmetric grid",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(kv_cache=KvCacheConfig(symmetric=True))),
+        "quantizer.kv_cache.symmetric=True has no effect with quantizer.kv_cache.bits=null",
+    ),
+    (
+        RunConfig(quantizer=QuantizerConfig(attention=AttentionConfig(granularity="per_token"))),
+        "quantizer.attention.granularity='per_token' has no effect with quantizer.attention.bits=null",
+    ),
 ]
 
 
@@ -231,4 +267,10 @@ def test_options_that_have_an_effect_are_not_named() -> None:
         SearchConfig(method="prefixquant", texts=2, text_length=9, eta=3, max_length=2),
     ):
         assert options_without_effect(RunConfig(search=rule)) == []
+    asymmetric = {"activations": ActivationConfig(symmetric=False), "kv_cache": KvCacheConfig(bits=4)}
+    for part in asymmetric:
+        quantizer = QuantizerConfig(
+            zero_point="integer", rotation="hadamard", rotation_seed=2, **{part: asymmetric[part]}
+        )
+        assert options_without_effect(RunConfig(quantizer=quantizer)) == []
     assert options_without_effect(RunConfig()) == []

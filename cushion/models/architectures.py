@@ -6,12 +6,40 @@ A new family is one entry here and one row in `tests/models/test_architectures.p
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cushion.errors import UnsupportedModelError, did_you_mean
 
 Requirements = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """Where the residual stream of one model family is written: with who reads it, what rotation folds its matrix into.
+
+    The readers are those of `Architecture.smoothing`: a norm that reads the stream, and all that reads its output.
+
+    Args:
+        embeddings: the embedding tables whose sum starts the stream, learned positions included. Paths from the causal
+            language model.
+        final_norm: path of the norm that lm_head reads, from the causal language model.
+        writers: the linears of a block whose output is added to the stream, or parameters whose last dimension but one
+            is the stream's. Paths from the block. `*` stands for every child there.
+        embedding_norm: path of a norm that stands between the embeddings and the stream, from the model.
+        post_norms: norms of a block that stand between a writer and the stream; their writers are then not named.
+        norm_offset: what is added to a norm's weight before it multiplies (1 where the norm computes `1 + weight`).
+        requires: values that the model's configuration must have for all this to be right.
+
+    """
+
+    embeddings: tuple[str, ...]
+    final_norm: str
+    writers: tuple[str, ...] = ()
+    embedding_norm: str | None = None
+    post_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    requires: Requirements = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,7 @@ class Architecture:
             few weights the field leaves alone. Paths from the block.
         key_value_heads: how many heads the cache of a layer has: a number, or a key of the configuration. None:
             `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
+        residual: where the residual stream is written and read; None where it is not known: rotation is refused.
 
     """
 
@@ -50,6 +79,7 @@ class Architecture:
     experts: str | None = None
     full_precision: tuple[str, ...] = ()
     key_value_heads: str | int | None = None
+    residual: ResidualStream | None = None
 
     def cache_shape(self, config: Any) -> tuple[int, int, int]:
         """Layers, key-value heads and head size of the cache of a model with this configuration."""
@@ -72,9 +102,26 @@ _LLAMA_SMOOTHING = (_ATTENTION, ("post_attention_layernorm", ("mlp.gate_proj", "
 _GEMMA2_SMOOTHING = (_ATTENTION, ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 
+_RESIDUAL = ResidualStream(
+    embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
+)
+_GEMMA2_RESIDUAL = ResidualStream(
+    embeddings=("model.embed_tokens",),
+    final_norm="model.norm",
+    post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
+)
+_FALCON_RESIDUAL = ResidualStream(
+    embeddings=("transformer.word_embeddings",),
+    final_norm="transformer.ln_f",
+    writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+)
+
 _ENTRIES = (
-    Architecture("llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),  # also SmolLM and SOLAR
-    Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
+    Architecture(  # also SmolLM and SOLAR
+        "llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+    ),
+    Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture(
         "mixtral",
         "model.layers",
@@ -82,12 +129,34 @@ _ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
     ),
-    Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
-    Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj"),
-    Architecture("gemma", "model.layers", _LLAMA_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
-    Architecture("gemma2", "model.layers", _GEMMA2_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
-    Architecture("gemma3_text", "model.layers", _GEMMA2_SMOOTHING, norm_offset=1.0, down_projection="mlp.down_proj"),
+    Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(
+        "gemma",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        norm_offset=1.0,
+        down_projection="mlp.down_proj",
+        residual=replace(_RESIDUAL, norm_offset=1.0),
+    ),
+    Architecture(
+        "gemma2",
+        "model.layers",
+        _GEMMA2_SMOOTHING,
+        norm_offset=1.0,
+        down_projection="mlp.down_proj",
+        residual=_GEMMA2_RESIDUAL,
+    ),
+    Architecture(
+        "gemma3_text",
+        "model.layers",
+        _GEMMA2_SMOOTHING,
+        norm_offset=1.0,
+        down_projection="mlp.down_proj",
+        residual=_GEMMA2_RESIDUAL,
+    ),
     Architecture(
         "phi3",
         "model.layers",
@@ -96,6 +165,7 @@ _ENTRIES = (
             ("post_attention_layernorm", ("mlp.gate_up_proj",)),
         ),
         down_projection="mlp.down_proj",
+        residual=_RESIDUAL,
     ),
     Architecture(
         "opt",
@@ -106,6 +176,12 @@ _ENTRIES = (
         ),
         smoothing_requires=(("do_layer_norm_before", True), ("layer_norm_elementwise_affine", True)),
         down_projection="fc2",
+        residual=ResidualStream(
+            embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+            final_norm="model.decoder.final_layer_norm",
+            writers=("self_attn.out_proj", "fc2"),
+            requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
+        ),
     ),
     Architecture(
         "bloom",
@@ -116,6 +192,13 @@ _ENTRIES = (
         ),
         smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
         down_projection="mlp.dense_4h_to_h",
+        residual=ResidualStream(
+            embeddings=("transformer.word_embeddings",),
+            embedding_norm="transformer.word_embeddings_layernorm",
+            final_norm="transformer.ln_f",
+            writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+            requires=(("apply_residual_connection_post_layernorm", False),),
+        ),
     ),
     Architecture(  # with and without a parallel residual, both norms read hidden states and have one reader each
         "gpt_neox",
@@ -125,6 +208,11 @@ _ENTRIES = (
             ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
         ),
         down_projection="mlp.dense_4h_to_h",
+        residual=ResidualStream(
+            embeddings=("gpt_neox.embed_in",),
+            final_norm="gpt_neox.final_layer_norm",
+            writers=("attention.dense", "mlp.dense_4h_to_h"),
+        ),
     ),
     Architecture(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
         "falcon",
@@ -133,6 +221,7 @@ _ENTRIES = (
         requires=(("new_decoder_architecture", True), ("num_ln_in_parallel_attn", 1)),
         key_value_heads="num_attention_heads",
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
     Architecture(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
         "falcon",
@@ -141,6 +230,7 @@ _ENTRIES = (
         requires=(("new_decoder_architecture", True),),
         key_value_heads="num_attention_heads",
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
     Architecture(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
         "falcon",
@@ -149,6 +239,7 @@ _ENTRIES = (
         requires=(("parallel_attn", True), ("multi_query", True)),
         key_value_heads=1,
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
     Architecture(
         "falcon",
@@ -157,6 +248,7 @@ _ENTRIES = (
         requires=(("parallel_attn", True), ("multi_query", False)),
         key_value_heads="num_kv_heads",
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
     Architecture(
         "falcon",
@@ -168,6 +260,7 @@ _ENTRIES = (
         requires=(("parallel_attn", False), ("multi_query", True)),
         key_value_heads=1,
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
     Architecture(  # Falcon-RW: one after the other, with ALiBi
         "falcon",
@@ -179,6 +272,7 @@ _ENTRIES = (
         requires=(("parallel_attn", False), ("multi_query", False)),
         key_value_heads="num_kv_heads",
         down_projection="mlp.dense_4h_to_h",
+        residual=_FALCON_RESIDUAL,
     ),
 )
 

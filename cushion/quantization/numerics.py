@@ -3,7 +3,7 @@
 Everything here is a pure function of its arguments; nothing is changed in place. The definition is CushionCache's
 (arXiv 2406.12016, section 2, equation 1): `X_int = round((X - z) / s)` and `q(X) = s * X_int + z`, where the offset `z`
 is the real number `min X` in the asymmetric case and 0 in the symmetric one. That is not the integer zero point of
-most integer kernels: the two agree wherever `z / s` is an integer.
+most integer kernels (`zero_point="integer"`): the two agree wherever `z / s` is an integer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ class Grid:
         levels: how many steps the range is cut into. `full`: `abs-max / (2^(N-1) - 1)` when symmetric and
             `(max - min) / (2^N - 1)` when asymmetric, so that all codes are used. `paper`: the denominator as printed
             in CushionCache, `(max - min) / (2^(N-1) - 1)` in both cases, which leaves half of the codes unused.
+        zero_point: the offset of an asymmetric grid. `real`: `min X`, as the paper defines it; 0 is in general no point
+            of the grid. `integer`: a whole number of steps, for a range that was widened to contain 0, as integer
+            kernels need it; 0 is then a point of the grid. Without effect on a symmetric grid.
 
     """
 
     bits: int
     symmetric: bool
     levels: str = "full"
+    zero_point: str = "real"
 
     @property
     def steps(self) -> int:
@@ -48,6 +52,8 @@ class Grid:
 
         A range of width zero gets the scale 1: its only value is then reproduced exactly.
         """
+        if not self.symmetric and self.zero_point == "integer":
+            return self._with_integer_zero_point(minimum.clamp(max=0), maximum.clamp(min=0))
         if not self.symmetric:
             width, offset = maximum - minimum, minimum
         elif self.levels == "full":
@@ -56,6 +62,13 @@ class Grid:
             width, offset = maximum.clamp(min=0) - minimum.clamp(max=0), torch.zeros_like(minimum)
         scale = width / self.steps
         return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
+
+    def _with_integer_zero_point(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale, and the offset as the negative of a whole number of steps; `minimum <= 0 <= maximum`."""
+        scale = (maximum - minimum) / self.steps
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.round(-minimum / scale).clamp(0, self.steps)
+        return scale, -zero * scale
 
 
 def fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:

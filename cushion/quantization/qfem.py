@@ -55,12 +55,14 @@ class ModuleRatios:
 
 
 def without_rounding(quantizer: QuantizerConfig) -> QuantizerConfig:
-    """What a quantizer does to a model before anything is rounded: smoothing, which leaves the function as it was."""
+    """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
     return QuantizerConfig(
         quantizer.name,
         weights=WeightConfig(bits=None),
         activations=ActivationConfig(bits=None),
         smoothing_alpha=quantizer.smoothing_alpha,
+        rotation=quantizer.rotation,
+        rotation_seed=quantizer.rotation_seed,
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,12 @@ from cushion.config import ActivationConfig, QuantizerConfig
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.models.architectures import unmet
+from cushion.quantization.attention import check_attention, quantized_attention
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.replacements import Replacements
+from cushion.quantization.rotation import check_rotation, rotated
 from cushion.quantization.smoothquant import smoothing_scales
-
-
-class _Replacements:
-    """Attributes of modules put in place of others, and the way back. Nothing is changed in place."""
-
-    def __init__(self) -> None:
-        self._originals: list[tuple[nn.Module, str, Any]] = []
-
-    def put(self, module: nn.Module, name: str, value: Any) -> None:
-        self._originals.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
-    def undo(self) -> None:
-        for module, name, original in reversed(self._originals):
-            setattr(module, name, original)
-        self._originals.clear()
 
 
 @contextmanager
@@ -48,15 +35,16 @@ def quantized(
 
     Args:
         config: the quantizer.
-        calibration: ranges of the linears' inputs with the prefix in place; needed for static ranges and smoothing.
-        straight_through: let gradients pass the rounding of activations (for tuning).
+        calibration: ranges of the linears' inputs with the prefix in place, of the rotated model where the quantizer
+            rotates; needed for static ranges and smoothing.
+        straight_through: let gradients pass the rounding of activations and inside attention (for tuning).
         keep: full names of linears whose input stays in full precision; their weights are quantized all the same.
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
 
     Raises:
         CalibrationError: `calibration` or `keep` is needed and missing, or `calibration` lacks a linear, or `keep`
             names what is no linear of the blocks.
-        ConfigError: a target or group size does not fit the model.
+        ConfigError: a target, the group size or the rotation does not fit the model.
 
     """
     assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
@@ -64,8 +52,10 @@ def quantized(
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
     _check_keep(lm, config, keep)
-    replacements = _Replacements()
+    replacements, surroundings = Replacements(), ExitStack()
     try:
+        surroundings.enter_context(rotated(lm, config.rotation, config.rotation_seed))
+        surroundings.enter_context(quantized_attention(lm, config, straight_through))
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
         weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
         for name, linear in lm.linears(config.targets).items():
@@ -85,10 +75,13 @@ def quantized(
         yield lm
     finally:
         replacements.undo()
+        surroundings.close()
 
 
 def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
-    """Raise `ConfigError` when a target, the group size or smoothing does not fit this model, without computing."""
+    """Raise `ConfigError` when targets, group size, rotation or smoothing do not fit this model, without computing."""
+    check_rotation(lm, config.rotation)
+    check_attention(lm, config)
     required = lm.architecture.smoothing_requires if config.smoothing_alpha is not None else ()
     for key, value in unmet(required, lm.model.config):
         raise ConfigError(
@@ -131,7 +124,7 @@ def _shared_abs_max(readers: dict[str, nn.Linear], calibration: ChannelRanges | 
 
 
 def _smooth(
-    lm: LanguageModel, config: QuantizerConfig, calibration: ChannelRanges | None, replacements: _Replacements
+    lm: LanguageModel, config: QuantizerConfig, calibration: ChannelRanges | None, replacements: Replacements
 ) -> dict[str, Tensor]:
     """Fold SmoothQuant's scales into norms and all that read them; the scale of each smoothed linear's input by name.
 
@@ -154,7 +147,7 @@ def _smooth(
     return scales
 
 
-def _divide_norm(norm: nn.Module, scale: Tensor, offset: float, replacements: _Replacements) -> None:
+def _divide_norm(norm: nn.Module, scale: Tensor, offset: float, replacements: Replacements) -> None:
     """Divide a norm's output by `scale`.
 
     The norm multiplies with `offset + weight`. With an offset the new weight is kept in float32: close to -1, half
@@ -178,7 +171,7 @@ def _activation_quantizer(
     activations: ActivationConfig = config.activations
     if activations.bits is None:
         return None
-    grid = Grid(activations.bits, activations.symmetric, config.levels)
+    grid = Grid(activations.bits, activations.symmetric, config.levels, config.zero_point)
     if activations.range == "dynamic":
         return ActivationQuantizer(grid, activations.granularity, None, straight_through)
     low, high = _ranges(name, calibration, device)

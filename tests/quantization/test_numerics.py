@@ -286,3 +286,61 @@ def test_dynamic_range_over_some_and_over_all_dimensions() -> None:
     for i in range(3):
         for j in range(5):
             assert low[i, j, 0] == min(values[i, j].tolist()) and high[i, j, 0] == max(values[i, j].tolist())
+
+
+# The integer zero point of kernels, beside the paper's real offset.
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("shift", [-100.0, -4.0, -0.3, 0.0, 0.3, 4.0, 100.0])
+@pytest.mark.parametrize("levels", ["full", "paper"])
+def test_an_integer_zero_point_puts_zero_on_the_grid(bits: int, shift: float, levels: str) -> None:
+    grid = Grid(bits, symmetric=False, levels=levels, zero_point="integer")
+    values = torch.cat([draw(500) + shift, torch.zeros(1)])
+    scale, offset = grid.parameters(values[:-1].min(), values[:-1].max())
+    result = fake_quantize(values, scale, offset, grid)
+    assert result[-1] == 0
+    steps = -offset / scale
+    assert steps == pytest.approx(round(steps.item()), abs=1e-3)
+    assert 0 <= round(steps.item()) <= grid.steps
+    assert (result - values).abs().max() <= scale * 1.001  # rounding the zero point may clip half a step more
+    assert len(result.unique()) <= grid.steps + 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shift", [-100.0, -4.0, 0.0, 1.0, 100.0])
+def test_an_integer_zero_point_agrees_with_torch(bits: int, shift: float) -> None:
+    grid = Grid(bits, symmetric=False, zero_point="integer")
+    values = draw(64, 64) + shift
+    low, high = min(values.min().item(), 0.0), max(values.max().item(), 0.0)
+    scale = (high - low) / (2**bits - 1)
+    zero_point = round(-low / scale)
+    expected = torch.fake_quantize_per_tensor_affine(values * 1.2, scale, zero_point, 0, 2**bits - 1)
+    own_scale, own_offset = grid.parameters(values.min(), values.max())
+    assert own_scale.item() == pytest.approx(scale)
+    keep = away_from_ties(values * 1.2 / scale)
+    result = fake_quantize(values * 1.2, own_scale, own_offset, grid)
+    torch.testing.assert_close(result[keep], expected[keep], rtol=1e-5, atol=1e-4 * scale)
+
+
+def test_a_real_offset_leaves_zero_off_the_grid_and_that_is_the_difference() -> None:
+    values = torch.cat([torch.tensor([-1.0, 1000.0]), torch.full((1000,), 1e-3)])
+    for zero_point, share in (("real", 0.1), ("integer", 1e-6)):
+        grid = Grid(8, symmetric=False, zero_point=zero_point)
+        result = fake_quantize(values, *grid.parameters(values.min(), values.max()), grid)
+        assert (result[2:].abs().max() > share) == (zero_point == "real")
+
+
+@pytest.mark.parametrize("levels", ["full", "paper"])
+def test_the_zero_point_has_no_effect_on_a_symmetric_grid(levels: str) -> None:
+    values = draw(100)
+    real, integer = (Grid(8, True, levels, zero_point) for zero_point in ("real", "integer"))
+    assert torch.equal(quantize_to_range(values, real)[0], quantize_to_range(values, integer)[0])
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_a_range_of_one_value_is_reproduced_with_an_integer_zero_point(value: float) -> None:
+    grid = Grid(8, symmetric=False, zero_point="integer")
+    result, scale, _ = quantize_to_range(torch.full((4,), value), grid)
+    torch.testing.assert_close(result, torch.full((4,), value))
+    assert scale > 0

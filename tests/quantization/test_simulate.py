@@ -422,6 +422,38 @@ def test_folding_into_a_half_precision_norm_with_offset_keeps_what_is_left(tiny:
                 assert (1 + lm.model.get_submodule(norm).weight.float()).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("granularity", ["static", "per_tensor", "per_token"])
+def test_smoothquant_o1_to_o3_of_every_linear_recomputed(tiny: Tiny, family: str, granularity: str) -> None:
+    """Equation 4, then q(X / s) q(W s)^T + b, from the plain model's statistics and weights alone."""
+    lm, texts = tiny(family), make_texts()
+    linears = lm.linears()
+    seen = [inputs_of(lm, list(linears), text[None]) for text in make_texts(seed=1)]
+    largest_inputs = {name: torch.cat([s[name].flatten(0, -2) for s in seen]).abs().amax(0) for name in linears}
+    scales = {name: torch.ones(linear.in_features) for name, linear in linears.items()}
+    for _, names in [pair for block in range(3) for pair in smoothed_linears(lm, block)]:
+        weights = torch.cat([linears[name].weight for name in names]).abs().amax(0)
+        scales.update(dict.fromkeys(names, largest_inputs[names[0]] ** 0.8 / weights**0.2))
+    ranges = calibrated(lm, make_texts(seed=1))
+    expected_weights = {name: linear.weight * scales[name] for name, linear in linears.items()}
+    biases = {name: linear.bias for name, linear in linears.items()}
+    config = replace(QUANTIZERS[granularity], smoothing_alpha=0.8)
+    with quantized(lm, config, ranges), torch.no_grad():
+        inputs = inputs_of(lm, list(linears), texts)
+        results = {name: lm.model.get_submodule(name)(values) for name, values in inputs.items()}
+    for name, values in inputs.items():  # smoothed already: the norm before them was divided by s
+        weight = expected_weights[name]
+        scale = (values.abs().amax(-1, keepdim=True) if granularity == "per_token" else largest(values)) / 127
+        if granularity == "static":
+            scale = (largest_inputs[name] / scales[name]).max() / 127
+        rounded = torch.round(values / scale).clamp(-127, 127) * scale
+        expected = rounded @ (torch.round(weight / (largest(weight) / 127)) * (largest(weight) / 127)).T
+        expected = expected if biases[name] is None else expected + biases[name]
+        error = (results[name] - expected).abs()  # a value between two grid points may go either way
+        assert (error < 1e-4 * expected.abs().max()).float().mean() > 0.9, name
+        assert error.max() < 0.02 * expected.abs().max(), name
+
+
 def test_smoothing_rescues_static_quantization_from_an_outlier_channel(tiny: Tiny) -> None:
     lm, texts = tiny("llama"), make_texts()
     for block in range(3):

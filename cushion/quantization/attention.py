@@ -1,0 +1,169 @@
+"""Quantization inside attention: the key-value cache, and the inputs of the two matrix products.
+
+Both are simulated in an attention function of transformers' attention interface, put on the model for the length of a
+`with` block. Keys and values of a prefix are its own: they stay in full precision and enter no scale, and so do the
+probabilities that weigh them. All ranges are dynamic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from cushion.config import QuantizerConfig
+from cushion.errors import ConfigError, UnsupportedModelError
+from cushion.models import LanguageModel
+from cushion.prefix import PrefixCache
+from cushion.quantization.linear import ActivationQuantizer
+from cushion.quantization.numerics import Grid
+
+NAME = "cushion_quantized"
+
+_ACTIVE: dict[int, AttentionQuantizer] = {}
+"""What is on which model, by the identity of its configuration, which every attention module holds."""
+
+
+class AttentionQuantizer:
+    """Attention with quantized-dequantized keys and values, queries and probabilities.
+
+    Args:
+        config: `kv_cache` and `attention` say what is quantized, `levels` and `zero_point` how.
+        straight_through: let gradients pass as if nothing had been rounded.
+
+    """
+
+    def __init__(self, config: QuantizerConfig, straight_through: bool) -> None:
+        def quantizer(bits: int | None, granularity: str, symmetric: bool) -> ActivationQuantizer | None:
+            if bits is None:
+                return None
+            grid = Grid(bits, symmetric, config.levels, config.zero_point)
+            return ActivationQuantizer(grid, granularity, None, straight_through)
+
+        cache, inputs = config.kv_cache, config.attention
+        self._cache = quantizer(cache.bits, cache.granularity, cache.symmetric)
+        self._inputs = quantizer(inputs.bits, inputs.granularity, inputs.symmetric)
+        self._past = self._prefix = 0
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before every forward pass of the decoder: how many positions came before, and how many are the prefix's."""
+        cache = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("past_key_values")
+        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._prefix = cache.prefix_length if isinstance(cache, PrefixCache) else 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled dot-product attention.
+
+        Args:
+            query: (batch, heads, tokens, head size).
+            key, value: (batch, key-value heads, cached and new positions, head size).
+            mask: added to the scores, or None.
+
+        Returns:
+            The output, (batch, tokens, heads, head size), and the probabilities, (batch, heads, tokens, positions).
+
+        """
+        # a sliding window drops the oldest positions of its layer, those of the prefix first
+        dropped = self._past + query.shape[2] - key.shape[2]
+        kept = max(0, self._prefix - dropped)
+        for quantizer in (self._cache, self._inputs):
+            key, value = _beyond(key, kept, quantizer, 2), _beyond(value, kept, quantizer, 2)
+        query = _beyond(query, 0, self._inputs, 2)
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scores = query @ key.mT * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        probabilities = _beyond(probabilities, kept, self._inputs, 3)
+        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _beyond(values: Tensor, start: int, quantizer: ActivationQuantizer | None, dim: int) -> Tensor:
+    """`values` with everything from position `start` of dimension `dim` on quantized, by its own range."""
+    if quantizer is None:
+        return values
+    own, rest = values.split([start, values.shape[dim] - start], dim=dim)
+    return torch.cat([own, quantizer(rest)], dim=dim)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """The attention function that transformers calls, for whichever model is quantized."""
+    unknown = [name for name in ("position_bias", "s_aux") if others.get(name) is not None]
+    if unknown or dropout:
+        raise UnsupportedModelError(
+            f"quantizer.kv_cache and quantizer.attention cannot be used with this model: its attention has "
+            f"{', '.join(unknown) or 'dropout'}; set their bits to null"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    quantizer = _ACTIVE[id(cast(Any, module).config)]
+    return quantizer(query, key, value, attention_mask, scaling, softcap)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def quantized_attention(
+    lm: LanguageModel, config: QuantizerConfig, straight_through: bool = False
+) -> Iterator[LanguageModel]:
+    """The model with its key-value cache and attention inputs quantized as `config` says; on leaving, as before.
+
+    Raises:
+        ConfigError: the attention of this model cannot be replaced.
+
+    """
+    check_attention(lm, config)
+    if config.kv_cache.bits is None and config.attention.bits is None:
+        yield lm
+        return
+    settings, quantizer = lm.model.config, AttentionQuantizer(config, straight_through)
+    assert id(settings) not in _ACTIVE, "already quantized"
+    before = settings._attn_implementation
+    handle = lm.model.base_model.register_forward_pre_hook(quantizer.enter, with_kwargs=True)
+    _ACTIVE[id(settings)] = quantizer
+    settings._attn_implementation = NAME
+    try:
+        yield lm
+    finally:
+        settings._attn_implementation = before
+        del _ACTIVE[id(settings)]
+        handle.remove()
+
+
+def check_attention(lm: LanguageModel, config: QuantizerConfig) -> None:
+    """Raise `ConfigError` where the attention of this model cannot be replaced, without computing."""
+    for key, bits in (("kv_cache", config.kv_cache.bits), ("attention", config.attention.bits)):
+        if bits is not None and not lm.model._supports_attention_backend:
+            raise ConfigError(
+                f"quantizer.{key}.bits={bits} cannot be used with {lm.label}: the attention of the architecture "
+                f"{lm.architecture.model_type!r} does not go through transformers' attention interface; use "
+                f"quantizer.{key}.bits=null"
+            )

@@ -1,0 +1,208 @@
+"""Rotation of the residual stream, folded into the weights for the length of a `with` block.
+
+After QuaRot (arXiv 2404.00456, section 4): every row vector x of the residual stream becomes x Q with an orthogonal Q,
+and every weight that writes or reads the stream is multiplied with Q so that the function stays as it was. A channel
+that is large in x is spread over all channels of x Q, which is what a per-tensor or per-token grid needs.
+
+RMSNorm commutes with a rotation once its weight is moved into the linears that read it. LayerNorm also subtracts the
+mean, a projection C = I - 1 1^T / n; what writes the stream writes x C Q instead, and RMSNorm, which gives the same for
+a centred vector, takes LayerNorm's place. Keys, values and everything else inside attention are not rotated, so a
+prefix made from the plain model fits the rotated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.models.architectures import ResidualStream
+from cushion.quantization.hadamard import randomized_hadamard
+from cushion.quantization.replacements import Replacements
+
+ROWS_AT_ONCE = 8192
+"""Rows of a weight that are multiplied in float64 at once, to bound the memory for large vocabularies."""
+
+
+class Rotation(nn.Module):
+    """Multiply the last dimension with a fixed matrix: for a norm whose output is written to the stream as it is.
+
+    Args:
+        matrix: (features, features); applied in float32.
+
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.to(device=device, dtype=torch.float32), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values`: (..., features) -> the same shape and dtype."""
+        return (values.float() @ self.matrix).to(values.dtype)
+
+
+@contextmanager
+@torch.no_grad()
+def rotated(lm: LanguageModel, rotation: str = "hadamard", seed: int = 0) -> Iterator[LanguageModel]:
+    """The model with its residual stream rotated; on leaving, every weight and module is the very object it was before.
+
+    Args:
+        rotation: `hadamard`, or `none` to leave the model alone.
+        seed: of the random signs (and of the random part where the size has no Hadamard matrix).
+
+    Raises:
+        ConfigError: the stream of this model cannot be rotated.
+
+    """
+    check_rotation(lm, rotation)
+    replacements = Replacements()
+    try:
+        if rotation != "none":
+            _fold(lm, seed, replacements)
+        yield lm
+    finally:
+        replacements.undo()
+
+
+def check_rotation(lm: LanguageModel, rotation: str) -> None:
+    """Raise `ConfigError` where `quantizer.rotation` does not fit this model, without computing."""
+    if rotation == "none":
+        return
+    stream, settings = lm.architecture.residual, lm.model.config
+    key = f"quantizer.rotation={rotation} cannot be used with {lm.label}"
+    way_out = "use quantizer.rotation=none"
+    if stream is None or not lm.architecture.smoothing:
+        raise ConfigError(
+            f"{key}: the architecture {lm.architecture.model_type!r} does not name where its residual stream is "
+            f"written and read; {way_out}"
+        )
+    for name, needed in stream.requires:
+        if getattr(settings, name) != needed:
+            raise ConfigError(
+                f"{key}: its configuration has {name}={getattr(settings, name)}, with which a norm stands where the "
+                f"rotation would have to pass through; {way_out}"
+            )
+    width = settings.get_text_config().hidden_size
+    for path in stream.embeddings:
+        own = cast(nn.Embedding, lm.model.get_submodule(path)).weight.shape[1]
+        if own != width:
+            raise ConfigError(
+                f"{key}: {path} has {own} features and the residual stream {width}, so that a projection stands "
+                f"between them; {way_out}"
+            )
+    head = lm.model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(f"{key}: it has no linear lm_head into which the last norm could be folded; {way_out}")
+
+
+def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
+    stream = lm.architecture.residual
+    assert stream is not None
+    final_norm = lm.model.get_submodule(stream.final_norm)
+    back = randomized_hadamard(lm.model.config.get_text_config().hidden_size, seed)
+    into = back - back.mean(0, keepdim=True) if isinstance(final_norm, nn.LayerNorm) else back  # C Q, or Q
+    if stream.embedding_norm is not None:
+        _append(lm.model, stream.embedding_norm, into, replacements)
+    else:
+        for path in stream.embeddings:
+            embedding = lm.model.get_submodule(path)
+            _put(embedding, "weight", _times(cast(Tensor, embedding.weight), into), replacements)
+    for block in lm.blocks:
+        for norm_path, reader_paths in lm.architecture.smoothing:
+            readers = _weights_of(block, reader_paths)
+            _fold_norm(block, norm_path, readers, stream, back, replacements)
+        for owner, name in _weights_of(block, stream.writers):
+            _fold_writer(owner, name, into, replacements)
+        for path in stream.post_norms:
+            _append(block, path, into, replacements)
+    head = lm.model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    _fold_norm(lm.model, stream.final_norm, [(head, "weight")], stream, back, replacements)
+
+
+def _weights_of(root: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    """Owner and name of the weights at `paths`, each of a linear or, as in fused experts, a parameter itself.
+
+    A `*` in a path stands for every child there.
+    """
+    found: list[tuple[nn.Module, str]] = []
+    for path in paths:
+        before, star, after = path.partition(".*.")
+        if star:
+            for child in root.get_submodule(before).children():
+                found += _weights_of(child, [after])
+            continue
+        owner_path, _, leaf = path.rpartition(".")
+        owner = root.get_submodule(owner_path)
+        value = getattr(owner, leaf)
+        found.append((owner, leaf) if isinstance(value, nn.Parameter) else (value, "weight"))
+    return found
+
+
+def _fold_norm(
+    root: nn.Module,
+    path: str,
+    readers: list[tuple[nn.Module, str]],
+    stream: ResidualStream,
+    back: Tensor,
+    replacements: Replacements,
+) -> None:
+    """Move a norm's weight and bias into its readers, rotate their inputs back, and leave a norm without either."""
+    norm: Any = root.get_submodule(path)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    for owner, name in readers:
+        old = cast(Tensor, getattr(owner, name))
+        if bias is not None:
+            shift = _times(old, bias.detach().double()[:, None]).squeeze(-1)
+            own = getattr(owner, "bias", None)
+            replacements.put(owner, "bias", _parameter(shift if own is None else own.double() + shift, old))
+        gain = 1.0 if weight is None else weight.detach().double().to(old.device) + stream.norm_offset
+        _put(owner, name, _times(old, back, gain), replacements)
+    if isinstance(norm, nn.LayerNorm):
+        like = readers[0][0].weight if weight is None else weight
+        plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=like.device, dtype=like.dtype)
+        parent, _, leaf = path.rpartition(".")
+        replacements.put(root.get_submodule(parent), leaf, plain.requires_grad_(False).eval())
+    elif weight is not None:
+        _put(norm, "weight", torch.full_like(weight, 1 - stream.norm_offset, dtype=torch.float64), replacements)
+
+
+def _fold_writer(owner: nn.Module, name: str, into: Tensor, replacements: Replacements) -> None:
+    """Rotate what a linear writes: weight (..., out_features, in_features) and bias (out_features,)."""
+    weight = cast(Tensor, getattr(owner, name))
+    bias = cast("Tensor | None", getattr(owner, "bias", None)) if name == "weight" else None
+    _put(owner, name, _times(weight.mT, into).mT.contiguous(), replacements)
+    if bias is not None:
+        _put(owner, "bias", _times(bias[None], into)[0], replacements)
+
+
+def _append(root: nn.Module, path: str, into: Tensor, replacements: Replacements) -> None:
+    """Let the output of a norm pass through the rotation, which cannot be folded beyond its weight."""
+    norm = root.get_submodule(path)
+    parent, _, leaf = path.rpartition(".")
+    appended = nn.Sequential(norm, Rotation(into, cast(Tensor, norm.weight).device)).eval()
+    replacements.put(root.get_submodule(parent), leaf, appended)
+
+
+def _times(weight: Tensor, matrix: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """`(weight * gain) matrix` along the last dimension: computed in float64, some rows at a time, for any dtype."""
+    matrix = matrix.to(weight.device)
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    kept = torch.promote_types(weight.dtype, torch.float32)
+    parts = [((part.double() * gain) @ matrix).to(kept) for part in rows.split(ROWS_AT_ONCE)]
+    return torch.cat(parts).reshape(*weight.shape[:-1], matrix.shape[1])
+
+
+def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.to(dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+def _put(owner: nn.Module, name: str, values: Tensor, replacements: Replacements) -> None:
+    replacements.put(owner, name, _parameter(values, cast(Tensor, getattr(owner, name))))
