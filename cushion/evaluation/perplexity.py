@@ -72,6 +72,7 @@ def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalCo
     targets = batch if config.predict_first else batch[:, 1:]
     logits = lm.model(input_ids=inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).logits
     logits = logits[:, :-1][:, -targets.shape[1] :]
+    targets = targets.to(logits.device)  # of a model that is spread over devices, the last one
     loss = 0.0
     for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
         part = slice(low, low + POSITIONS_PER_CHUNK)
