@@ -72,12 +72,19 @@ class ModelConfig:
     revision: str | None = None
     gguf_file: str | None = None
     dtype: str = "auto"
-    device_map: str | None = None
+    device_map: Any = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require(bool(self.path.strip()), "model.path", self.path, "set it to a hub id or a local folder")
         one_of("model.dtype", self.dtype, DTYPES)
+        placed = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map or "auto"]
+        require(
+            len(placed) > 0 and all(isinstance(place, (str, int)) and place is not True for place in placed),
+            "model.device_map",
+            self.device_map,
+            "name a device, a strategy such as auto or balanced, or a device for each module",
+        )
 
     @property
     def label(self) -> str:

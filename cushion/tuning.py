@@ -153,18 +153,21 @@ class TuningLoss:
         texts = texts.to(self._lm.device)
 
         def observe(_name: str, values: Tensor) -> None:
-            error = differentiable_error(values.reshape(len(texts), -1, values.shape[-1]), self._grid, config.gradient)
-            elements = values.numel() / len(texts) if config.reduction == "mean" else 1
-            errors.append((error / elements).mean().to(texts.device))
+            # an expert sees the tokens that are routed to it, which no longer lie text by text
+            groups = len(texts) if values.shape[:-1].numel() == texts.numel() else 1
+            error = differentiable_error(values.reshape(groups, -1, values.shape[-1]), self._grid, config.gradient)
+            elements = values.numel() / groups if config.reduction == "mean" else len(texts) / groups
+            errors.append((error / elements).mean())
 
         config = self._config
         with self._observed(observe):
             cache = prefix.cache(self._lm.model, len(texts))
             logits = self._lm.model(input_ids=texts, past_key_values=cache, use_cache=True).logits
         # the last position predicts nothing: an ignored target, where slicing would copy logits and their gradient
-        targets = functional.pad(texts[:, 1:], (0, 1), value=_IGNORED).flatten()
+        targets = functional.pad(texts[:, 1:], (0, 1), value=_IGNORED).flatten().to(logits.device)
         prediction = functional.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=_IGNORED)
-        error = torch.stack(errors).sum() if errors else prediction.new_zeros(())
+        on_one_device = [error.to(logits.device) for error in errors]
+        error = torch.stack(on_one_device).sum() if errors else prediction.new_zeros(())
         return prediction + config.lambda_q * error, prediction, error
 
     def _observed(self, observe: Any) -> AbstractContextManager[None]:

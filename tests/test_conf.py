@@ -7,17 +7,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from cushion.cli import config_folder, register_schema, to_run_config
 from cushion.config import RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
+from cushion.models.architectures import find_architecture
+from cushion.models.tiny import TINY
 
 CONF = config_folder()
 OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
 EXPERIMENTS = sorted(path.relative_to(CONF) for path in CONF.glob("experiment/*.yaml"))
+MODEL_TYPES = {
+    "bloom_7b1": "bloom",
+    "falcon_7b": "falcon",
+    "gemma_2b": "gemma",
+    "gemma2_2b": "gemma2",
+    "gemma3_1b": "gemma3_text",
+    "llama2_7b": "llama",
+    "llama2_13b": "llama",
+    "llama2_70b": "llama",
+    "llama3_8b": "llama",
+    "llama3_70b": "llama",
+    "mistral_7b": "mistral",
+    "mixtral_8x7b": "mixtral",
+    "opt_6.7b": "opt",
+    "opt_13b": "opt",
+    "phi3_mini": "phi3",
+    "pythia_6.9b": "gpt_neox",
+    "qwen2_7b": "qwen2",
+    "qwen3_8b": "qwen3",
+    "smollm2_135m": "llama",
+    "smollm2_1.7b": "llama",
+    "solar_10.7b": "llama",
+}
+"""The architecture of every model that is named in conf/model, as its own config.json has it."""
+
 NEEDED = {"search/tokens": ["search.tokens=a"]}
 """What a user has to say beside an option, where the option alone is not a whole configuration."""
 
@@ -82,6 +111,25 @@ def test_an_options_name_is_its_files_name(file: Path) -> None:
 def test_a_value_left_open_must_be_given(file: Path) -> None:
     with pytest.raises(ValueError, match="path"):
         composed(f"{file.parent.name}={file.stem}")
+
+
+def test_the_architecture_of_every_model_is_in_the_table() -> None:
+    """Tried on a tiny model of the same class; `tests/models/test_architectures.py` says what it finds there."""
+    options = {file.stem for file in OPTIONS if file.parent.name == "model"}
+    assert options - {"hub", "tiny"} == set(MODEL_TYPES)
+    for model_type in set(MODEL_TYPES.values()):
+        settings = TINY[model_type]()
+        assert settings.model_type == model_type
+        architecture = find_architecture(settings, "me/mine")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+        assert len(model.get_submodule(architecture.blocks)) == settings.num_hidden_layers
+
+
+def test_a_map_of_devices_can_be_given_on_the_command_line() -> None:
+    assert composed("model.device_map=auto").model.device_map == "auto"
+    by_module = composed("model.device_map={model.layers.0:0,lm_head:cuda:1}").model.device_map
+    assert by_module == {"model.layers.0": 0, "lm_head": "cuda:1"}
 
 
 def test_one_path_serves_all_purposes_of_a_file() -> None:

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -242,7 +249,33 @@ def _looks_like_a_folder(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
+_LOG_IN = "`hf auth login` with an account that may read it (or set HF_TOKEN)"
+_HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
+    (GatedRepoError, f"it is gated: accept its licence at https://huggingface.co/{{path}}, then {_LOG_IN}"),
+    (RepositoryNotFoundError, f"the hub has no such model, or it is private: check the id, or {_LOG_IN}"),
+    (RevisionNotFoundError, "the hub has the model, but not model.revision={revision}: check the revision"),
+    (
+        LocalEntryNotFoundError,
+        "the hub cannot be reached, and the files are not in the local cache: connect to the network, or give a folder",
+    ),
+    (
+        OfflineModeIsEnabled,
+        "HF_HUB_OFFLINE keeps the hub away, and the files are not in the local cache: unset it, or give a folder",
+    ),
+)
+"""What went wrong between the hub and us, and the way out; the first that fits is told."""
+
+
 def _cannot_load(config: ModelConfig, error: Exception) -> ModelNotFoundError:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:  # transformers wraps the hub's errors in errors of its own
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for kind, advice in _HUB_ERRORS:
+        if any(isinstance(item, kind) for item in chain):
+            told = advice.format(path=config.path, revision=config.revision)
+            return ModelNotFoundError(f"model.path={config.path!r} cannot be loaded: {told}")
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return ModelNotFoundError(
         f"model.path={config.path!r} cannot be loaded: {reason} -- check the id or folder; a gated model needs its "

@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
+from transformers.utils import hub
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
@@ -162,6 +170,46 @@ def test_hub_id_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelNotFoundError, match=r"model.path='nobody/nothing-at-all' cannot be loaded") as caught:
         load("nobody/nothing-at-all")
     assert "\n" not in str(caught.value)
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    """An error as huggingface_hub raises it, over several lines."""
+    if kind in (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return kind("Cannot reach\nthe hub")
+    response = hub.httpx.Response(
+        403, request=hub.httpx.Request("GET", "https://huggingface.co/meta-llama/Llama-2-7b-hf")
+    )
+    return kind("403 Client Error.\n\nAccess is restricted.", response=response)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        (
+            GatedRepoError,
+            "it is gated: accept its licence at https://huggingface.co/meta-llama/Llama-2-7b-hf, then `hf auth login` "
+            "with an account that may read it (or set HF_TOKEN)",
+        ),
+        (RepositoryNotFoundError, "the hub has no such model, or it is private: check the id, or `hf auth login` with"),
+        (RevisionNotFoundError, "the hub has the model, but not model.revision=v9: check the revision"),
+        (LocalEntryNotFoundError, "the hub cannot be reached, and the files are not in the local cache"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE keeps the hub away, and the files are not in the local cache"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+@pytest.mark.parametrize("use", [check_model, lambda config: load_language_model(config, PathsConfig())])
+def test_what_the_hub_refuses_is_told_in_one_line_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, use: Callable[[ModelConfig], Any], kind: type[Exception], way_out: str
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise hub_error(kind)
+
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)  # below transformers, which makes errors of its own of these
+    with pytest.raises(ModelNotFoundError) as caught:
+        use(ModelConfig(path="meta-llama/Llama-2-7b-hf", revision="v9"))
+    message = str(caught.value)
+    assert message.startswith(f"model.path='meta-llama/Llama-2-7b-hf' cannot be loaded: {way_out}")
+    assert "\n" not in message
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
