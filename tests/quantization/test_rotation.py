@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, SMOOTHABLE
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
-from cushion.config import ActivationConfig, ModelConfig, PathsConfig, QuantizerConfig, WeightConfig
+from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
 from cushion.errors import ConfigError
-from cushion.models import LanguageModel, load_language_model
+from cushion.models import LanguageModel
 from cushion.models.architectures import ARCHITECTURES, Architecture, ResidualStream
 from cushion.models.tiny import VOCABULARY_SIZE, byte_tokenizer
 from cushion.prefix import Prefix
@@ -34,7 +34,8 @@ from cushion.quantization.rotation import check_rotation, rotated
 from cushion.quantization.simulate import check_quantizer, quantized
 
 Tiny = Callable[..., LanguageModel]
-ROTATABLE = [family for family in FAMILIES if ARCHITECTURES[family].residual is not None]
+ROTATABLE = SMOOTHABLE  # the families and the variants whose norms stand before their readers
+LAYER_NORMS = ("opt", "bloom", "gpt_neox", "falcon")
 TEXTS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
 MORE_TEXTS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(1))
 
@@ -90,8 +91,8 @@ def block_inputs(lm: LanguageModel, prefix: Prefix | None = None) -> dict[str, T
 # The function stays as it was.
 
 
-def test_every_family_of_the_first_release_can_be_rotated() -> None:
-    assert {"llama", "mistral", "qwen2", "opt", "bloom"} <= set(ROTATABLE)
+def test_every_family_can_be_rotated() -> None:
+    assert set(FAMILIES) <= set(ROTATABLE)
 
 
 @pytest.mark.parametrize("family", ROTATABLE)
@@ -140,7 +141,7 @@ def test_rotated_blocks_see_the_stream_times_the_matrix(tiny: Tiny, family: str)
     with rotated(lm, "hadamard", seed=2):
         turned = block_inputs(lm)
     for name, values in inputs.items():
-        centred = values - values.mean(-1, keepdim=True) if family in ("opt", "bloom") else values
+        centred = values - values.mean(-1, keepdim=True) if family.startswith(LAYER_NORMS) else values
         torch.testing.assert_close(turned[name], centred @ matrix, rtol=1e-4, atol=1e-4)
 
 
@@ -149,7 +150,7 @@ def test_rotated_blocks_see_the_stream_times_the_matrix(tiny: Tiny, family: str)
 
 COMMON: dict[str, Any] = {"vocab_size": VOCABULARY_SIZE, "hidden_size": 24, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 40}
-LLAMA, READERS_OF_LLAMA = ARCHITECTURES["llama"].residual, ARCHITECTURES["llama"].smoothing
+LLAMA, READERS_OF_LLAMA = ARCHITECTURES["llama"][0].residual, ARCHITECTURES["llama"][0].smoothing
 OTHERS: dict[str, tuple[PreTrainedConfig, str, Any, ResidualStream]] = {
     "gemma": (
         GemmaConfig(**COMMON, **HEADS),
@@ -208,8 +209,8 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, Any, ResidualStream]] = {
             enable_bias=False,
         ),
         "model.decoder.layers",
-        ARCHITECTURES["opt"].smoothing,
-        cast(ResidualStream, ARCHITECTURES["opt"].residual),
+        ARCHITECTURES["opt"][0].smoothing,
+        cast(ResidualStream, ARCHITECTURES["opt"][0].residual),
     ),
     "tied": (LlamaConfig(**COMMON, **HEADS, tie_word_embeddings=True), "model.layers", READERS_OF_LLAMA, LLAMA),
 }
@@ -415,7 +416,7 @@ def test_rotation_rescues_per_token_four_bits_from_an_outlier_channel(tiny: Tiny
     assert errors["hadamard"] < errors["none"] / 3
 
 
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", [family for family in ROTATABLE if family != "mixtral"])  # an expert is not reached
 @pytest.mark.parametrize("alpha", [None, 0.8])
 def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
     tiny: Tiny, family: str, alpha: float | None
@@ -424,6 +425,7 @@ def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
     lm = tiny(family)
     randomize(lm.model)
     prefix = Prefix.from_tokens(lm.model, [17, 42])
+    plain = logits(lm, prefix)
     with rotated(lm, "hadamard", seed=4):
         ranges = calibrated(lm, prefix)
         with quantized(lm, QuantizerConfig(smoothing_alpha=alpha), ranges):
@@ -434,14 +436,7 @@ def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
         assert not torch.allclose(logits(lm, prefix), expected)
     if alpha is not None:
         with quantized(lm, rotation_only(smoothing_alpha=alpha, rotation_seed=4), ranges):
-            torch.testing.assert_close(logits(lm, prefix), _plain(lm, prefix), rtol=0, atol=1e-3)
-
-
-def _plain(lm: LanguageModel, prefix: Prefix) -> Tensor:
-    """The logits of a model that was never touched: a fresh one of the same weights."""
-    fresh = load_language_model(ModelConfig(path=f"tiny:{lm.architecture.model_type}"), PathsConfig())
-    randomize(fresh.model)
-    return logits(fresh, prefix)
+            torch.testing.assert_close(logits(lm, prefix), plain, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ROTATABLE)
