@@ -33,12 +33,13 @@ def draw_figures(result: dict[str, Any], folder: Path) -> None:
         activation_curves(result, path)
 
 
-def activation_curves(result: dict[str, Any], path: Path) -> Path:
+def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """Magnitude at each block's input over the layers, one panel per prefix (CushionCache, Figure 2).
 
     Args:
         result: the content of result.json.
         path: the PNG file to write.
+        dpi: dots per inch.
 
     Returns:
         `path`.
@@ -56,7 +57,7 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=200, format="png")
+    figure.savefig(temporary, dpi=dpi, format="png")
     temporary.replace(path)  # a reader never finds half a figure
     pyplot.close(figure)
     return path
