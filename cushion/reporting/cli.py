@@ -14,6 +14,7 @@ from cushion.reporting.page import html
 from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
 from cushion.reporting.runs import experiment_table, provenance_table
+from cushion.reporting.status import missing
 
 
 def write_report(
@@ -38,7 +39,11 @@ def write_report(
     source = published_folder()
     known = published_names(source)
     published = [compare(load_published(source, name), found) for name, found in by_experiment.items() if name in known]
-    tables = [experiment_table(name, found) for name, found in by_experiment.items()]
+    absent = dict.fromkeys((state.experiment, state.detail) for folder in folders for state in missing(folder))
+    tables = [
+        experiment_table(name, found, [detail for of, detail in absent if of == name])
+        for name, found in by_experiment.items()
+    ]
     provenance = provenance_table(runs)
     output.mkdir(parents=True, exist_ok=True)
     drawings = draw_all(runs, output / "figures")

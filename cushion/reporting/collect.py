@@ -76,7 +76,7 @@ def collect(folders: Iterable[Path]) -> list[Run]:
     """
     newest: dict[str, Run] = {}
     for path in _files(folders):
-        run = Run(path, _read(path))
+        run = Run(path, read_result(path))
         other = newest.get(run.identity())
         if other is None:
             newest[run.identity()] = run
@@ -103,7 +103,8 @@ def _files(folders: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result.json; an `ArtifactError` that names it and the way out if it is damaged."""
     way_out = f"delete the folder {path.parent} and run again"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
