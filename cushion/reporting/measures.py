@@ -93,8 +93,17 @@ def _hours(*sections: str) -> Callable[[Run, Row], float | None]:
     return read
 
 
-def _qfem(key: str) -> Callable[[Run, Row], float | None]:
-    return lambda run, _: (run.record.get("qfem") or {}).get(key)
+def _qfem(number: Callable[[list[float], list[float]], float | None]) -> Callable[[Run, Row], float | None]:
+    """A number of the ratios of all linears and of those kept in full precision, behind a row's prefix."""
+
+    def read(run: Run, row: Row) -> float | None:
+        found = (run.record.get("qfem") or {}).get(stage_of(row))
+        if found is None or not found.get("ratios"):
+            return None
+        ratios: dict[str, float] = found["ratios"]
+        return number(list(ratios.values()), [ratios[name] for name in found["kept"]])
+
+    return read
 
 
 MEASURES: dict[str, Measure] = {
@@ -109,9 +118,11 @@ MEASURES: dict[str, Measure] = {
     "search_hours": Measure("search, hours", _hours("search"), lambda value: f"{value:.3g}"),
     "tuning_hours": Measure("tuning, hours", _hours("tuning"), lambda value: f"{value:.3g}"),
     "total_hours": Measure("total, hours", _hours("search", "tuning"), lambda value: f"{value:.3g}"),
-    "modules_kept": Measure("modules kept", _qfem("modules_kept"), lambda value: f"{value:g}"),
-    "largest_ratio": Measure("largest ratio", _qfem("largest_ratio"), lambda value: f"{value:.4g}"),
-    "smallest_ratio_kept": Measure("smallest ratio kept", _qfem("smallest_ratio_kept"), lambda value: f"{value:.4g}"),
+    "modules_kept": Measure("modules kept", _qfem(lambda _, kept: len(kept)), lambda value: f"{value:g}"),
+    "largest_ratio": Measure("largest ratio", _qfem(lambda ratios, _: max(ratios)), lambda value: f"{value:.4g}"),
+    "smallest_ratio_kept": Measure(
+        "smallest ratio kept", _qfem(lambda _, kept: min(kept, default=None)), lambda value: f"{value:.4g}"
+    ),
 }
 
 

@@ -65,8 +65,14 @@ def _figures_of(run: Run) -> Iterator[tuple[str, Any, Callable[[dict[str, Any], 
         yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
     if steps := (record.get("tuning") or {}).get("steps"):
         yield "tuning", [step["loss"] for step in steps], tuning_loss
-    if points := (record.get("qfem") or {}).get("curve"):
-        yield "qfem", points, qfem_trade_off
+    if searches := _alpha_searches(record):
+        yield "qfem", searches, qfem_trade_off
+
+
+def _alpha_searches(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By stage, where QFeM's alpha was searched."""
+    stages: dict[str, dict[str, Any]] = record.get("qfem") or {}
+    return {stage: found["alpha_search"] for stage, found in stages.items() if found.get("alpha_search")}
 
 
 def _activations(result: dict[str, Any], path: Path) -> None:
@@ -134,14 +140,22 @@ def attention_maps(result: dict[str, Any], path: Path) -> None:
 
 
 def qfem_trade_off(result: dict[str, Any], path: Path) -> None:
-    """Perplexity against the number of modules that keep full-precision activations."""
-    points = sorted(result["qfem"]["curve"], key=lambda point: point["modules_kept"])
+    """Perplexity on calibration text against the number of linears that keep full-precision activations, by prefix."""
+    titles = (result.get("activations") or {}).get("titles", {})
     figure, axis = pyplot.subplots(figsize=(4.6, 3.0))
-    kept, perplexities = [p["modules_kept"] for p in points], [p["perplexity"] for p in points]
-    axis.plot(kept, perplexities, "o-", color="#2166ac", linewidth=1.4, markersize=4)
-    axis.set_xlabel("modules with full-precision activations")
-    axis.set_ylabel("perplexity")
+    for stage, search in _alpha_searches(result).items():
+        points = [point for point in search["points"] if point["perplexity"] is not None]
+        kept = [point["kept_modules"] for point in points]
+        (line,) = axis.plot(kept, [p["perplexity"] for p in points], "o-", linewidth=1.4, markersize=4,
+                            label=titles.get(stage, stage))  # fmt: skip
+        chosen = search["points"][search["found"]]
+        if chosen["perplexity"] is not None:
+            axis.plot(chosen["kept_modules"], chosen["perplexity"], "*", color=line.get_color(), markersize=12)
+        axis.axhline(search["reference_perplexity"], color=line.get_color(), linestyle=":", linewidth=1.0)
+    axis.set_xlabel("linears with full-precision activations")
+    axis.set_ylabel("perplexity, calibration text")
     axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8)
     _finish(figure, [axis], path)
 
 

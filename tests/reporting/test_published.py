@@ -37,7 +37,8 @@ def test_every_shipped_table_reads_and_shows_every_published_number(name: str, t
     with (FOLDER / name / "published.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     read = set(table.specification.get("index", [])) | set(table.specification["values"])
-    numbers = sorted(float(line[column]) for line in lines for column in table.specification["values"])
+    columns = table.specification["values"]
+    numbers = sorted(float(line[column]) for line in lines for column in columns if line[column])
     assert sorted(entry.value for entry in table.entries if entry.value is not None) == numbers
     constant = {column for column in lines[0] if len({line[column] for line in lines}) == 1}
     unread = set(lines[0]) - read - constant
@@ -141,6 +142,17 @@ def test_table_6_reads_hours(tmp_path: Path) -> None:
         "0.5",
         "1.5",
     ]
+
+
+def test_qfems_modules_are_those_behind_no_prefix(tmp_path: Path) -> None:
+    qfem = {
+        "none": {"kept": ["a", "b"], "ratios": {"a": 50.0, "b": 7.0, "c": 2.0}},
+        "found": {"kept": [], "ratios": {"a": 3.0}},
+    }
+    rows = [row("full_precision", 5.0), row("quantized", 5.0), row("quantized_found", 5.0)]
+    table = ours(tmp_path, "qfem_modules", record(model=LLAMA2, rows=rows, qfem=qfem))
+    titles = ("modules kept", "largest ratio", "smallest ratio kept")
+    assert [cell(table, f"{title} ours", "LLaMA2-7B") for title in titles] == ["2", "50", "7"]
 
 
 def test_another_corpus_is_said(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
         tuning={"seconds": 2.0, "best_step": 1, "initial_loss": 3.0,
                 "steps": [{"step": 0, "loss": 3.0, "held_out_loss": None},
                           {"step": 1, "loss": 2.5, "held_out_loss": 2.4}]},
-        qfem={"curve": [{"modules_kept": 0, "perplexity": 30.0}, {"modules_kept": 2, "perplexity": 12.0}]},
+        qfem={"none": {"kept": [], "ratios": {}, "alpha_search": {"found": 1, "reference_perplexity": 11.0, "points": [
+            {"kept_modules": 0, "perplexity": 30.0}, {"kept_modules": 2, "perplexity": 12.0},
+            {"kept_modules": 3, "perplexity": None}]}}, "tuned": {"kept": [], "ratios": {}, "alpha_search": None}},
         **others,
     )  # fmt: skip
     return {**made, "model": {"label": "model"}}
