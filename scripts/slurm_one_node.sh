@@ -13,6 +13,11 @@ mkdir -p "$2"
 folder=$(cd "$2" && pwd)
 
 stop() {
+    if [ -s "$folder/slurmctld.pid" ]; then  # the daemons' ends would leave jobs behind
+        export SLURM_CONF="$folder/slurm.conf"
+        scancel --user=root --quiet || true
+        for _ in $(seq 150); do [ -n "$(squeue --noheader 2>/dev/null)" ] || break; sleep 0.2; done
+    fi
     for name in slurmd slurmctld munged; do
         [ -s "$folder/$name.pid" ] || continue
         kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
