@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cushion.config import RunConfig
 from cushion.errors import CushionError, did_you_mean
+from cushion.launching import gpu_of_its_own, share_threads
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -99,14 +101,29 @@ def execute(config: RunConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
 def _hydra_main(config: DictConfig) -> str:
+    _set_up()  # again: a launcher may have started this process
     try:
-        return str(execute(to_run_config(config)))
+        with _place():
+            return str(execute(to_run_config(config)))
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         report(error)
         _release(error)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(1)
     raise _ReportedError  # without its cause: Hydra keeps it, and with it would keep the failed job's model
+
+
+def _set_up() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("cushion").setLevel(logging.INFO)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _place() -> AbstractContextManager[object]:
+    """The part of the machine that a run of a sweep has, where several run at a time."""
+    share_threads()
+    parallel = HydraConfig.get().launcher._target_.endswith(".JoblibLauncher")
+    return gpu_of_its_own() if parallel else nullcontext()
 
 
 def _release(error: BaseException) -> None:
@@ -132,10 +149,8 @@ def report(error: BaseException) -> None:
 
 def main() -> None:
     """Entry point of the command `cushion`."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("cushion").setLevel(logging.INFO)
+    _set_up()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them; they are printed below
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     register_schema()
     try:
         _hydra_main()

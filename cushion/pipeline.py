@@ -36,18 +36,18 @@ RULE_TITLES = {"qfep": "QFeP prefix", "prefixquant": "PrefixQuant prefix"}
 """How the prefixes of the rules are called in tables."""
 
 
-def run_folder(config: RunConfig) -> Path:
+def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
 
     The hash covers the whole configuration but for tracking and places, the code of everything that decides a number,
     the versions of torch and transformers, the device, and size and time of the files that the user names as text or
-    as model.
+    as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than this one's.
     """
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
     identity["code"] = _code_digest()
-    identity["runtime"] = runtime(choose_device(config).partition(":")[0])
+    identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     output = Path(config.paths.output_dir).expanduser()
@@ -58,7 +58,7 @@ def run_folder(config: RunConfig) -> Path:
 def _code_digest() -> str:
     """Hash of the package's source, but for the rooms that only show what was computed."""
     package = Path(__file__).parent
-    shown = {"cli.py", "tracking.py", "progress.py", "events.py"}
+    shown = {"cli.py", "tracking.py", "progress.py", "events.py", "preflight.py", "launching.py"}
     files = sorted(path for path in package.rglob("*.py") if path.name not in shown and path.parent.name != "reporting")
     return digest([[str(path.relative_to(package)), path.read_text(encoding="utf-8")] for path in files])
 

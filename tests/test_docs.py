@@ -133,7 +133,7 @@ def imports(path: Path) -> set[str]:
 def test_the_floors_in_the_contributors_page_are_those_of_the_imports() -> None:
     floors, allowed = {}, {}
     for floor, modules, imported in re.findall(
-        r"^\| (\d) \| (`.*?) \| (.*) \|$", page("CONTRIBUTING.md"), re.MULTILINE
+        r"^\| (\d+) \| (`.*?) \| (.*) \|$", page("CONTRIBUTING.md"), re.MULTILINE
     ):
         for module in re.findall(r"`([\w/]+)`", modules):
             floors[module], allowed[module] = int(floor), set(re.findall(r"`([\w/]+)`", imported))

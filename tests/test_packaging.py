@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_the_wheel_carries_every_configuration_file_as_it_is(wheel: Path) -> Non
     assert "cushion/conf/config.yaml" in carried
 
 
+def test_the_wheel_carries_the_published_numbers_as_they_are(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        carried = {name: archive.read(name) for name in archive.namelist() if name.startswith("cushion/experiments/")}
+    files = [path for path in (ROOT / "experiments").rglob("*") if path.is_file()]
+    assert carried == {
+        f"cushion/experiments/{path.relative_to(ROOT / 'experiments').as_posix()}": path.read_bytes() for path in files
+    }
+    assert "cushion/experiments/cushioncache_table1/published.csv" in carried
+
+
 def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -50,8 +61,10 @@ def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: P
     assert modules <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cushion"}
     assert not [name for name in names if "test" in name]
-    inside = {name for name in names if name.startswith("cushion/") and not name.startswith("cushion/conf/")}
-    assert inside == modules
+    data = ("cushion/conf/", "cushion/experiments/")
+    inside = {name for name in names if name.startswith("cushion/") and not name.startswith(data)}
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cushion/reporting/templates").iterdir()}
+    assert inside == modules | templates
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
     assert [name for name in names if name.endswith("/entry_points.txt")]
 
@@ -79,3 +92,21 @@ def test_the_command_of_the_wheel_uses_the_configuration_inside_it(unpacked: Pat
     assert "path: tiny:llama" in composed
     assert "name: smoothquant_o1" in composed
     assert not (tmp_path / "outputs").exists()
+
+
+def test_the_report_of_the_wheel_uses_the_published_numbers_inside_it(unpacked: Path, tmp_path: Path) -> None:
+    chosen = unpacked / "cushion" / "experiments" / "cushioncache_table6" / "published.csv"
+    chosen.write_text(chosen.read_text().replace("2.68", "77.25"))
+    config = {"experiment": "cushioncache_table6", "model": {"path": "meta-llama/Llama-2-7b-hf"},
+              "quantizer": {"name": "none"}, "search": {"name": "none"}, "tuning": {"name": "none"}}  # fmt: skip
+    result = {
+        "schema_version": 1,
+        "status": "completed",
+        "config": config,
+        "environment": {},
+        "rows": [],
+        "timings": {},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    in_unpacked(unpacked, tmp_path, "from cushion.reporting.cli import main; main()", ".")
+    assert "77.25" in (tmp_path / "report" / "report.html").read_text()

@@ -30,7 +30,7 @@ def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     """
     names = ["activation_curves"]
     names += ["attention_maps"] if result.get("attention") else []
-    names += ["qfem_tradeoff"] if _alpha_searches(result) else []
+    names += ["qfem_tradeoff"] if alpha_searches(result) else []
     return {name: folder / "figures" / f"{name}.png" for name in names}
 
 
@@ -41,12 +41,13 @@ def draw_figures(result: dict[str, Any], folder: Path) -> None:
             FIGURES[name](result, path)
 
 
-def activation_curves(result: dict[str, Any], path: Path) -> Path:
+def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """Magnitude at each block's input over the layers, one panel per prefix (CushionCache, Figure 2).
 
     Args:
         result: the content of result.json.
         path: the PNG file to write.
+        dpi: dots per inch.
 
     Returns:
         `path`.
@@ -62,10 +63,10 @@ def activation_curves(result: dict[str, Any], path: Path) -> Path:
     figure.legend(handles, labels, loc="lower center", ncols=len(_LINES), frameon=False, fontsize=8)
     figure.suptitle(f"Activation magnitudes, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    return _save(figure, path)
+    return _save(figure, path, dpi)
 
 
-def qfem_tradeoff(result: dict[str, Any], path: Path) -> Path:
+def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """QFeM's trade-off: linears in full precision against perplexity on calibration text, one panel per prefix.
 
     Args:
@@ -76,7 +77,7 @@ def qfem_tradeoff(result: dict[str, Any], path: Path) -> Path:
         `path`.
 
     """
-    searches, titles = _alpha_searches(result), result["activations"]["titles"]
+    searches, titles = alpha_searches(result), result["activations"]["titles"]
     figure, axes = pyplot.subplots(1, len(searches), figsize=(3.6 * len(searches), 3.1), sharey=True, squeeze=False)
     for axis, (stage, search) in zip(axes[0], searches.items(), strict=True):
         points = [point for point in search["points"] if point["perplexity"] is not None]
@@ -102,10 +103,10 @@ def qfem_tradeoff(result: dict[str, Any], path: Path) -> Path:
     figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.suptitle(f"QFeM, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    return _save(figure, path)
+    return _save(figure, path, dpi)
 
 
-def _alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """QFeM's searches for alpha in a result, by stage."""
     kept = result.get("qfem") or {}
     return {stage: record["alpha_search"] for stage, record in kept.items() if record["alpha_search"]}
@@ -127,7 +128,7 @@ def _tidy(axis: Axes) -> None:
         axis.spines[side].set_visible(False)
 
 
-def attention_maps(result: dict[str, Any], path: Path) -> Path:
+def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """Share of attention per layer and head on the first tokens and on the prefix, before and after (Figure 3).
 
     Args:
@@ -153,18 +154,18 @@ def attention_maps(result: dict[str, Any], path: Path) -> Path:
     figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 0.93, 1))
     figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.65)))
-    return _save(figure, path)
+    return _save(figure, path, dpi)
 
 
 FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps, "qfem_tradeoff": qfem_tradeoff}
 """Every figure of a run by name, and what draws it."""
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path, dpi: int) -> Path:
     """Write a figure whole, so that a reader never finds half of one; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=200, format="png")
+    figure.savefig(temporary, dpi=dpi, format="png")
     temporary.replace(path)
     pyplot.close(figure)
     return path

@@ -1,0 +1,134 @@
+"""Before the first run of a sweep: every combination is composed and checked, and the sweep's plan is written down.
+
+Hydra's own sweeper finds a combination that does not compose only when its batch is due, and never one that our checks
+refuse. The plan, `<paths.output_dir>/sweeps/plan-<hash>.json`, lets `cushion-status` say which runs are missing.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from cushion.config import RunConfig
+from cushion.errors import ConfigError, CushionError
+from cushion.hashing import digest
+
+PLAN = "plan-{}.json"
+
+
+class Preflight(Callback):
+    """Hydra calls this at the start of every sweep.
+
+    Only Hydra's basic sweeper can be foreseen; one that chooses later runs by the results of earlier ones cannot, and
+    is left alone.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse the sweep, with exit status 1, unless every combination is a valid configuration.
+
+        Raises:
+            SystemExit: a combination is invalid, and it has been reported on standard error.
+
+        """
+        if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+            return
+        from cushion.cli import report
+
+        try:
+            _check_launcher(config)
+            jobs = combinations(config)
+            write_plan(jobs, _composed(config, jobs))
+        except Exception as error:  # noqa: BLE001 - reported here, since Hydra would make it a warning and go on
+            report(error)
+            raise SystemExit(1) from None
+
+
+def _check_launcher(config: DictConfig) -> None:
+    """Hydra's launchers for more than one process are packages of their own."""
+    target = config.hydra.launcher._target_
+    if target.startswith("hydra_plugins.") and target not in Plugins.instance().class_name_to_class:
+        chosen = config.hydra.runtime.choices["hydra/launcher"]
+        raise ConfigError(f"hydra/launcher={chosen} is not installed: pip install 'cushion[launchers]'")
+
+
+def combinations(config: DictConfig) -> list[list[str]]:
+    """The overrides of every run of a sweep, in the order in which Hydra's basic sweeper runs them."""
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(given, list)
+    (batch,) = BasicSweeper.split_arguments(parser.parse_overrides([*params, *map(str, given)]), max_batch_size=None)
+    return batch
+
+
+def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
+    """The configuration of every run.
+
+    Raises:
+        ConfigError: some are invalid; the message says each reason once, with the first run that it concerns.
+
+    """
+    from cushion.cli import one_line, to_run_config
+
+    loader = GlobalHydra.instance().config_loader()
+    configs: list[RunConfig] = []
+    refused: dict[str, list[int]] = {}
+    for number, job in enumerate(jobs):
+        try:
+            composed = loader.load_sweep_config(config, job)
+            with open_dict(composed):
+                del composed["hydra"]
+            configs.append(to_run_config(composed))
+            _check_device(configs[-1])
+        except (CushionError, HydraException, OmegaConfBaseException) as error:
+            refused.setdefault(one_line(error), []).append(number)
+    if refused:
+        told = [f"{reason} ({_which(jobs, numbers)})" for reason, numbers in refused.items()]
+        wrong = sum(map(len, refused.values()))
+        raise ConfigError(
+            f"{wrong} of the {len(jobs)} runs of this sweep are invalid, none was started: {'; '.join(told)}"
+        )
+    return configs
+
+
+def _check_device(config: RunConfig) -> None:
+    """Whether the device is there only the machine knows that runs; its name can be checked here."""
+    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda or cuda:<number>")
+
+
+def _which(jobs: list[list[str]], numbers: list[int]) -> str:
+    """The first of some runs by what tells it from the others of the sweep, and how many more there are."""
+    swept = [override for override in jobs[numbers[0]] if any(override not in job for job in jobs)]
+    more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+    return f"run {numbers[0] + 1}{more}: {shlex.join(swept or jobs[numbers[0]])}"
+
+
+def write_plan(jobs: list[list[str]], configs: list[RunConfig]) -> None:
+    """Write which runs the sweep consists of; the same sweep started again writes the same file again.
+
+    A run's folder depends on the kind of device. Where the runs will have one that this machine lacks (the log-in node
+    of a cluster, say) is not known here, so with `device=auto` the folders of both kinds are named.
+    """
+    from cushion.artifacts import write_json  # both import torch: not needed where a sweep is refused
+    from cushion.pipeline import run_folder
+
+    by_place: dict[Path, list[dict[str, Any]]] = {}
+    for job, config in zip(jobs, configs, strict=True):
+        output = Path(config.paths.output_dir).expanduser()
+        kinds = ("cpu", "cuda") if config.device == "auto" else (config.device.partition(":")[0],)
+        folders = [run_folder(config, kind).relative_to(output).as_posix() for kind in kinds]
+        by_place.setdefault(output, []).append({"overrides": job, "experiment": config.experiment, "folders": folders})
+    for output, runs in by_place.items():
+        name = PLAN.format(digest([run["overrides"] for run in runs], 12))
+        write_json(output / "sweeps" / name, {"runs": runs})

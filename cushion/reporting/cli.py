@@ -1,0 +1,117 @@
+"""The command `cushion-report`: from result.json files to Markdown, LaTeX, CSV and one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cushion.errors import ArtifactError, CushionError, did_you_mean
+from cushion.reporting.collect import Run, collect
+from cushion.reporting.grid import Table, comma_separated, escape_markdown, latex, markdown
+from cushion.reporting.page import html
+from cushion.reporting.plots import Drawing, draw_all
+from cushion.reporting.published import compare, load_published, published_folder, published_names
+from cushion.reporting.runs import experiment_table, provenance_table
+from cushion.reporting.status import missing
+
+
+def write_report(
+    folders: Sequence[Path], output: Path, experiments: Sequence[str] = (), title: str = "Cushion"
+) -> list[Path]:
+    """Read every result under `folders` and write the report; returns the files written, the page first.
+
+    Args:
+        folders: folders of results, searched with all that is inside them.
+        output: where the report goes.
+        experiments: only these; empty means all.
+        title: heading of the report.
+
+    Raises:
+        ArtifactError: no results, damaged ones, none of an experiment asked for, or damaged published numbers.
+
+    """
+    runs = _chosen(collect(folders), experiments)
+    by_experiment: dict[str, list[Run]] = {}
+    for run in runs:
+        by_experiment.setdefault(run.experiment, []).append(run)
+    source = published_folder()
+    known = published_names(source)
+    published = [compare(load_published(source, name), found) for name, found in by_experiment.items() if name in known]
+    absent = dict.fromkeys((state.experiment, state.detail) for folder in folders for state in missing(folder))
+    tables = [
+        experiment_table(name, found, [detail for of, detail in absent if of == name])
+        for name, found in by_experiment.items()
+    ]
+    provenance = provenance_table(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    drawings = draw_all(runs, output / "figures")
+    contents = {
+        "report.html": html(title, published, tables, runs, provenance, drawings),
+        "report.md": _markdown(title, published, tables, provenance, drawings),
+        "report.tex": _latex([*published, *tables]),
+        "provenance.csv": comma_separated(provenance),
+        **{f"published/{table.name}.csv": comma_separated(table) for table in published},
+        **{f"runs/{table.name}.csv": comma_separated(table) for table in tables},
+    }
+    for name, text in contents.items():
+        path = output / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return [output / name for name in contents] + [drawing.path for drawing in drawings]
+
+
+def _chosen(runs: list[Run], experiments: Sequence[str]) -> list[Run]:
+    there = dict.fromkeys(run.experiment for run in runs)
+    for name in experiments:
+        if name not in there:
+            raise ArtifactError(
+                f"no result belongs to the experiment {name!r}; "
+                f"there are: {', '.join(there)}{did_you_mean(name, there)}"
+            )
+    return [run for run in runs if not experiments or run.experiment in experiments]
+
+
+def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], provenance: Table,
+              drawings: Sequence[Drawing]) -> str:  # fmt: skip
+    parts = [f"# {escape_markdown(title)}\n"]
+    if published:
+        parts += ["## Published and ours\n", *map(markdown, published)]
+    parts += ["## Runs\n", *map(markdown, tables)]
+    if drawings:
+        parts.append("## Figures\n")
+        for drawing in drawings:
+            caption = escape_markdown(drawing.title)
+            numbers = ", ".join(map(str, drawing.runs))
+            parts.append(f"![{caption}](figures/{drawing.path.name})\n\n{caption}; runs {numbers}\n")
+    return "\n".join([*parts, "## Provenance\n", markdown(provenance)])
+
+
+def _latex(tables: Sequence[Table]) -> str:
+    head = "% Each table is an environment of its own; the preamble needs \\usepackage{booktabs}.\n"
+    return "\n".join([head, *map(latex, tables)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `cushion-report`."""
+    parser = argparse.ArgumentParser(
+        prog="cushion-report", description="Tables and figures from result.json files: HTML, Markdown, LaTeX and CSV."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of results, for example outputs")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report"), help="where to write (default: %(default)s)"
+    )
+    parser.add_argument("-e", "--experiment", action="append", default=[], help="only this experiment; can be repeated")
+    parser.add_argument("--title", default="Cushion: results", help="heading of the report")
+    given = parser.parse_args(arguments)
+    try:
+        written = write_report(given.folders, given.output, given.experiment, given.title)
+    except CushionError as error:
+        print(f"cushion-report: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(written[0].resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The results under some folders, read from result.json alone: one `Run` for each configuration, the newest one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cushion.config import ModelConfig
+from cushion.errors import ArtifactError
+
+FILE_NAME = "result.json"
+SCHEMA_VERSION = 1
+_NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, "rows": list, "timings": dict}
+"""What a report cannot do without; everything else may be absent, as in a run that failed early or an older file."""
+_NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "perplexity": dict}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result.json: its path, its content, and how many older results of the same configuration it replaces."""
+
+    path: Path
+    record: dict[str, Any]
+    superseded: int = 0
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run ended well."""
+        return bool(self.record["status"] == "completed")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The whole configuration."""
+        config: dict[str, Any] = self.record["config"]
+        return config
+
+    @property
+    def experiment(self) -> str:
+        """The experiment that the run belongs to."""
+        return str(self.config.get("experiment", "default"))
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.config.get("seed", 0))
+
+    @property
+    def model(self) -> str:
+        """A short name of the model: the last part of its path."""
+        return ModelConfig(path=str(self.config.get("model", {}).get("path", "unknown"))).label
+
+    @property
+    def error(self) -> str:
+        """Why the run failed, in one line; empty if it did not."""
+        error = self.record.get("error") or {}
+        return " ".join(f"{error.get('type', 'error')}: {error.get('message', '')}".split()) if error else ""
+
+    def identity(self, *without: str) -> str:
+        """The configuration as text, without what cannot change a number, and without the keys named."""
+        config = {key: value for key, value in self.config.items() if key not in ("tracking", *without)}
+        config["paths"] = {"data_dir": self.config.get("paths", {}).get("data_dir")}
+        return json.dumps(config, sort_keys=True)
+
+
+def collect(folders: Iterable[Path]) -> list[Run]:
+    """Every result under the folders, in the order of their paths.
+
+    Of several results of one configuration (made by different versions of the code, say), the one written last counts.
+
+    Raises:
+        ArtifactError: a folder is not there, holds no result, or a result.json is damaged.
+
+    """
+    newest: dict[str, Run] = {}
+    for path in _files(folders):
+        run = Run(path, read_result(path))
+        other = newest.get(run.identity())
+        if other is None:
+            newest[run.identity()] = run
+            continue
+        later, earlier = (run, other) if path.stat().st_mtime >= other.path.stat().st_mtime else (other, run)
+        newest[run.identity()] = Run(later.path, later.record, later.superseded + earlier.superseded + 1)
+    return sorted(newest.values(), key=lambda run: str(run.path))
+
+
+def _files(folders: Iterable[Path]) -> list[Path]:
+    found: set[Path] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"there is no folder {folder}: name the folder of results (paths.output_dir of the runs)"
+            )
+        inside = {path.resolve() for path in folder.rglob(FILE_NAME)}
+        if not inside:
+            raise ArtifactError(
+                f"{folder} holds no {FILE_NAME}: run an experiment first, for example cushion experiment=main, "
+                "or name the folder that its results went to (paths.output_dir)"
+            )
+        found |= inside
+    return sorted(found)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result.json; an `ArtifactError` that names it and the way out if it is damaged."""
+    way_out = f"delete the folder {path.parent} and run again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {way_out}") from error
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {way_out}")
+    problems = list(_wrong(record, _NEEDED, "result"))
+    for number, row in enumerate(record["rows"] if not problems else []):
+        if isinstance(row, dict):
+            problems += _wrong(row, _NEEDED_OF_A_ROW, f"rows[{number}]")
+        else:
+            problems.append(f"rows[{number}] is no record")
+    if problems:
+        raise ArtifactError(f"{path} is damaged ({'; '.join(problems)}): {way_out}")
+    return record
+
+
+def _wrong(record: dict[str, Any], needed: dict[str, type], where: str) -> Iterator[str]:
+    for key, kind in needed.items():
+        if key not in record:
+            yield f"{where} has no {key!r}"
+        elif not isinstance(record[key], kind):
+            yield f"{where}.{key} is no {kind.__name__}"

@@ -1,0 +1,38 @@
+"""The report as one HTML page that needs nothing else: styles, script and images are inside."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cushion.reporting.collect import Run
+from cushion.reporting.grid import Table
+from cushion.reporting.plots import Drawing
+
+
+def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run], provenance: Table,
+         drawings: Sequence[Drawing]) -> str:  # fmt: skip
+    """The whole page. Everything that comes from a result is escaped; no data goes into the script."""
+    environment = Environment(
+        loader=PackageLoader("cushion.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html").render(
+        title=title,
+        published=published,
+        tables=tables,
+        provenance=provenance,
+        completed=sum(run.completed for run in runs),
+        failed=[run for run in runs if not run.completed],
+        drawings=[(drawing, base64.b64encode(drawing.path.read_bytes()).decode("ascii")) for drawing in drawings],
+        details=[(number, run, _details(run)) for number, run in enumerate(runs, start=1)],
+    )
+
+
+def _details(run: Run) -> str:
+    """Configuration, versions, data and cost of a run as indented JSON."""
+    keys = ("config", "environment", "model", "data", "evaluation", "timings", "warnings", "error")
+    return json.dumps({key: run.record.get(key) for key in keys}, indent=1, ensure_ascii=False)

@@ -1,0 +1,326 @@
+"""Published tables as data, and ours in their layout: published value, ours, difference.
+
+`experiments/<name>/published.csv` holds the numbers, `table.yaml` beside it says what they are and which row of which
+run is the same thing (docs/reports.md describes the keys). A table is filled from the runs of the experiment of the
+same name.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cushion.errors import ArtifactError, did_you_mean
+from cushion.reporting.collect import Run
+from cushion.reporting.grid import NONE, Cell, Table
+from cushion.reporting.measures import FAILED, MEASURES, MISSING, STAGES, Measure, over_seeds, perplexity_of, stage_of
+from cushion.reporting.runs import flatten
+
+PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
+SAME = 1e-3
+"""Relative difference up to which a number that several runs measured counts as one number."""
+_KEYS = {"title", "source", "index", "values", "measure", "corpus", "rows", "columns", "select", "titles", "notes"}
+_NEEDED = {"title", "source", "values", "rows", "columns"}
+
+Coordinates = dict[str, str]
+NOT_RUN = Cell("not run", kind="missing")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published number and where it stands: its value of each dimension (`model`, `scheme`, `prefix`, ...)."""
+
+    at: Coordinates
+    value: float | None
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """A published table: its numbers, its layout, and how the same thing is found among runs."""
+
+    name: str
+    specification: dict[str, Any]
+    entries: list[Entry]
+    models: dict[str, dict[str, str]]
+    """By key of a model: `title`, and `label`, which is what runs call it."""
+
+    def keys(self, dimension: str) -> list[str]:
+        """The values of a dimension, in the published order."""
+        return list(dict.fromkeys(entry.at[dimension] for entry in self.entries))
+
+    def title(self, dimension: str, key: str) -> str:
+        """How a value of a dimension is written."""
+        if dimension == "model":
+            return self.models.get(key, {}).get("title", key)
+        if dimension == "measure" and key in MEASURES:
+            return MEASURES[key].title
+        return str(self.specification.get("titles", {}).get(key, key))
+
+
+def published_folder() -> Path:
+    """The folder of published numbers: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"
+
+
+def published_names(folder: Path) -> list[str]:
+    """The experiments in `folder` that have published numbers."""
+    return sorted(path.parent.name for path in folder.glob(f"*/{PUBLISHED}"))
+
+
+def load_published(folder: Path, name: str) -> PublishedTable:
+    """The published table of an experiment.
+
+    Raises:
+        ArtifactError: there is none of that name, or its files do not fit each other; it names file and column.
+
+    """
+    if name not in published_names(folder):
+        known = published_names(folder)
+        raise ArtifactError(
+            f"there is no {folder / name / PUBLISHED}; published numbers: {', '.join(known)}{did_you_mean(name, known)}"
+        )
+    specification, models = _yaml(folder / name / SPECIFICATION), _yaml(folder / MODELS)
+    path = folder / name / SPECIFICATION
+    absent, unknown = sorted(_NEEDED - set(specification)), sorted(set(specification) - _KEYS)
+    if absent or unknown:
+        raise ArtifactError(f"{path}: " + "; ".join(
+            [f"the key {key!r} is missing" for key in absent]
+            + [f"the key {key!r} is unknown{did_you_mean(key, _KEYS)}" for key in unknown]
+        ))  # fmt: skip
+    table = PublishedTable(name, specification, _entries(folder / name / PUBLISHED, specification), models)
+    _check(table, path)
+    return table
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        record = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ArtifactError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(record, dict):
+        raise ArtifactError(f"{path} is no record of keys and values")
+    return {str(key): value for key, value in record.items()}
+
+
+def _entries(path: Path, specification: dict[str, Any]) -> list[Entry]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = csv.DictReader(file)
+            there = list(lines.fieldnames or [])
+            records = list(lines)
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    index: list[str] = specification.get("index", [])
+    values: dict[str, Coordinates] = specification["values"]
+    for column in (*index, *values):
+        if column not in there:
+            raise ArtifactError(
+                f"{path} has no column {column!r}, which {SPECIFICATION} beside it reads "
+                f"(its columns: {', '.join(there) or 'none'}){did_you_mean(column, there)}"
+            )
+    entries = []
+    for number, record in enumerate(records, start=2):
+        for column, coordinates in values.items():
+            at = {name: str(record[name]) for name in index} | {key: str(value) for key, value in coordinates.items()}
+            at.setdefault("measure", str(specification.get("measure", column)))
+            entries.append(Entry(at, _number(record[column], f"{path}, line {number}, column {column!r}")))
+    return entries
+
+
+def _number(text: str | None, where: str) -> float | None:
+    if text == "":
+        return None  # not published
+    try:
+        return float(text or "nothing")
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {text!r} is no number") from error
+
+
+def _check(table: PublishedTable, path: Path) -> None:
+    """Everything that the specification names exists."""
+    specification = table.specification
+    dimensions = set(table.entries[0].at) if table.entries else set()
+    laid_out = [*specification["rows"], *specification["columns"]]
+    for dimension in laid_out:
+        if dimension not in dimensions:
+            raise ArtifactError(
+                f"{path}: there is no dimension {dimension!r} (there are {', '.join(sorted(dimensions))})"
+            )
+    for measure in table.keys("measure"):
+        if measure not in MEASURES:
+            raise ArtifactError(f"{path}: there is no measure {measure!r}{did_you_mean(measure, MEASURES)}")
+    for model in table.keys("model"):
+        if model not in table.models:
+            raise ArtifactError(
+                f"{path.parent.parent / MODELS} has no model {model!r}, which {path.parent / PUBLISHED} names"
+            )
+    for dimension, selections in specification.get("select", {}).items():
+        for key in table.keys(dimension):
+            if key not in selections:
+                raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")
+            stage = selections[key].get("stage", "none")
+            if stage not in STAGES:
+                raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")
+
+
+def compare(table: PublishedTable, runs: Sequence[Run]) -> Table:
+    """The published table with ours beside it, from the runs of its experiment.
+
+    A model that was published and not run keeps its published numbers alone; a model that was run and not published
+    gets numbers of ours alone. Within a model that was run, what has no result is `missing`, what has only failed runs
+    is `failed`.
+    """
+    labels = {model: table.models[model]["label"] for model in table.keys("model")}
+    ran = dict.fromkeys(run.model for run in runs)
+    others = [label for label in ran if label not in labels.values()]
+    labels |= {label: label for label in others}
+    published = {_position(entry.at): entry.value for entry in table.entries}
+    specification = table.specification
+    rows = _combinations(table, specification["rows"], others)
+    columns = _combinations(table, specification["columns"], others)
+    corpora: set[str] = set()
+
+    def triple(at: Coordinates) -> list[Cell]:
+        there = published.get(_position(at))
+        model = at["model"]
+        known = model not in others
+        plain = _plain(at, there) if known else Cell(NONE)
+        if labels[model] not in ran:
+            return [plain, Cell(NONE) if "model" in specification["columns"] else NOT_RUN, Cell(NONE)]
+        if known and _position(at) not in published:
+            return [Cell(NONE), Cell(NONE), Cell(NONE)]
+        ours = _ours(table, at, [run for run in runs if run.model == labels[model]], corpora)
+        return [plain, ours, _difference(ours, there)]
+
+    fixed = _fixed(table)
+    grid = [[triple(fixed | row | column) for column in columns] for row in rows]
+    kept = [_kept([line[number] for line in grid]) for number in range(len(columns))]
+    head = _head(table, columns, kept)
+    body = [
+        [*(Cell(table.title(d, row[d])) for d in specification["rows"]),
+         *(line[number][part] for number in range(len(columns)) for part in kept[number])]
+        for row, line in zip(rows, grid, strict=True)
+    ]  # fmt: skip
+    notes = _notes(table, labels, ran, corpora)
+    return Table(table.name, str(specification["title"]), head, body, len(specification["rows"]), notes)
+
+
+def _position(at: Coordinates) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(at.items()))
+
+
+def _fixed(table: PublishedTable) -> Coordinates:
+    """The dimensions that the layout leaves out because they have one value, for all entries."""
+    laid_out = {*table.specification["rows"], *table.specification["columns"]}
+    return {dimension: table.keys(dimension)[0] for dimension in table.entries[0].at if dimension not in laid_out}
+
+
+def _combinations(table: PublishedTable, dimensions: list[str], others: list[str]) -> list[Coordinates]:
+    """The published combinations of some dimensions in their order; each also for unpublished models."""
+    found = dict.fromkeys(tuple(entry.at[d] for d in dimensions) for entry in table.entries)
+    if "model" in dimensions:
+        place = dimensions.index("model")
+        for model in others:
+            found |= dict.fromkeys((*c[:place], model, *c[place + 1 :]) for c in list(found) if c[place] not in others)
+    return [dict(zip(dimensions, combination, strict=True)) for combination in found]
+
+
+def _plain(at: Coordinates, value: float | None) -> Cell:
+    return Cell(NONE) if value is None else Cell(MEASURES[at["measure"]].format(value), value=value, kind="published")
+
+
+def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], corpora: set[str]) -> Cell:
+    """Our number for one published one: mean and deviation over seeds of the rows that fit."""
+    select: dict[str, dict[str, Any]] = table.specification.get("select", {})
+    wanted: dict[str, Any] = {}
+    for dimension, selections in select.items():
+        wanted |= selections.get(at[dimension], {})
+    fitting = [run for run in runs if _fits(run, wanted)]
+    done = [run for run in fitting if run.completed]
+    if not done:
+        return FAILED if fitting else MISSING
+    measure = MEASURES[at["measure"]]
+    if at["measure"] == "perplexity":
+        measure = Measure(measure.title, perplexity_of(table.specification.get("corpus")), measure.format)
+    stage, quantized = wanted.get("stage"), wanted.get("quantized")
+    by_seed: dict[int, list[float]] = {}
+    for run in done:
+        for row in run.record["rows"]:
+            if stage not in (None, stage_of(row)) or quantized not in (None, row["quantized"]):
+                continue
+            value = measure.read(run, row)
+            if value is not None:
+                by_seed.setdefault(run.seed, []).append(value)
+                if at["measure"] == "perplexity":
+                    corpora |= set(row["perplexity"]) if len(row["perplexity"]) == 1 else set()
+    if not by_seed:
+        return Cell("not measured", kind="missing")
+    for values in by_seed.values():
+        if max(values) - min(values) > SAME * max(abs(value) for value in values):
+            different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
+            return Cell(f"conflict: {different}", kind="conflict")
+    return over_seeds([values[0] for values in by_seed.values()], measure.format)
+
+
+def _fits(run: Run, wanted: dict[str, Any]) -> bool:
+    """Whether a run's configuration has all the values asked for; of a list, one of them."""
+    config = flatten(run.config, "config")
+    for key, value in wanted.items():
+        if key.startswith("config."):
+            allowed = value if isinstance(value, list) else [value]
+            if config.get(key) not in allowed:
+                return False
+    return True
+
+
+def _difference(ours: Cell, published: float | None) -> Cell:
+    if ours.value is None or published is None:
+        return Cell(NONE)
+    difference = ours.value - published
+    fine = 0.005 <= abs(difference) < 1e5 or difference == 0
+    return Cell(f"{difference:+.2f}" if fine else f"{difference:+.2g}", value=difference)
+
+
+def _kept(cells: list[list[Cell]]) -> list[int]:
+    """Which of published, ours and difference a column shows: those that say something in any line."""
+    return [part for part in range(3) if any(cell[part].text != NONE for cell in cells)] or [1]
+
+
+def _head(table: PublishedTable, columns: list[Coordinates], kept: list[list[int]]) -> list[list[Cell]]:
+    specification = table.specification
+    labels = len(specification["rows"])
+    lines = []
+    for dimension in specification["columns"]:
+        line = [Cell("") for _ in range(labels)]
+        previous = None
+        for column, parts in zip(columns, kept, strict=True):
+            key = column[dimension]
+            if key == previous and dimension == specification["columns"][0]:
+                line[-1] = Cell(line[-1].text, line[-1].span + len(parts))
+            else:
+                line.append(Cell(table.title(dimension, key), len(parts)))
+            previous = key
+        lines.append(line)
+    last = [Cell(str(dimension)) for dimension in specification["rows"]]
+    last += [Cell(("published", "ours", "difference")[part]) for parts in kept for part in parts]
+    return [*lines, last]
+
+
+def _notes(table: PublishedTable, labels: dict[str, str], ran: Iterable[str], corpora: set[str]) -> list[str]:
+    notes = [f"Published: {table.specification['source']}", *table.specification.get("notes", [])]
+    absent = [table.title("model", model) for model in table.keys("model") if labels[model] not in ran]
+    if absent:
+        notes.append(f"Not run: {', '.join(absent)}.")
+    wanted = table.specification.get("corpus")
+    if wanted and (others := sorted(corpora - {wanted})):
+        notes.append(f"Ours is measured on {', '.join(others)}, not on {wanted}.")
+    return notes

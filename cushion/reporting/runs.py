@@ -1,0 +1,147 @@
+"""All runs of an experiment as one table: a line for each row of each configuration, averaged over its seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from cushion.reporting.collect import Run
+from cushion.reporting.grid import NONE, Cell, Table
+from cushion.reporting.measures import FAILED, MEASURES, MISSING, Measure, ordinary, over_seeds, perplexity_of, task_of
+
+_GROUPS = ("data", "quantizer", "search", "tuning", "eval")
+_EVERY_SETTING = ("model", *_GROUPS, "device")
+
+
+def experiment_table(experiment: str, runs: Sequence[Run], missing: Sequence[str] = ()) -> Table:
+    """The rows of an experiment's runs, with what varies between them in front.
+
+    Args:
+        experiment: name of the experiment.
+        runs: its results, failed ones included.
+        missing: descriptions of runs that a sweep asked for and that have no result.
+
+    """
+    settings = varying(runs)
+    measures = _measures(runs)
+    titles = ["model", *settings, "row", "prefix", "seeds"]
+    head = [[Cell(title) for title in (*titles, *(measure.title for measure in measures))]]
+    body = []
+    for group in _by(runs, lambda run: run.identity("seed")):
+        done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
+        front = [Cell(group[0].model), *(_setting(group[0], key) for key in settings)]
+        for row in done[0].record["rows"] if done else []:
+            same = [(run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"]]
+            body.append([*front, *_words(row, same), *(_measured(measure, same) for measure in measures)])
+        for run in failed:
+            words = [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(str(run.seed), value=run.seed)]
+            body.append([*front, *words, *(FAILED for _ in measures)])
+    for description in missing:
+        blanks = [Cell(NONE) for _ in range(len(settings) + 1)]
+        words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
+        body.append([*blanks, *words, *(MISSING for _ in measures)])
+    notes = []
+    if any("±" in cell.text for line in body for cell in line):
+        notes.append("Mean ± standard deviation over seeds.")
+    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes)
+
+
+def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]]) -> list[Cell]:
+    prefixes = list(dict.fromkeys(repr(other["prefix"]) if other["prefix"] else NONE for _, other in same))
+    seeds = len({run.seed for run, _ in same})
+    return [Cell(row["label"]), Cell(", ".join(prefixes)), Cell(str(seeds), value=float(seeds))]
+
+
+def _measured(measure: Measure, same: Sequence[tuple[Run, dict[str, Any]]]) -> Cell:
+    values = [value for run, row in same if (value := measure.read(run, row)) is not None]
+    return over_seeds(values, measure.format) if values else Cell(NONE)
+
+
+def _measures(runs: Sequence[Run]) -> list[Measure]:
+    """The columns: every corpus, every task and their mean where there are any, then what every row has."""
+    rows = [row for run in runs for row in run.record["rows"]]
+    corpora = dict.fromkeys(corpus for row in rows for corpus in row["perplexity"])
+    tasks = dict.fromkeys(task for row in rows for task in row.get("tasks") or {})
+    columns = [Measure(f"perplexity {corpus}", _strict(corpus), ordinary) for corpus in corpora]
+    columns += [Measure(f"{task}, %", task_of(task), ordinary) for task in tasks]
+    if any(row.get("accuracy") is not None for row in rows):
+        columns.append(MEASURES["accuracy"])
+    return [*columns, *(MEASURES[name] for name in ("largest_activation", "quantization_error", "seconds"))]
+
+
+def _strict(corpus: str) -> Callable[[Run, dict[str, Any]], float | None]:
+    read = perplexity_of(corpus)
+    return lambda run, row: read(run, row) if corpus in row["perplexity"] else None
+
+
+def varying(runs: Iterable[Run]) -> list[str]:
+    """The keys of the configuration that tell an experiment's runs apart, seed and model aside.
+
+    A group's keys that follow from which of its options was chosen are not named beside the option.
+    """
+    runs = list(runs)
+    found: list[str] = []
+    for group in _EVERY_SETTING:
+        flats = [flatten(run.config.get(group), group) for run in runs]
+        options = [
+            run.model if group == "model" else flat.get(f"{group}.name") for run, flat in zip(runs, flats, strict=True)
+        ]
+        if group != "model" and len(set(options)) > 1:
+            found.append(f"{group}.name")
+        for key in dict.fromkeys(key for flat in flats for key in flat if key not in (f"{group}.name", "model.path")):
+            by_option: dict[Any, set[str]] = {}
+            for option, flat in zip(options, flats, strict=True):
+                by_option.setdefault(option, set()).add(repr(flat.get(key)))
+            if any(len(values) > 1 for values in by_option.values()):
+                found.append(key)
+    return found
+
+
+def flatten(value: Any, name: str) -> dict[str, Any]:
+    """Nested records as one, keys joined with dots."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{name}.{key}")
+    return flat
+
+
+def _setting(run: Run, key: str) -> Cell:
+    group = key.partition(".")[0]
+    value = flatten(run.config.get(group), group).get(key)
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return Cell(NONE if value is None else str(value), value=number)
+
+
+def _by(runs: Iterable[Run], key: Callable[[Run], str]) -> list[list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return list(groups.values())
+
+
+def provenance_table(runs: Sequence[Run]) -> Table:
+    """What each run was: status, versions, git state, device, cost, and where its result is."""
+    titles = ["run", "status", "cushion", "torch", "transformers", "git", "device", "seed", "seconds", "result"]
+    body = []
+    for number, run in enumerate(runs, start=1):
+        environment = run.record["environment"]
+        packages, git = environment.get("packages", {}), environment.get("git")
+        total = run.record["timings"].get("total")
+        commit = "installed package" if not git else git["commit"][:10] + (", changed" if git["dirty"] else "")
+        status = "completed" if run.completed else f"failed: {run.error}"
+        if run.superseded:
+            status += f" ({run.superseded} older of this configuration left out)"
+        versions = [
+            str(environment.get("cushion", "?")),
+            *(str(packages.get(p) or "?") for p in ("torch", "transformers")),
+        ]
+        body.append([
+            Cell(str(number), value=number),
+            Cell(status, kind="" if run.completed else "failed"),
+            *(Cell(text) for text in (*versions, commit, str(environment.get("device", "?")), str(run.seed))),
+            Cell(NONE) if total is None else Cell(f"{total:.0f}", value=total),
+            Cell("/".join(run.path.parts[-5:-1])),
+        ])  # fmt: skip
+    return Table("provenance", "Runs, versions and cost", [[Cell(title) for title in titles]], body, len(titles))

@@ -1,0 +1,141 @@
+"""The command `cushion-status`: which runs under a folder are done, running, failed, interrupted, or missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from cushion.errors import ArtifactError, CushionError
+from cushion.reporting.collect import FILE_NAME, Run, read_result
+
+STATES = ("done", "running", "failed", "damaged", "interrupted", "missing")
+LOCK, PLANS = ".lock", "sweeps/plan-*.json"
+_STOPPED = ("KeyboardInterrupt", "SystemExit")
+"""What a run is stopped by from outside, which is no failure of its own."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What is known of one run: its state, where it is or what it would be, and the error or what was swept."""
+
+    state: str
+    place: str
+    experiment: str
+    detail: str = ""
+
+
+def survey(root: Path) -> list[RunState]:
+    """The state of every run under `root`, those that a sweep planned and that were never started included.
+
+    A run is running when a living process holds the lock of its folder, also one that failed before and is tried again.
+
+    Raises:
+        ArtifactError: there is no such folder, no run in it, or a sweep's plan is damaged.
+
+    """
+    if not root.is_dir():
+        raise ArtifactError(f"there is no folder {root}: name the folder of results (paths.output_dir of the runs)")
+    folders = sorted({path.parent for name in (FILE_NAME, LOCK) for path in root.rglob(name)})
+    states = [_state(folder, root) for folder in folders] + missing(root)
+    if not states:
+        raise ArtifactError(f"{root} holds no run: start one first, or name the folder that results go to")
+    return sorted(states, key=lambda state: (STATES.index(state.state), state.place))
+
+
+def _state(folder: Path, root: Path) -> RunState:
+    place, path = folder.relative_to(root).as_posix(), folder / FILE_NAME
+    experiment = folder.parents[2].name if len(folder.parts) > 3 else ""
+    if _held(folder / LOCK):
+        return RunState("running", place, experiment)
+    if not path.is_file():
+        return RunState("interrupted", place, experiment, "the same command goes on from here")
+    try:
+        run = Run(path, read_result(path))
+    except ArtifactError as error:
+        return RunState("damaged", place, experiment, str(error))
+    if run.completed:
+        return RunState("done", place, run.experiment)
+    stopped = (run.record.get("error") or {}).get("type") in _STOPPED
+    return RunState("interrupted" if stopped else "failed", place, run.experiment, run.error)
+
+
+def _held(lock: Path) -> bool:
+    """Whether a living process holds a lock. The lock of a process that was killed is free, and its file stays."""
+    if not lock.is_file():
+        return False
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+    except PermissionError as error:
+        raise ArtifactError(f"whether a run is at work cannot be told without write access to {lock}") from error
+
+
+def missing(root: Path) -> list[RunState]:
+    """The runs that sweeps planned and of which there is no folder, each once."""
+    found: dict[tuple[str, ...], RunState] = {}
+    for plan in sorted(root.rglob(PLANS)):
+        runs = _plan(plan)
+        shared = set.intersection(*(set(run["overrides"]) for run in runs)) if len(runs) > 1 else set()
+        for run in runs:
+            if any(
+                (plan.parent.parent / folder / name).exists() for folder in run["folders"] for name in (FILE_NAME, LOCK)
+            ):
+                continue
+            swept = shlex.join([override for override in run["overrides"] if override not in shared])
+            place = str(Path(run["folders"][0]).parent)
+            found[tuple(run["folders"])] = RunState("missing", place, run["experiment"], swept)
+    return list(found.values())
+
+
+def _plan(path: Path) -> list[dict[str, Any]]:
+    try:
+        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        if all(run["overrides"] is not None and run["folders"] and run["experiment"] for run in runs):
+            return runs
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): delete it; the sweep writes it again") from error
+    raise ArtifactError(f"{path} is damaged: delete it; the sweep writes it again")
+
+
+def exit_status(states: Sequence[RunState]) -> int:
+    """0 when every run is done, 1 when one failed or is damaged, 3 when one is running, interrupted or missing."""
+    there = {state.state for state in states}
+    return 1 if there & {"failed", "damaged"} else 0 if there <= {"done"} else 3
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command `cushion-status`."""
+    parser = argparse.ArgumentParser(
+        prog="cushion-status",
+        description="Which runs are done, running, failed, interrupted or missing.",
+        epilog="Exit status: 0 all done, 1 some failed or damaged, 3 none failed but some not done.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of results, for example outputs")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only the counts and what is not done")
+    given = parser.parse_args(arguments)
+    try:
+        states = survey(given.folder)
+    except CushionError as error:
+        print(f"cushion-status: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    for state in states:
+        if not (given.quiet and state.state == "done"):
+            print(f"{state.state:<11}  {state.place}{'  ' + state.detail if state.detail else ''}")
+    counts = Counter(state.state for state in states)
+    print(", ".join(f"{counts[name]} {name}" for name in STATES if counts[name]))
+    sys.exit(exit_status(states))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Reading results: all that are there, the newest of each configuration, and a plain word about what is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import failed, record, write
+
+from cushion.errors import ArtifactError
+from cushion.reporting.collect import collect
+
+
+def test_results_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b", record(seed=0), record(seed=1))
+    runs = collect([tmp_path, tmp_path / "a"])
+    assert [run.seed for run in runs] == [0, 1]
+    assert {run.model for run in runs} == {"model"}
+
+
+def test_of_one_configuration_the_result_written_last_counts(tmp_path: Path) -> None:
+    write(tmp_path, failed("older"), record(), failed("oldest"))
+    for name, time in (("run00", 200), ("run01", 300), ("run02", 100)):
+        os.utime(tmp_path / name / "result.json", (time, time))
+    (run,) = collect([tmp_path])
+    assert run.completed
+    assert run.superseded == 2
+
+
+def test_places_and_tracking_make_no_other_configuration_and_a_seed_does(tmp_path: Path) -> None:
+    elsewhere = record()
+    elsewhere["config"]["paths"]["output_dir"], elsewhere["config"]["tracking"] = "elsewhere", {"name": "wandb"}
+    first, second = collect([write(tmp_path, record(), elsewhere, record(seed=1))])
+    assert first.identity() != second.identity()
+    assert first.identity("seed") == second.identity("seed")
+
+
+def test_the_error_of_a_failed_run_is_one_line(tmp_path: Path) -> None:
+    (run,) = collect([write(tmp_path, failed("too\nshort"))])
+    assert run.error == "DataError: too short"
+
+
+def without(key: str) -> dict[str, Any]:
+    content = record()
+    del content[key]
+    return content
+
+
+DAMAGED = {
+    "half a file": '{"schema_version": 1, "status"',
+    "no JSON": "nothing",
+    "no record": "[]",
+    "other version": json.dumps({**record(), "schema_version": 99}),
+    "no rows": json.dumps(without("rows")),
+    "no configuration": json.dumps(without("config")),
+    "rows of another kind": json.dumps({**record(), "rows": [1]}),
+    "a row without label": json.dumps({**record(), "rows": [{"name": "quantized"}]}),
+    "not UTF-8": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, damage: str) -> None:
+    write(tmp_path, record(), record(seed=1))
+    path = tmp_path / "run01" / "result.json"
+    content = DAMAGED[damage]
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        ArtifactError, match=r"run01.result\.json is (damaged|not a result).* delete the folder .*run01 and run again"
+    ):
+        collect([tmp_path])
+
+
+def test_an_empty_and_a_missing_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"holds no result\.json: run an experiment first"):
+        collect([tmp_path])
+    with pytest.raises(ArtifactError, match=r"there is no folder .*nowhere"):
+        collect([write(tmp_path / "full", record()), tmp_path / "nowhere"])

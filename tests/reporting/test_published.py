@@ -1,0 +1,201 @@
+"""Published tables: the shipped ones are sound, ours stands beside theirs in their layout, gaps show as gaps."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import failed, record, row, write
+
+from cushion.cli import config_folder
+from cushion.config import ModelConfig
+from cushion.errors import ArtifactError
+from cushion.reporting.collect import collect
+from cushion.reporting.grid import Table
+from cushion.reporting.published import compare, load_published, published_folder, published_names
+
+FOLDER = published_folder()
+LLAMA2 = "meta-llama/Llama-2-7b-hf"
+
+
+def ours(tmp_path: Path, name: str, *records: dict[str, Any]) -> Table:
+    return compare(load_published(FOLDER, name), collect([write(tmp_path, *records)]))
+
+
+def cell(table: Table, heading: str, *labels: str) -> str:
+    place = table.headings().index(heading)
+    (found,) = [line[place].text for line in table.body if [c.text for c in line[: len(labels)]] == list(labels)]
+    return found
+
+
+@pytest.mark.parametrize("name", published_names(FOLDER))
+def test_every_shipped_table_reads_and_shows_every_published_number(name: str, tmp_path: Path) -> None:
+    table = load_published(FOLDER, name)
+    with (FOLDER / name / "published.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    read = set(table.specification.get("index", [])) | set(table.specification["values"])
+    columns = table.specification["values"]
+    numbers = sorted(float(line[column]) for line in lines for column in columns if line[column])
+    assert sorted(entry.value for entry in table.entries if entry.value is not None) == numbers
+    constant = {column for column in lines[0] if len({line[column] for line in lines}) == 1}
+    unread = set(lines[0]) - read - constant
+    assert unread <= {"scheme", "alpha"}, "columns that only repeat another one, or stand in the notes"
+    shown = compare(table, collect([write(tmp_path, record(model="x/other", experiment=name))]))
+    assert sorted(c.value for line in shown.body for c in line if c.kind == "published") == numbers
+    assert (FOLDER / name / "README.md").is_file()
+
+
+def test_the_models_labels_are_those_of_the_shipped_options() -> None:
+    from omegaconf import OmegaConf
+
+    labels = {label["label"] for label in load_published(FOLDER, "cushioncache_table1").models.values()}
+    for option in ("llama2_7b", "llama2_13b", "llama3_8b", "mistral_7b", "opt_6.7b", "bloom_7b1"):
+        path = OmegaConf.load(config_folder() / "model" / f"{option}.yaml")["path"]
+        assert ModelConfig(path=path).label in labels
+
+
+def test_ours_stands_beside_the_published_number_with_the_difference(tmp_path: Path) -> None:
+    rows = [
+        row("full_precision", 5.5),
+        row("quantized", 9000.0),
+        row("quantized_found", 7.0),
+        row("quantized_tuned", 5.9),
+    ]
+    table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=rows))
+    assert cell(table, "LLaMA2-7B published", "FP16", "none") == "5.47"
+    assert cell(table, "LLaMA2-7B ours", "FP16", "none") == "5.50"
+    assert cell(table, "LLaMA2-7B difference", "FP16", "none") == "+0.03"
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "CushionCache") == "5.90"
+    assert cell(table, "LLaMA2-7B difference", "Per-tensor static", "CushionCache") == "-0.08"
+    assert cell(table, "LLaMA2-7B ours", "SmoothQuant-O1", "none") == "missing"
+    assert cell(table, "LLaMA3-8B published", "FP16", "none") == "6.13"
+    assert "LLaMA3-8B ours" not in table.headings()
+    assert any(note.startswith("Not run: LLaMA3-8B, ") for note in table.notes)
+
+
+def test_another_model_gets_a_column_of_its_own(tmp_path: Path) -> None:
+    table = ours(tmp_path, "cushioncache_table1", record(model="embedded:smollm2-135m", rows=[row("quantized", 66.1)]))
+    assert cell(table, "smollm2-135m ours", "Per-tensor static", "none") == "66.10"
+    assert "smollm2-135m published" not in table.headings()
+
+
+def test_failed_is_not_missing(tmp_path: Path) -> None:
+    done = record(model=LLAMA2, rows=[row("quantized", 9.0)])
+    table = ours(tmp_path, "cushioncache_table1", done, failed("x", model=LLAMA2, quantizer="smoothquant_o3"))
+    assert cell(table, "LLaMA2-7B ours", "SmoothQuant-O3", "none") == "failed"
+    assert cell(table, "LLaMA2-7B ours", "SmoothQuant-O2", "none") == "missing"
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "CushionCache") == "not measured"
+
+
+def test_seeds_are_averaged_and_configurations_that_disagree_are_not(tmp_path: Path) -> None:
+    seeds = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)]) for seed in (0, 1)]
+    table = ours(tmp_path / "seeds", "cushioncache_table1", *seeds)
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41"
+    clash = [record(model=LLAMA2, rows=[row("quantized", value)], **{"eval.blocks": value}) for value in (9.0, 12.0)]
+    table = ours(tmp_path / "clash", "cushioncache_table1", *clash)
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "conflict: 9.00 or 12.00"
+
+
+def test_the_parts_of_table_3_are_told_apart_by_the_loss(tmp_path: Path) -> None:
+    def at(accuracy: float, name: str) -> dict[str, Any]:
+        return row(name, 7.0, accuracy=accuracy)
+
+    model = "meta-llama/Meta-Llama-3-8B"
+    shared = [at(0.68, "full_precision"), at(0.58, "quantized"), at(0.66, "quantized_found")]
+    plain = record(model=model, rows=[*shared, at(0.67, "quantized_tuned")], **{"tuning.lambda_q": 0.0})
+    aware = record(model=model, rows=[*shared, at(0.675, "quantized_tuned")])
+    table = ours(tmp_path, "cushioncache_table3", plain, aware)
+    assert [line[2].text for line in table.body] == ["68.00", "58.00", "66.00", "67.00", "67.50"]
+    assert [line[1].text for line in table.body] == ["68.83", "58.94", "67.78", "68.13", "68.66"]
+
+
+def test_table_4_reads_bits_and_two_measures(tmp_path: Path) -> None:
+    bits = {"quantizer.weights": {"bits": 6}, "quantizer.activations": {"bits": 6}}
+    rows = [row("quantized", 7.0, accuracy=0.6672), row("quantized_tuned", 6.8, accuracy=0.68)]
+    table = ours(tmp_path, "cushioncache_table4", record(model="meta-llama/Meta-Llama-3-8B", rows=rows, **bits))
+    assert cell(table, "LLaMA3-8B perplexity ours", "W6A6", "none") == "7.00"
+    assert cell(table, "LLaMA3-8B accuracy, % difference", "W6A6", "none") == "+0.00"
+    assert cell(table, "LLaMA3-8B perplexity ours", "W4A4", "CushionCache") == "missing"
+
+
+def test_table_5_compares_magnitudes_at_one_block(tmp_path: Path) -> None:
+    curves = {
+        "none": {"top1": [1.0, 2000.0, 3.0], "top10_percent": [0.1, 0.5, 0.9], "median": [0.01, 0.2, 0.3]},
+        "tuned": {"top1": [1.5, 20.0, 90.0], "top10_percent": [0.2, 0.6, 0.8], "median": [0.02, 0.3, 0.4]},
+    }
+    rows = [row("full_precision", 5.0), row("full_precision_tuned", 5.0)]
+    table = ours(tmp_path, "cushioncache_table5", record(model=LLAMA2, rows=rows, activations={"curves": curves}))
+    assert cell(table, "top-1 ours", "LLaMA2-7B", "none") == "2000.00"
+    assert cell(table, "top-1 ours", "LLaMA2-7B", "CushionCache") == "20.00"
+    assert cell(table, "top 10 % ours", "LLaMA2-7B", "CushionCache") == "0.60"
+    assert cell(table, "median ours", "LLaMA3-8B", "none") == "not run"
+
+
+def test_table_6_reads_hours(tmp_path: Path) -> None:
+    table = ours(tmp_path, "cushioncache_table6",
+                 record(model=LLAMA2, search={"seconds": 3600.0}, tuning={"seconds": 1800.0}))  # fmt: skip
+    assert [cell(table, f"{part}, hours ours", "LLaMA2-7B") for part in ("search", "tuning", "total")] == [
+        "1",
+        "0.5",
+        "1.5",
+    ]
+
+
+def test_qfems_modules_are_those_behind_no_prefix(tmp_path: Path) -> None:
+    qfem = {
+        "none": {"kept": ["a", "b"], "ratios": {"a": 50.0, "b": 7.0, "c": 2.0}},
+        "found": {"kept": [], "ratios": {"a": 3.0}},
+    }
+    rows = [row("full_precision", 5.0), row("quantized", 5.0), row("quantized_found", 5.0)]
+    table = ours(tmp_path, "qfem_modules", record(model=LLAMA2, rows=rows, qfem=qfem))
+    titles = ("modules kept", "largest ratio", "smallest ratio kept")
+    assert [cell(table, f"{title} ours", "LLaMA2-7B") for title in titles] == ["2", "50", "7"]
+
+
+def test_another_corpus_is_said(tmp_path: Path) -> None:
+    other = row("quantized", 20.0)
+    other["perplexity"] = {"embedded": 20.0}
+    table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=[other]))
+    assert "Ours is measured on embedded, not on wikitext2." in table.notes
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    folder = tmp_path / "published"
+    shutil.copytree(FOLDER, folder)
+    return folder
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+MISTAKES = {
+    "missing column": ("published.csv", "mistral_7b", "mistral", r"published\.csv has no column 'mistral_7b'"),
+    "no number": ("published.csv", "5.47,", "n/a,", r"published\.csv, line 2, column 'llama2_7b': 'n/a' is no number"),
+    "missing key": ("table.yaml", "columns: [model]", "", r"table\.yaml: the key 'columns' is missing"),
+    "unknown key": ("table.yaml", "corpus:", "korpus:", r"the key 'korpus' is unknown; did you mean 'corpus'"),
+    "unknown measure": ("table.yaml", "measure: perplexity", "measure: perplexitty", r"no measure 'perplexitty'"),
+    "unknown dimension": ("table.yaml", "columns: [model]", "columns: [modell]", r"no dimension 'modell'"),
+    "unselected scheme": ("table.yaml", "    fp16: {quantized: false}\n", "", r"does not say what 'fp16' is"),
+    "unknown model": ("../models.yaml", "llama2_7b:", "llama:", r"models\.yaml has no model 'llama2_7b'"),
+    "no YAML": ("table.yaml", "rows: [", "rows: [[", r"table\.yaml cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_damaged_table_is_named_with_file_and_column(damaged: Path, mistake: str) -> None:
+    file, old, new, message = MISTAKES[mistake]
+    edit(damaged / "cushioncache_table1" / file, old, new)
+    with pytest.raises(ArtifactError, match=message):
+        load_published(damaged, "cushioncache_table1")
+
+
+def test_an_unknown_table_is_named_with_those_there_are() -> None:
+    with pytest.raises(ArtifactError, match="did you mean 'cushioncache_table1'"):
+        load_published(FOLDER, "cushioncache_tabel1")

@@ -1,0 +1,170 @@
+"""The whole report: from real runs and from planted ones to files; pages that nothing in a result can break."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import failed, record, row, write
+from tiny_run import tuning_config
+
+from cushion import pipeline
+from cushion.reporting.cli import main, write_report
+from cushion.reporting.collect import collect
+from cushion.reporting.plots import draw_all
+
+EVIL = "</script><script>alert('x')</script><s> & $x_1$ | \\"
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, the texts of cells, and addresses that would be fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for key, value in attributes if key in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
+    """A result with something for every figure, an evil token in every place that shows one."""
+    curve = {key: [1.0, 10.0] for key in ("top1", "top2", "top3", "top10_percent", "median", "maximum")}
+    step = {"objective_before": 9.0, "token_id": 1, "token": EVIL, "candidates": 3, "seconds": 1.0}
+    made = record(
+        seed=seed, rows=[row("full_precision", 9.0, EVIL), row("quantized_tuned", 10.0 + seed, EVIL)],
+        experiment="cushioncache_table1",
+        activations={"curves": {"none": curve, "tuned": curve}, "titles": {"none": "no prefix", "tuned": "tuned"}},
+        attention={"stages": {"none": {"prefix": [], "first": [[0.5, 0.6], [0.1, 0.2]]},
+                              "tuned": {"prefix": [[0.5, 0.6], [0.1, 0.2]], "first": [[0.0, 0.1], [0.1, 0.2]]}}},
+        search={"objective": "quantization_error", "seconds": 1.0, "steps": [
+            {**step, "step": 0, "objective_after": 3.0, "accepted": True},
+            {**step, "step": 1, "objective_after": 2.9, "accepted": False}]},
+        tuning={"seconds": 2.0, "best_step": 1, "initial_loss": 3.0,
+                "steps": [{"step": 0, "loss": 3.0, "held_out_loss": None},
+                          {"step": 1, "loss": 2.5, "held_out_loss": 2.4}]},
+        qfem={"none": {"kept": [], "ratios": {}, "alpha_search": {"found": 1, "reference_perplexity": 11.0, "points": [
+            {"kept_modules": 0, "perplexity": 30.0}, {"kept_modules": 2, "perplexity": 12.0},
+            {"kept_modules": 3, "perplexity": None}]}}, "tuned": {"kept": [], "ratios": {}, "alpha_search": None}},
+        **others,
+    )  # fmt: skip
+    return {**made, "model": {"label": "model"}}
+
+
+def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "results", everything(), everything(1), failed(EVIL, seed=2, experiment="cushioncache_table1"))
+    (page_path, *others) = write_report([tmp_path / "results"], tmp_path / "report", title=EVIL)
+    text = page_path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags.count("script") == 1, "no token of a prefix becomes a script"
+    assert page.tags.count("s") == 0
+    assert [place for place in page.fetched if not place.startswith(("data:image/png;base64,", "#"))] == []
+    assert page.tags.count("img") == 5
+    for place in (place for place in page.fetched if place.startswith("data:")):
+        assert base64.b64decode(place.partition(",")[2]).startswith(b"\x89PNG")
+    assert repr(EVIL) in page.texts
+    assert any(piece.startswith("failed: DataError: ") for piece in page.texts)
+    assert "http://" not in text and "https://" not in text
+    assert "@media print" in text and 'name="viewport"' in text
+    assert {path.suffix for path in others} == {".md", ".tex", ".csv", ".png"}
+    assert all(path.stat().st_size > 0 for path in others)
+    source = (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
+    assert source.count(r"\begin{table}") == source.count(r"\end{table}") == source.count(r"\bottomrule") == 2
+    pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
+    assert len(pictures) == 5
+    assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
+
+
+def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:
+    other = everything(1)
+    other["tuning"]["steps"][0]["loss"] = 7.0
+    drawings = draw_all(collect([write(tmp_path / "results", everything(), other)]), tmp_path / "figures")
+    by_kind = {}
+    for drawing in drawings:
+        by_kind.setdefault(drawing.path.name.partition("-")[0], []).append(drawing.runs)
+    assert by_kind == {
+        "activations": [(1, 2)],
+        "attention": [(1, 2)],
+        "search": [(1, 2)],
+        "tuning": [(1,), (2,)],
+        "qfem": [(1, 2)],
+    }
+
+
+def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:
+    bare = record(attention=None, qfem=None, search=None, tuning=None, activations={})
+    assert draw_all(collect([write(tmp_path / "results", bare)]), tmp_path / "figures") == []
+    write_report([tmp_path / "results"], tmp_path / "report")
+
+
+def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -> None:
+    expected = []
+    for seed in (0, 1):
+        config = tuning_config(text_file, tmp_path / "outputs")
+        config.seed, config.experiment = seed, "mine"
+        expected.append(pipeline.run(config).rows[-1].perplexity["text"])
+    write_report([tmp_path / "outputs"], tmp_path / "report")
+    lines = (tmp_path / "report" / "runs" / "mine.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 5
+    cells = dict(zip(lines[0].split(","), lines[-1].split(",")[-len(lines[0].split(",")) :], strict=True))
+    assert float(cells["perplexity text"]) == pytest.approx(sum(expected) / 2, rel=1e-12)
+    assert len(list((tmp_path / "report" / "figures").glob("tuning-*.png"))) == 2
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        main(arguments)
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_prints_the_path_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "results", record())
+    code, out, err = outcome(capsys, str(tmp_path / "results"), "-o", str(tmp_path / "report"))
+    assert (code, err) == (0, "")
+    assert Path(out.strip()) == tmp_path / "report" / "report.html"
+
+
+def test_mistakes_end_with_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = ["-o", str(tmp_path / "report")]
+
+    def line(*arguments: str) -> str:
+        code, out, err = outcome(capsys, *arguments, *target)
+        assert (code, out) == (1, "")
+        (only,) = err.splitlines()
+        assert only.startswith("cushion-report: error: ")
+        return only
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no result.json" in line(str(tmp_path / "empty"))
+    results = write(tmp_path / "results", record(experiment="cushioncache_table1"))
+    assert "did you mean 'cushioncache_table1'" in line(str(results), "-e", "cushioncache_tabel1")
+    published = tmp_path / "published" / "cushioncache_table1"
+    published.mkdir(parents=True)
+    (published / "published.csv").write_text("scheme,prefix\nfp16,none\n")
+    (published / "table.yaml").write_text(
+        "{title: t, source: s, values: {llama2_7b: {}}, rows: [scheme], columns: [scheme]}"
+    )
+    (tmp_path / "published" / "models.yaml").write_text("{}\n")
+    monkeypatch.setattr("cushion.reporting.cli.published_folder", lambda: tmp_path / "published")
+    assert "cushioncache_table1/published.csv has no column 'llama2_7b'" in line(str(results))
+    (results / "run00" / "result.json").write_text("{")
+    assert "run00/result.json is damaged" in line(str(results))
+    assert not (tmp_path / "report").exists(), "nothing is written where something is wrong"

@@ -1,0 +1,75 @@
+"""The table of an experiment's runs: what varies, means over seeds, failed and missing lines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from records import failed, record, row, write
+
+from cushion.reporting.collect import collect
+from cushion.reporting.grid import Table
+from cushion.reporting.runs import experiment_table, provenance_table, varying
+
+
+def column(table: Table, title: str) -> list[str]:
+    place = table.headings().index(title)
+    return [line[place].text for line in table.body]
+
+
+def test_rows_that_differ_only_in_seed_become_mean_and_deviation(tmp_path: Path) -> None:
+    values = [20.0, 23.0, 29.0]
+    runs = collect([write(tmp_path, *(record(seed=s, rows=[row("quantized", v)]) for s, v in enumerate(values)))])
+    table = experiment_table("default", runs)
+    mean = sum(values) / 3
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
+    assert column(table, "perplexity wikitext2") == [f"{mean:.2f} ± {deviation:.2f}"]
+    assert column(table, "seeds") == ["3"]
+    assert "standard deviation" in table.notes[0]
+
+
+def test_other_configurations_stay_apart_and_what_tells_them_apart_has_a_column(tmp_path: Path) -> None:
+    taus = [0.3, 0.5, 0.9]
+    runs = collect(
+        [write(tmp_path, *(record(**{"search.tau": tau}, rows=[row("quantized", 10 * tau)]) for tau in taus))]
+    )
+    assert varying(runs) == ["search.tau"]
+    table = experiment_table("default", runs)
+    assert column(table, "search.tau") == [str(tau) for tau in taus]
+    assert column(table, "perplexity wikitext2") == [f"{10 * tau:.2f}" for tau in taus]
+
+
+def test_what_follows_from_the_option_is_not_named_beside_it(tmp_path: Path) -> None:
+    records = [record(quantizer="w8"), record(quantizer="w4", **{"quantizer.weights": {"bits": 4}})]
+    assert varying(collect([write(tmp_path, *records)])) == ["quantizer.name"]
+    records.append(record(quantizer="w4", **{"quantizer.weights": {"bits": 3}}))
+    assert varying(collect([write(tmp_path, *records)])) == ["quantizer.name", "quantizer.weights.bits"]
+
+
+def test_failed_and_missing_runs_are_lines_of_their_own(tmp_path: Path) -> None:
+    runs = collect([write(tmp_path, record(), failed("text too short", seed=1))])
+    table = experiment_table("default", runs, missing=["seed=2"])
+    assert column(table, "row") == ["W8A8", "failed: DataError: text too short", "missing: seed=2"]
+    assert column(table, "perplexity wikitext2") == ["20.00", "failed", "missing"]
+    assert [line[-1].kind for line in table.body] == ["", "failed", "missing"]
+
+
+def test_corpora_tasks_and_accuracy_have_columns_and_absence_shows(tmp_path: Path) -> None:
+    tasks = {"piqa": {"metric": "acc", "value": 0.75, "stderr": 0.01, "samples": 100}}
+    rows = [row("full_precision", 10.0, tasks=tasks, accuracy=0.755), row("quantized", 20.0)]
+    rows[0]["perplexity"]["c4"] = 12.5
+    table = experiment_table("default", collect([write(tmp_path, record(rows=rows))]))
+    assert column(table, "piqa, %") == ["75.00", "-"]
+    assert column(table, "accuracy, %") == ["75.50", "-"]
+    assert column(table, "perplexity c4") == ["12.50", "-"]
+    assert column(table, "perplexity wikitext2") == ["10.00", "20.00"]
+
+
+def test_provenance_says_version_git_state_cost_and_what_was_left_out(tmp_path: Path) -> None:
+    clean = record(seed=1)
+    clean["environment"]["git"] = None
+    table = provenance_table(collect([write(tmp_path, record(), record(), clean)]))
+    assert column(table, "git") == ["0123456789, changed", "installed package"]
+    assert column(table, "seconds") == ["12", "12"]
+    assert column(table, "torch") == ["2", "2"]
+    assert "1 older" in column(table, "status")[0]

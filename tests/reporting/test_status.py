@@ -1,0 +1,105 @@
+"""What `cushion-status` says of runs that are done, at work, killed, failed, damaged, and never started."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from records import failed, record, write
+
+from cushion.reporting.cli import write_report
+from cushion.reporting.status import main, survey
+
+
+def hold(lock: str, held: Event) -> None:
+    with FileLock(lock):
+        held.set()
+        multiprocessing.Event().wait()  # until it is killed
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[multiprocessing.Process]:
+    """A process that holds the lock of tmp_path/x/run/working, the way a run does."""
+    folder = tmp_path / "x" / "run" / "working"
+    folder.mkdir(parents=True)
+    held = multiprocessing.get_context("spawn").Event()
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(str(folder / ".lock"), held))
+    process.start()
+    assert held.wait(60)
+    yield process  # type: ignore[misc]
+    process.kill()
+    process.join()
+
+
+def states(root: Path) -> dict[str, str]:
+    return {Path(state.place).name: state.state for state in survey(root)}
+
+
+def plan(root: Path, *runs: tuple[str, str]) -> None:
+    """A sweep's plan: pairs of a folder and what was swept."""
+    content = [
+        {"overrides": ["model=tiny", swept], "experiment": "default", "folders": [folder]} for folder, swept in runs
+    ]
+    (root / "sweeps").mkdir(parents=True, exist_ok=True)
+    (root / "sweeps" / "plan-0.json").write_text(json.dumps({"runs": content}))
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_a_run_is_running_as_long_as_its_process_lives(tmp_path: Path, holder: multiprocessing.Process) -> None:
+    assert states(tmp_path) == {"working": "running"}
+    write(tmp_path / "x" / "run" / "working", failed("before"))  # a failed run that is tried again
+    (tmp_path / "x" / "run" / "working" / "run00" / "result.json").rename(tmp_path / "x/run/working/result.json")
+    assert states(tmp_path) == {"working": "running"}
+    holder.kill()
+    holder.join()
+    assert states(tmp_path) == {"working": "failed"}
+    (tmp_path / "x/run/working/result.json").unlink()
+    assert states(tmp_path) == {"working": "interrupted"}
+
+
+def test_done_failed_stopped_and_damaged_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = failed("", seed=2)
+    stopped["error"]["type"] = "KeyboardInterrupt"
+    write(tmp_path, record(), failed("text too short", seed=1), stopped, record(seed=3))
+    (tmp_path / "run03" / "result.json").write_text("{")
+    assert states(tmp_path) == {"run00": "done", "run01": "failed", "run02": "interrupted", "run03": "damaged"}
+    code, out, err = outcome(capsys, str(tmp_path))
+    assert (code, err) == (1, "")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["done", "failed", "damaged", "interrupted"]
+    assert "DataError: text too short" in lines[1]
+    assert lines[-1] == "1 done, 1 failed, 1 damaged, 1 interrupted"
+    assert "run00" not in outcome(capsys, str(tmp_path), "--quiet")[1]
+
+
+def test_what_a_sweep_planned_and_nobody_started_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, record())
+    plan(tmp_path, ("run00", "seed=0"), ("run01", "seed=1"))
+    code, out, _ = outcome(capsys, str(tmp_path))
+    assert code == 3
+    assert [line for line in out.splitlines() if line.startswith("missing")] == ["missing      .  seed=1"]
+    write_report([tmp_path], tmp_path / "report")
+    assert "missing: seed=1" in (tmp_path / "report" / "report.html").read_text()
+    write(tmp_path, record(), record(seed=1))
+    assert outcome(capsys, str(tmp_path))[0] == 0
+
+
+def test_mistakes_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, message in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "holds no run")):
+        code, out, err = outcome(capsys, str(folder))
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert message in err
+    plan(tmp_path, ("run00", "seed=0"))
+    (tmp_path / "sweeps" / "plan-0.json").write_text('{"runs": [{}]}')
+    assert "plan-0.json is damaged" in outcome(capsys, str(tmp_path))[2]

@@ -1,0 +1,83 @@
+"""A sweep is refused before its first run if any of its combinations is invalid; its plan names every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_cli import Outcome, arguments, cushion, one_error  # noqa: F401 - fixtures
+
+from cushion.reporting.status import survey
+from cushion.results import FILE_NAME
+
+Command = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "wrong", "named", "which"),
+    [
+        (["seed=0,1", "search.tau=0.5,2"], "2 of the 4 runs", "search.tau=2.0 is not", "run 2 and 1 more: seed=0"),
+        (["eval.bos=none,blok"], "1 of the 2 runs", "did you mean 'block'?", "run 2: eval.bos=blok"),
+        (["quantizer=none,per_tensor_sttic"], "1 of the 2 runs", "mean 'per_tensor_static'?", "run 2: quantizer="),
+        (["tuning=none,short"], "1 of the 2 runs", "tuning=short has no prefix to tune", "run 2: tuning=short"),
+        (["device=cpu,gpu"], "1 of the 2 runs", "device='gpu' is not supported", "run 2: device=gpu"),
+    ],
+)  # fmt: skip
+def test_one_invalid_combination_refuses_the_sweep_before_its_first_run(
+    cushion: Command, arguments: list[str], sweep: list[str], wrong: str, named: str, which: str  # noqa: F811
+) -> None:  # fmt: skip
+    line = one_error(cushion("-m", *arguments, *sweep))
+    assert f"{wrong} of this sweep are invalid, none was started" in line
+    assert named in line
+    assert which in line
+    assert not Path("outputs").exists(), "no run began"
+
+
+def test_every_reason_is_said_once(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
+    line = one_error(cushion("-m", *arguments, "seed=0,1,2", "eval.bos=blok,none", "eval.block_length=1,32"))
+    assert line.count("eval.bos='blok' is not allowed") <= 2  # alone, and not once for every seed
+    assert line.count("eval.block_length=1 is not allowed") == 1
+
+
+def test_an_experiment_that_sweeps_is_checked_without_m(cushion: Command, arguments: list[str], tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    text = "# @package _global_\nexperiment: mine\nhydra: {mode: MULTIRUN, sweeper: {params: {search.tau: '0.5,2'}}}\n"
+    (folder / "mine.yaml").write_text(text)
+    own = ["--config-dir", str(tmp_path / "conf"), "experiment=mine", *arguments]
+    assert "run 2: search.tau=2" in one_error(cushion(*own))
+    assert not Path("outputs").exists()
+    assert cushion(*own, "search.tau=0.5").code == 0, "the command line wins over the experiment's sweep"
+
+
+def test_the_plan_names_every_run_and_a_second_start_writes_the_same(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
+    sweep = ["-m", *arguments, "quantizer=none,per_tensor_dynamic", "experiment=null", "seed=0,1"]
+    arguments = [a for a in sweep if a != "experiment=null"]
+    assert cushion(*arguments).code == 0
+    (plan,) = Path("outputs/sweeps").glob("plan-*.json")
+    content = plan.read_text()
+    planned = json.loads(content)["runs"]
+    assert len(planned) == 4
+    done = {path.parent.relative_to("outputs").as_posix() for path in Path("outputs").rglob(FILE_NAME)}
+    assert len(done) == 4
+    assert all(len(done & set(run["folders"])) == 1 for run in planned)
+    assert {state.state for state in survey(Path("outputs"))} == {"done"}
+    lost = Path("outputs") / sorted(done)[0]
+    for path in lost.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert sorted(state.state for state in survey(Path("outputs"))) == ["done", "done", "done", "missing"]
+    assert cushion(*arguments).code == 0
+    assert [path.read_text() for path in Path("outputs/sweeps").glob("plan-*.json")] == [content]
+    assert {state.state for state in survey(Path("outputs"))} == {"done"}
+
+
+def test_a_plan_that_cannot_be_written_stops_the_sweep(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
+    Path("outputs").mkdir()
+    Path("outputs/sweeps").write_text("in the way")
+    outcome = cushion("-m", *arguments, "seed=0,1")
+    assert outcome.code == 1
+    assert "outputs/sweeps" in outcome.err
+    assert not list(Path("outputs").rglob(FILE_NAME))
