@@ -256,11 +256,11 @@ _HUB_ERRORS: tuple[tuple[type[Exception], str], ...] = (
     (RevisionNotFoundError, "the hub has the model, but not model.revision={revision}: check the revision"),
     (
         LocalEntryNotFoundError,
-        "the hub cannot be reached, and the files are not in the local cache: connect to the network, or give a folder",
+        "the hub cannot be reached, and the files are not in the local cache: check the id or folder, or the network",
     ),
     (
         OfflineModeIsEnabled,
-        "HF_HUB_OFFLINE keeps the hub away, and the files are not in the local cache: unset it, or give a folder",
+        "HF_HUB_OFFLINE keeps the hub away, and the files are not in the local cache: check the id or folder",
     ),
 )
 """What went wrong between the hub and us, and the way out; the first that fits is told."""
