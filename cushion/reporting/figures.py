@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 _LINES = (
     ("top1", "top-1", "#b2182b", "-"),
@@ -150,6 +150,7 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("head")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("block")
     figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 0.93, 1))
