@@ -41,7 +41,7 @@ def recomputed(config: RunConfig, prefix: Prefix, turn: bool = True) -> float:
         for _ in calibrate(lm, prefix, prepared.texts.calibration, ranges):
             pass
     with quantized(lm, config.quantizer, ranges):
-        return perplexity(list(block_losses(lm, prefix, prepared.texts.blocks, config.eval)))
+        return perplexity(list(block_losses(lm, prefix, next(iter(prepared.blocks.values())), config.eval)))
 
 
 @pytest.mark.parametrize(

@@ -422,7 +422,7 @@ def test_folding_into_a_half_precision_norm_with_offset_keeps_what_is_left(tiny:
                 assert (1 + lm.model.get_submodule(norm).weight.float()).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])  # an expert is not reached
 @pytest.mark.parametrize("granularity", ["static", "per_tensor", "per_token"])
 def test_smoothquant_o1_to_o3_of_every_linear_recomputed(tiny: Tiny, family: str, granularity: str) -> None:
     """Equation 4, then q(X / s) q(W s)^T + b, from the plain model's statistics and weights alone."""

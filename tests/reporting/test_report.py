@@ -47,7 +47,7 @@ def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
         seed=seed, rows=[row("full_precision", 9.0, EVIL), row("quantized_tuned", 10.0 + seed, EVIL)],
         experiment="cushioncache_table1",
         activations={"curves": {"none": curve, "tuned": curve}, "titles": {"none": "no prefix", "tuned": "tuned"}},
-        attention={"stages": {"none": {"prefix": [], "first": [[0.5, 0.6], [0.1, 0.2]]},
+        attention={"first": 4, "stages": {"none": {"prefix": [], "first": [[0.5, 0.6], [0.1, 0.2]]},
                               "tuned": {"prefix": [[0.5, 0.6], [0.1, 0.2]], "first": [[0.0, 0.1], [0.1, 0.2]]}}},
         search={"objective": "quantization_error", "seconds": 1.0, "steps": [
             {**step, "step": 0, "objective_after": 3.0, "accepted": True},
@@ -55,7 +55,8 @@ def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
         tuning={"seconds": 2.0, "best_step": 1, "initial_loss": 3.0,
                 "steps": [{"step": 0, "loss": 3.0, "held_out_loss": None},
                           {"step": 1, "loss": 2.5, "held_out_loss": 2.4}]},
-        qfem={"none": {"kept": [], "ratios": {}, "alpha_search": {"found": 1, "reference_perplexity": 11.0, "points": [
+        qfem={"none": {"kept": [], "ratios": {}, "alpha_search": {"found": 1, "target": 1.05,
+            "reference_perplexity": 11.0, "points": [
             {"kept_modules": 0, "perplexity": 30.0}, {"kept_modules": 2, "perplexity": 12.0},
             {"kept_modules": 3, "perplexity": None}]}}, "tuned": {"kept": [], "ratios": {}, "alpha_search": None}},
         **others,
