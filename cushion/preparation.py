@@ -95,7 +95,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     tasks = load_tasks(config.eval, config.paths)
     lm = load_language_model(config.model, config.paths, device)
     start_tokens = _start_tokens(lm, config)
-    _check(lm, config, start_tokens)
+    _check(lm, config, tasks, start_tokens)
     blocks = {
         name: corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks)
         for name, purpose in measured.items()
@@ -153,7 +153,7 @@ def random_tokens(lm: LanguageModel, length: int, seed: int) -> list[int]:
     return tokens
 
 
-def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> None:
+def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
     check_quantizer(lm, config.quantizer)
     search, longest = config.search, len(start_tokens)
     if search.method == "greedy":
@@ -172,7 +172,7 @@ def _check(lm: LanguageModel, config: RunConfig, start_tokens: list[int]) -> Non
                 f"{lm.label} has {lm.context_length}: shorten it"
             )
     check_evaluation(lm, config.eval, longest)
-    check_tasks(lm, config.eval, config.quantizer, longest)
+    check_tasks(lm, config.eval, tasks, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     with_bos = int(config.eval.bos == "block")
     for key, used, length, extra in (

@@ -68,9 +68,11 @@ def _mean(texts: list[Tensor]) -> list[list[float]]:
 @contextmanager
 def _eager_attention(lm: LanguageModel) -> Iterator[None]:
     """Let the model compute attention in the one way that yields its probabilities, and put the old way back."""
-    before = lm.model.config._attn_implementation
+    config, before = lm.model.config, lm.model.config._attn_implementation
     lm.model.set_attn_implementation("eager")
+    config._attn_implementation = "eager"  # where a family has no interface for it, the call above changes nothing
     try:
         yield
     finally:
         lm.model.set_attn_implementation(before)
+        config._attn_implementation = before

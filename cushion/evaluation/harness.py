@@ -22,7 +22,8 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from cushion.evaluation.tasks import EvaluationTask, TaskGroup, silenced
+from cushion.errors import NotFiniteError
+from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask, TaskGroup, silenced
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -118,11 +119,15 @@ def run_task(
     Args:
         limit: number of records from the start; None for all.
 
+    Raises:
+        NotFiniteError: the model answers with no numbers, of which accuracies would be made all the same.
+
     Returns:
         All metrics by name (with the filter behind a comma where it is not lm-eval's `none`), the number of records
         asked, and lm-eval's record of every sample.
 
     """
+    task.task.set_fewshot_seed(seed=FEW_SHOT_SEED)  # its sampler goes on from where the last row left it
     random.seed(SEEDS[0])
     numpy.random.seed(SEEDS[1])  # lm-eval's tasks draw from the global generators
     with torch.random.fork_rng(devices=[]), silenced("lm_eval.evaluator"), _undisturbed():
@@ -135,8 +140,21 @@ def run_task(
             log_samples=True,
         )
     assert found is not None
+    samples = list(found["samples"][task.name])
+    if _has_nan([sample["filtered_resps"] for sample in samples]):
+        raise NotFiniteError(
+            f"the answers to {task.name} are not numbers: the activations overflow (use model.dtype=bfloat16 or "
+            "float32), or the quantizer destroys the model"
+        )
     asked = int(found["n-samples"][task.name]["effective"])
-    return _metrics(found["results"][task.name]), asked, list(found["samples"][task.name])
+    return _metrics(found["results"][task.name]), asked, samples
+
+
+def _has_nan(answers: Any) -> bool:
+    """Whether there is a float that is no number anywhere in nested lists and tuples."""
+    if isinstance(answers, (list, tuple)):
+        return any(map(_has_nan, answers))
+    return isinstance(answers, float) and math.isnan(answers)
 
 
 def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str) -> TaskScore:
@@ -155,7 +173,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
             continue
         stderr = found.get(f"{name}_stderr,{filtered}")
         metrics[name if filtered == "none" else key] = {
-            "value": float(value),
+            "value": float(value) if math.isfinite(value) else None,  # a perplexity can overflow
             "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
         }
     return metrics

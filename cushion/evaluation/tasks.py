@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ PAPER_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "openbookqa"
 
 BATCH_SIZE = 8
 """Requests per forward pass where `eval.task_batch_size` names none and the quantizer allows several."""
+
+GENERATED_TOKENS = 256
+"""What lm-eval lets a task generate that does not say how much."""
 
 FEW_SHOT_SEED = 1234
 """lm-eval's own seed for the draw of examples."""
@@ -224,24 +228,82 @@ def _local_task(manager: Any, name: str, local: LocalSet, root: Path, config: Ev
     if not root.is_dir():
         raise DataError(f"paths.data_dir={str(root)!r} is not a folder: check the path")
     records: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, list[int]] = {}
     processed = False
     definition = manager.task_index[name].cfg
     subject = definition.get("dataset_name") if local.subject else None
     for split, file in local.files:
         path = root / local.folder / file
-        records[split], processed = _read(path, local, subject)
-    overrides: dict[str, Any] = {"task": name, "custom_dataset": _give(name, records)}
+        records[split], lines[split], processed = _read(path, local, subject)
+    overrides: dict[str, Any] = {"task": name}
     if processed:
         overrides["process_docs"] = None
     for key in ("training_split", "validation_split", "test_split"):
         if definition.get(key) not in records:  # lm-eval reads every split that a definition names
             overrides[key] = None
     _check_examples(name, definition, set(records), root / local.folder, config)
-    # a group of our own is lm-eval's way to load a task of its index with some of its definition replaced
-    with silenced("lm_eval.api.task"):  # it warns that the records come from a function
-        task = manager.load([{"group": "cushion_local", "task": [overrides]}])["tasks"][name]
+    asked = definition.get("test_split") or definition.get("validation_split")
+    path = root / local.folder / dict(local.files)[asked]
+    task = _stock(manager, overrides, name, records, asked, path, lines[asked])
+    _check_records(task, path, lines[asked])
     origin = ", ".join(str((root / local.folder / file).resolve()) for _, file in local.files)
     return _finished(name, task, origin, config)
+
+
+def _stock(
+    manager: Any,
+    overrides: dict[str, Any],
+    name: str,
+    records: dict[str, list[dict[str, Any]]],
+    split: str,
+    path: Path,
+    lines: list[int],
+) -> Any:
+    """lm-eval's task with some of its definition replaced.
+
+    Raises:
+        DataError: it cannot prepare a record of `split`; the first such record's line is named.
+
+    """
+
+    def load(count: int) -> Any:
+        given = {**records, split: records[split][:count]}
+        # a group of our own is lm-eval's way to load a task of its index with changes
+        spec = {"group": "cushion_local", "task": [{**overrides, "custom_dataset": _give(name, given)}]}
+        with silenced("lm_eval.api.task"):  # it warns that the records come from a function
+            return manager.load([spec])["tasks"][name]
+
+    try:
+        return load(len(records[split]))
+    except (ValueError, KeyError, TypeError) as error:
+        good, bad = 0, len(records[split])  # it takes the first `good` records, and not the first `bad`
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                load(middle)
+            except (ValueError, KeyError, TypeError):
+                bad = middle
+            else:
+                good = middle
+        line = lines[bad - 1] if lines else bad
+        raise DataError(f"{path}, line {line}: {name} of lm-eval cannot prepare this record: {error}") from error
+
+
+def _check_records(task: Any, path: Path, lines: list[int]) -> None:
+    """Raise `DataError` for a record of which the definition cannot make a request, with its line."""
+    for number, record in enumerate(task.eval_docs):
+        try:
+            task.doc_to_text(record)
+            target = task.doc_to_target(record)
+            choices = task.doc_to_choice(record) if task.OUTPUT_TYPE == "multiple_choice" else None
+            if choices is not None and isinstance(target, int) and not 0 <= target < len(choices):
+                raise ValueError(f"its answer is choice {target} of {len(choices)}")
+        except Exception as error:  # whatever a template or a function of a definition raises
+            line = lines[number] if lines else number + 1
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"{path}, line {line}: {task.task_name} of lm-eval cannot make a request of this record: {reason}"
+            ) from error
 
 
 def _check_examples(name: str, definition: dict[str, Any], splits: set[str], folder: Path, config: EvalConfig) -> None:
@@ -266,21 +328,32 @@ def _give(name: str, records: dict[str, list[dict[str, Any]]]) -> Callable[..., 
     return dataset
 
 
-def _read(path: Path, local: LocalSet, subject: str | None) -> tuple[list[dict[str, Any]], bool]:
-    """The records of one file, and whether they are in the form that `process_docs` makes."""
+def _read(path: Path, local: LocalSet, subject: str | None) -> tuple[list[dict[str, Any]], list[int], bool]:
+    """The records of one file, their lines, and whether they are in the form that `process_docs` makes."""
     if path.suffix != ".jsonl":
-        articles = wikitext_articles(line + "\n" for line in read_lines(path))
-        return [{"page": article} for article in articles], False
+        from_first = dropwhile(lambda line: not line.strip(), read_lines(path))
+        return [{"page": article} for article in wikitext_articles(from_first, "\n")], [], False
     records = list(read_records(path))
     if local.subject is not None:
+        for line, record in records:
+            _check_fields(path, line, record, local.fields)
         records = [(line, record) for line, record in records if record.get(local.subject) == subject]
     if not records:
         what = f" with {local.subject}={subject!r}" if local.subject else ""
         raise DataError(f"{path} holds no record{what}: check the file")
     processed = local.processed is not None and set(local.processed) <= set(records[0][1])
+    fields = local.processed if processed and local.processed else local.fields
+    kinds: dict[str, type] = {}
     for line, record in records:
-        _check_fields(path, line, record, local.processed if processed and local.processed else local.fields)
-    return [record for _, record in records], processed
+        _check_fields(path, line, record, fields)
+        for field in fields:
+            kind = kinds.setdefault(field, type(record[field]))
+            if type(record[field]) is not kind:
+                raise DataError(
+                    f"{path} line {line}: the field {field!r} is {type(record[field]).__name__}, and {kind.__name__} "
+                    "in the records before it"
+                )
+    return [record for _, record in records], [line for line, _ in records], processed
 
 
 def _check_fields(path: Path, line: int, record: dict[str, Any], fields: tuple[str, ...]) -> None:
@@ -299,7 +372,10 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig) -> Evaluati
     task.set_fewshot_seed(seed=FEW_SHOT_SEED)
     definition = {key: value for key, value in task.dump_config().items() if key not in ("metadata", "custom_dataset")}
     records = list(task.eval_docs)[: config.limit]
-    examples = list(task.fewshot_docs()) if task.get_config("num_fewshot") else []
+    wanted = int(task.get_config("num_fewshot"))
+    examples = list(task.fewshot_docs()) if wanted else []
+    if wanted > len(examples):
+        raise ConfigError(f"eval.shots={wanted} is more than the {len(examples)} examples that {name} has: lower it")
     identity = digest(json.loads(json.dumps([definition, task.VERSION, records, examples], default=str)))
     return EvaluationTask(name, task, identity, origin)
 
@@ -314,7 +390,9 @@ def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None) -> in
     return 1 if _spans_batch(quantizer) else BATCH_SIZE
 
 
-def check_tasks(lm: LanguageModel, config: EvalConfig, quantizer: QuantizerConfig, prefix_length: int) -> None:
+def check_tasks(
+    lm: LanguageModel, config: EvalConfig, tasks: TaskSet, quantizer: QuantizerConfig, prefix_length: int
+) -> None:
     """Refuse what cannot be evaluated right: no room behind the prefix, or scales that would span a batch.
 
     Raises:
@@ -328,6 +406,16 @@ def check_tasks(lm: LanguageModel, config: EvalConfig, quantizer: QuantizerConfi
             f"a prefix of up to {prefix_length} tokens leaves no room for the context of eval.tasks in the "
             f"{lm.context_length} positions of {lm.label}: shorten the prefix"
         )
+    for name, one in tasks.tasks.items():
+        if lm.context_length is None or one.task.OUTPUT_TYPE != "generate_until":
+            continue
+        generated = int((one.task.get_config("generation_kwargs") or {}).get("max_gen_toks", GENERATED_TOKENS))
+        if lm.context_length - prefix_length - generated < 1:
+            raise ConfigError(
+                f"eval.tasks={name} generates up to {generated} tokens, and behind a prefix of up to {prefix_length} "
+                f"no room is left for its context in the {lm.context_length} positions of {lm.label}: "
+                "shorten the prefix"
+            )
     if (config.task_batch_size or 1) > 1 and _spans_batch(quantizer):
         raise ConfigError(
             f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "

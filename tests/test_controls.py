@@ -1,0 +1,217 @@
+"""Controls: the prefixes that nothing searched for, alone, tuned, and under every quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from tiny_run import TUNED_ROWS, saved_model, small_config, tuning_config
+
+from cushion import pipeline
+from cushion.cli import config_folder, register_schema, to_run_config
+from cushion.config import ModelConfig, QuantizerConfig, RunConfig, SearchConfig
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel, load_language_model
+from cushion.prefix import Prefix
+from cushion.preparation import random_tokens
+
+Tiny = Callable[..., LanguageModel]
+CONF = config_folder()
+CONTROLS = ("bos", "newline", "random")
+QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml"))
+
+
+@pytest.fixture
+def option() -> Iterator[Callable[..., RunConfig]]:
+    """`option("quantizer=none", ...)`: the configuration that these words of the command line make."""
+    GlobalHydra.instance().clear()
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *words: to_run_config(compose("config", list(words)))
+
+
+def quick(quantizer: QuantizerConfig) -> QuantizerConfig:
+    quantizer.calibration.samples, quantizer.calibration.length = 2, 16
+    quantizer.weights.group_size = 16  # of the 32 features of a tiny model
+    return quantizer
+
+
+def prefix_tokens(config: RunConfig) -> list[int]:
+    result = pipeline.run(config)
+    assert result.prefix is not None
+    saved = Prefix.load(pipeline.run_folder(config) / "prefix")
+    assert list(saved.token_ids) == result.prefix["token_ids"]
+    return list(saved.token_ids)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_is_the_prefix_of_its_tokens(
+    option: Callable[..., RunConfig], tiny: Tiny, text_file: Path, tmp_path: Path, control: str
+) -> None:
+    config = small_config(text_file, tmp_path)
+    config.search = option(f"search={control}").search
+    assert config.search.name == config.search.method == control
+    lm = tiny()
+    wanted = {"bos": [256], "newline": lm.encode("\n").tolist(), "random": random_tokens(lm, 1, 0)}[control]
+    assert len(wanted) == 1
+    result = pipeline.run(config)
+    assert result.search is not None
+    assert (result.search["method"], result.search["token_ids"]) == (control, wanted)
+    assert result.prefix is not None
+    assert (result.prefix["token_ids"], result.prefix["tuned"]) == (wanted, False)
+    assert result.prefix["text"] == lm.decode(wanted)
+    names = ["full_precision", "full_precision_found", "quantized", "quantized_found"]
+    assert [row.name for row in result.rows] == names
+    assert [row.label.endswith(f" + {control} prefix") for row in result.rows] == [False, True, False, True]
+
+    saved, made = Prefix.load(pipeline.run_folder(config) / "prefix"), Prefix.from_tokens(lm.model, wanted)
+    for ours, theirs in zip((*saved.keys, *saved.values), (*made.keys, *made.values), strict=True):
+        assert torch.equal(ours, theirs)
+
+    given = small_config(text_file, tmp_path)
+    given.search = SearchConfig(name="tokens", method="tokens", token_ids=wanted)
+    assert [row.perplexity for row in pipeline.run(given).rows] == [row.perplexity for row in result.rows]
+
+
+def test_a_control_needs_no_text_to_search(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path)
+    config.search = SearchConfig(name="bos", method="bos")
+    assert set(pipeline.run(config).data) == {"evaluation", "calibration"}
+    assert not (tmp_path / "cache" / "search").exists()
+
+
+# ---- random tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 5, 256])
+def test_random_tokens_are_distinct_and_none_is_special(tiny: Tiny, length: int) -> None:
+    lm = tiny()
+    for seed in range(20):
+        tokens = random_tokens(lm, length, seed)
+        assert len(tokens) == len(set(tokens)) == length
+        assert all(0 <= token < 256 for token in tokens)  # 256 to 259 are the special ones
+
+
+def test_random_tokens_are_the_seeds(tiny: Tiny) -> None:
+    lm = tiny()
+    drawn = [random_tokens(lm, 6, seed) for seed in range(12)]
+    assert [random_tokens(lm, 6, seed) for seed in range(12)] == drawn
+    assert len({tuple(tokens) for tokens in drawn}) == 12
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert random_tokens(lm, 6, 3) == drawn[3]
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
+    assert random_tokens(lm, 2, 3) == drawn[3][:2]
+
+
+def test_random_tokens_are_drawn_from_the_whole_vocabulary(tiny: Tiny) -> None:
+    lm = tiny()
+    seen = {token for seed in range(400) for token in random_tokens(lm, 8, seed)}
+    assert seen == set(range(256))
+
+
+def test_more_random_tokens_than_there_are_is_refused(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"search\.length=257 is more than the 256 tokens of tiny_llama.*lower it"):
+        random_tokens(tiny(), 257, 0)
+    config = small_config(text_file, tmp_path)
+    config.search = SearchConfig(name="random", method="random", length=257)
+    with pytest.raises(ConfigError, match=r"search\.length=257"):
+        pipeline.run(config)
+    with pytest.raises(ConfigError, match=r"search\.length=0"):
+        SearchConfig(method="random", length=0)
+
+
+def test_a_random_prefix_longer_than_the_context_is_refused(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path)
+    config.search = SearchConfig(name="random", method="random", length=250)
+    with pytest.raises(ConfigError, match=r"a prefix of up to 250 tokens.*256"):
+        pipeline.run(config)
+
+
+def test_a_run_repeats_over_seeds(text_file: Path, tmp_path: Path, tiny: Tiny) -> None:
+    found = {}
+    for seed in (0, 1, 2):
+        config = small_config(text_file, tmp_path)
+        config.seed, config.search = seed, SearchConfig(name="random", method="random", length=4)
+        found[seed] = prefix_tokens(config)
+        assert found[seed] == random_tokens(tiny(), 4, seed)
+    assert len({tuple(tokens) for tokens in found.values()}) == 3
+    again = small_config(text_file, tmp_path / "elsewhere")
+    again.search = SearchConfig(name="random", method="random", length=4)
+    assert prefix_tokens(again) == found[0]
+
+
+# ---- models without BOS ---------------------------------------------------------------------------------------------
+
+
+def without_bos(folder: Path) -> ModelConfig:
+    saved_model(folder)
+    lm = load_language_model(ModelConfig(path=str(folder)), small_config(folder, folder).paths)
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    lm.tokenizer.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+def test_bos_of_a_model_without_one_is_refused_and_the_other_controls_are_not(text_file: Path, tmp_path: Path) -> None:
+    model = without_bos(tmp_path / "model")
+    for search in (SearchConfig(name="bos", method="bos"), SearchConfig(name="g", method="greedy", start="bos")):
+        config = small_config(text_file, tmp_path / "out")
+        config.model, config.search = model, search
+        way_out = r"search\.method=bos.*no BOS token: use search=newline"
+        if search.method == "greedy":
+            way_out = r"search\.start=bos.*no BOS token: use search\.start=empty"
+        with pytest.raises(ConfigError, match=way_out):
+            pipeline.run(config)
+    for method in ("newline", "random"):
+        config = small_config(text_file, tmp_path / "out")
+        config.model, config.search = model, SearchConfig(name=method, method=method)
+        assert len(prefix_tokens(config)) == 1
+
+
+def test_bos_is_the_end_of_text_where_there_is_no_other(text_file: Path, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    config = small_config(text_file, tmp_path / "out")
+    lm = load_language_model(ModelConfig(path=str(folder)), config.paths)
+    lm.tokenizer.bos_token = None
+    lm.tokenizer.save_pretrained(folder)
+    config.model, config.search = ModelConfig(path=str(folder)), SearchConfig(name="bos", method="bos")
+    assert prefix_tokens(config) == [257]
+
+
+# ---- composed with everything else ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_can_be_tuned(text_file: Path, tmp_path: Path, control: str) -> None:
+    config = tuning_config(text_file, tmp_path)
+    config.search = SearchConfig(name=control, method=control, length=2 if control == "random" else 1)
+    result = pipeline.run(config)
+    assert [row.name for row in result.rows] == TUNED_ROWS
+    assert result.prefix is not None
+    assert result.search is not None
+    assert result.prefix["token_ids"] == result.search["token_ids"]
+    assert len(result.prefix["token_ids"]) == (2 if control == "random" else 1)
+    assert result.tuning is not None
+    assert len(result.tuning["steps"]) == 5
+    assert result.prefix["tuned"] is (result.tuning["best_step"] > 0)
+    assert result.rows[-1].label.endswith("tuned prefix")
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_control_stands_before_every_quantizer(
+    option: Callable[..., RunConfig], text_file: Path, tmp_path: Path, quantizer: str
+) -> None:
+    control = CONTROLS[QUANTIZERS.index(quantizer) % len(CONTROLS)]  # each of them before several
+    config = small_config(text_file, tmp_path)
+    config.quantizer = quick(option(f"quantizer={quantizer}").quantizer)
+    config.search = option(f"search={control}").search
+    result = pipeline.run(config)
+    rows = ["full_precision", "full_precision_found", "quantized", "quantized_found"]
+    assert [row.name for row in result.rows] == (rows[:2] if config.quantizer.is_full_precision else rows)
+    for without, behind in zip(result.rows[::2], result.rows[1::2], strict=True):
+        assert without.perplexity != behind.perplexity
+        assert (without.prefix, behind.prefix) == ("", result.prefix and result.prefix["text"])

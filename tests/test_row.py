@@ -1,0 +1,594 @@
+"""Rows with perplexity and tasks: what they measure, that they resume, and made-up task records for other tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from tiny_run import small_config
+
+from cushion import pipeline, row
+from cushion.activations import ChannelRanges
+from cushion.artifacts import ArtifactStore
+from cushion.config import (
+    ActivationConfig,
+    CorpusConfig,
+    EvalConfig,
+    PathsConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+    WeightConfig,
+)
+from cushion.errors import ConfigError, NotFiniteError
+from cushion.evaluation import perplexity
+from cushion.evaluation.tasks import TaskSet, load_tasks
+from cushion.events import Event, Progress
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import calibrate
+from cushion.results import RunResult
+
+Tiny = Callable[..., LanguageModel]
+
+# ---- made-up records in the fields of the official sets -------------------------------------------------------------
+
+
+def _choices(*texts: str, labels: str = "ABCDE") -> dict[str, list[str]]:
+    return {"text": list(texts), "label": list(labels[: len(texts)])}
+
+
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "lambada_openai": [
+        {"text": "The keeper lit the lamp and climbed the stair to see the lamp"},
+        {"text": 'She said "no"\u2028and then, after a while, she said\nyes'},
+        {"text": "One two three four five six"},
+        {"text": "Caf\u00e9 after caf\u00e9 they walked, until there was no caf\u00e9"},
+    ],
+    "hellaswag": [
+        {
+            "ind": 3,
+            "activity_label": "Roof repair",
+            "ctx_a": "A man is sitting on a roof.",
+            "ctx_b": "he",
+            "ctx": "A man is sitting on a roof. he",
+            "endings": ["sings [step] a  song.", "pulls up tiles.", "is a cube.", "[title] Sleeps there."],
+            "label": "1",
+        },
+        {
+            "ind": 5,
+            "activity_label": "Home and Garden",
+            "ctx_a": "[header] How to plant a tree [title] Dig a hole.  [step] Use a spade.",
+            "ctx_b": "",
+            "ctx": "[header] How to plant a tree [title] Dig a hole.  [step] Use a spade.",
+            "endings": ["Put it in.", "Leave it out.", "Eat the spade.", "Paint the hole."],
+            "label": "0",
+        },
+        {
+            "ind": 8,
+            "activity_label": "Canoeing",
+            "ctx_a": "Two women are in a canoe.",
+            "ctx_b": "THEY paddle",
+            "ctx": "Two women are in a canoe. THEY paddle",
+            "endings": ["home.", "in the air.", "the piano.", "on foot."],
+            "label": "0",
+        },
+    ],
+    "piqa": [
+        {"goal": "open a jar", "sol1": "turn the lid", "sol2": "turn the table", "label": 0},
+        {"goal": "dry a shirt ", "sol1": " put it in water", "sol2": "hang it up", "label": 1},
+        {"goal": "boil an egg", "sol1": "put it in hot water", "sol2": "put it in a drawer", "label": 0},
+    ],
+    "winogrande": [
+        {"sentence": "Ann beat Eve because _ was fast.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+        {"sentence": "The cup fell off the shelf, so _ broke.", "option1": "shelf", "option2": "cup", "answer": "2"},
+        {"sentence": "Bo asked Al, and _ answered.", "option1": "Bo", "option2": "Al", "answer": "2"},
+    ],
+    "openbookqa": [
+        {"question_stem": "Ice melts when it is", "choices": _choices("hot", "cold", "blue", "old"), "answerKey": "A"},
+        {"question_stem": "A plant needs", "choices": _choices("a hat", "light", "tea", "a car"), "answerKey": " B"},
+        {"question_stem": "The sun is", "choices": _choices("a dog", "a lamp", "a cup", "a star"), "answerKey": "D"},
+    ],
+    "rte": [
+        {"sentence1": "All dogs bark.", "sentence2": "A dog barks.", "label": 0},
+        {"sentence1": "It rained.", "sentence2": "It was dry.", "label": 1},
+        {"sentence1": "Ann sings well.", "sentence2": "Ann sings.", "label": 0},
+    ],
+    "copa": [
+        {"premise": "The cup broke.", "choice1": "It fell.", "choice2": "It flew.", "question": "cause", "label": 0},
+        {"premise": "It rained.", "choice1": "I sang.", "choice2": "I got wet.", "question": "effect", "label": 1},
+        {"premise": "He ran. ", "choice1": "A bus left.", "choice2": "He sat.", "question": "cause", "label": 0},
+    ],
+    "arc_challenge": [
+        {"question": "What is water?", "choices": _choices("a gas", "a liquid", "a metal"), "answerKey": "B"},
+        {
+            "question": "Which is hot?",
+            "choices": _choices("ice", "fire", "snow", "fog", labels="1234"),
+            "answerKey": "2",
+        },
+        {"question": "Which is red?", "choices": _choices("a leaf", "a rose", "the sea", "ink"), "answerKey": "B"},
+    ],
+}
+FILES = {
+    "lambada_openai": "lambada_openai/lambada_test.jsonl",
+    "openbookqa": "openbookqa/test.jsonl",
+    "arc_challenge": "arc_challenge/test.jsonl",
+    **{name: f"{name}/validation.jsonl" for name in ("hellaswag", "piqa", "winogrande", "rte", "copa")},
+}
+MMLU: dict[str, list[dict[str, Any]]] = {
+    "test": [
+        {"subject": "abstract_algebra", "question": "1 + 1? ", "choices": ["1", "2", "3", "4"], "answer": 1},
+        {"subject": "anatomy", "question": "Bones are", "choices": ["hard", "soft", "gas", "air"], "answer": 0},
+        {"subject": "abstract_algebra", "question": "2 + 2?", "choices": ["1", "2", "3", "4"], "answer": 3},
+        {"subject": "anatomy", "question": "The heart", "choices": ["sees", "sings", "beats", "eats"], "answer": 2},
+        {"subject": "anatomy", "question": "The eye", "choices": ["sees", "sings", "beats", "eats"], "answer": 0},
+    ],
+    "dev": [
+        {"subject": "anatomy", "question": "Ears", "choices": ["see", "hear", "taste", "walk"], "answer": 1},
+        {"subject": "abstract_algebra", "question": "0 + 0?", "choices": ["0", "1", "2", "3"], "answer": 0},
+        {"subject": "abstract_algebra", "question": "0 + 1?", "choices": ["0", "1", "2", "3"], "answer": 1},
+        {"subject": "abstract_algebra", "question": "0 + 2?", "choices": ["0", "1", "2", "3"], "answer": 2},
+        {"subject": "anatomy", "question": "Feet", "choices": ["see", "hear", "taste", "walk"], "answer": 3},
+    ],
+}
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_sets(root: Path, *names: str) -> PathsConfig:
+    """Lay the made-up records of some tasks out below a data folder, as `paths.data_dir` wants them."""
+    for name in names:
+        if name == "mmlu":
+            for split, records in MMLU.items():
+                write_lines(root / "mmlu" / f"{split}.jsonl", records)
+        else:
+            write_lines(root / FILES[name], RECORDS[name])
+    return PathsConfig(data_dir=str(root))
+
+
+GENERATION = """
+task: tiny_generation
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/generation.jsonl}}, cache_dir: {folder}/cache}}
+output_type: generate_until
+test_split: test
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 8, do_sample: false}}
+filter_list:
+  - {{name: strict-match, filter: [{{function: regex, regex_pattern: "([a-z])"}}, {{function: take_first}}]}}
+  - {{name: whole, filter: [{{function: take_first}}]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 3}}
+"""
+EXAMPLES = """
+task: tiny_examples
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/test.jsonl, train: {folder}/train.jsonl}}, cache_dir: {folder}/cache}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+doc_to_text: "{{{{question}}}} ->"
+doc_to_choice: ["yes", "no"]
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+
+
+def own_tasks(factory: pytest.TempPathFactory) -> str:
+    """A folder for `eval.include_path`, the same one for all test files: lm-eval indexes its tasks but once."""
+    folder = factory.getbasetemp() / "own_tasks"
+    if not folder.is_dir():
+        questions = ["one", "a rather longer question than that", "zwei", "three little words", "q" * 70]
+        asked = [{"question": question, "answer": question[0]} for question in questions]
+        write_lines(folder / "generation.jsonl", asked)
+        for name, count in (("train", 9), ("test", 4)):
+            records = [{"question": f"{name} {number}", "answer": number % 2} for number in range(count)]
+            write_lines(folder / f"{name}.jsonl", records)
+        (folder / "generation.yaml").write_text(GENERATION.format(folder=folder), encoding="utf-8")
+        (folder / "examples.yaml").write_text(EXAMPLES.format(folder=folder), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return own_tasks(tmp_path_factory)
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+STATIC = QuantizerConfig()
+DYNAMIC = QuantizerConfig(name="per_tensor_dynamic", activations=ActivationConfig(range="dynamic"))
+PER_TOKEN = QuantizerConfig(
+    name="per_token_dynamic", activations=ActivationConfig(granularity="per_token", range="dynamic")
+)
+
+
+class Recorded:
+    """Stands for the cache keys of a run and its listener, and remembers what it was called with."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+
+    def depends_on(self, step: str, **others: Any) -> dict[str, Any]:
+        self.asked.append({"step": step, **others})
+        return {"step": step, **others}
+
+    def row(
+        self,
+        lm: LanguageModel,
+        config: EvalConfig,
+        behind: Prefix,
+        quantizer: QuantizerConfig | None,
+        store: Path,
+        ranges: ChannelRanges | None = None,
+    ) -> row.RowMeasurement:
+        cache = ArtifactStore(store)
+        return row.RowMeasurement(
+            lm, config, behind, quantizer, ranges, frozenset(), "row", cache, self.depends_on, self.events.append
+        )
+
+
+def ranges_of(lm: LanguageModel, behind: Prefix) -> ChannelRanges:
+    texts, ranges = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(5)), ChannelRanges()
+    assert list(calibrate(lm, behind, texts, ranges)) == [1, 2]
+    return ranges
+
+
+@pytest.mark.parametrize("quantizer", [STATIC, DYNAMIC, PER_TOKEN], ids=lambda quantizer: quantizer.name)
+def test_a_quantized_row_leaves_the_model_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, include_path: str, quantizer: QuantizerConfig
+) -> None:
+    lm = tiny()
+    behind = Prefix.from_tokens(lm.model, [256, 65])
+    modules = {name: id(module) for name, module in lm.model.named_modules()}
+    weights = {name: (id(weight), weight.clone()) for name, weight in lm.model.state_dict(keep_vars=True).items()}
+    config = EvalConfig(tasks=["copa"], include_path=include_path)
+    tasks = load_tasks(config, write_sets(tmp_path / "data", "copa"))
+    blocks = {"text": torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))}
+    recorded = Recorded()
+    ranges = ranges_of(lm, behind) if quantizer.needs_calibration else None
+    measured = recorded.row(lm, config, behind, quantizer, tmp_path / "q", ranges).measure(blocks, tasks, None)
+    plain = Recorded().row(lm, config, behind, None, tmp_path / "f").measure(blocks, tasks, None)
+    assert measured.perplexity["text"] != plain.perplexity["text"], "the quantizer was on the model"
+    assert measured.tokens == plain.tokens == {"text": 3 * 19}
+
+    assert {name: id(module) for name, module in lm.model.named_modules()} == modules
+    for name, weight in lm.model.state_dict(keep_vars=True).items():
+        assert id(weight) == weights[name][0], name
+        assert torch.equal(weight, weights[name][1]), name
+    again = Recorded().row(lm, config, behind, None, tmp_path / "f2").measure(blocks, tasks, None)
+    assert (again.perplexity, again.tasks) == (plain.perplexity, plain.tasks)
+
+    batch_sizes = [asked["config"]["batch_size"] for asked in recorded.asked if asked["step"] == "task"]
+    assert batch_sizes == [1 if quantizer is DYNAMIC else 8]
+
+
+def test_a_row_that_fails_leaves_the_model_bit_for_bit(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny()
+    modules = {name: id(module) for name, module in lm.model.named_modules()}
+    config = EvalConfig(perplexity=False, tasks=["copa"], include_path=include_path)
+    tasks = load_tasks(config, write_sets(tmp_path / "data", "copa"))
+    seen: list[set[str]] = []
+
+    def fail(*_: Any) -> Any:
+        seen.append({type(module).__name__ for module in lm.blocks.modules()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(row, "run_task", fail)
+    with pytest.raises(KeyboardInterrupt):
+        Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure({}, tasks, None)
+    assert len(seen) == 1
+    assert "QuantizedLinear" in seen[0]
+    assert {name: id(module) for name, module in lm.model.named_modules()} == modules
+
+
+def test_a_row_from_the_cache_computes_nothing(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, config = tiny(), EvalConfig(tasks=["rte"], include_path=include_path)
+    tasks = load_tasks(config, write_sets(tmp_path / "data", "rte"))
+    blocks = {"text": torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))}
+    first = Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure(blocks, tasks, None)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("computed again")
+
+    for name in ("quantized", "run_task", "block_losses"):
+        monkeypatch.setattr(row, name, never)
+    assert Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure(blocks, tasks, None) == first
+
+
+def test_progress_counts_the_tasks(tiny: Tiny, tmp_path: Path, include_path: str) -> None:
+    config = EvalConfig(perplexity=False, tasks=["copa", "rte"], include_path=include_path)
+    tasks = load_tasks(config, write_sets(tmp_path / "data", "copa", "rte"))
+    recorded = Recorded()
+    recorded.row(tiny(), config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None)
+    progress = [event for event in recorded.events if isinstance(event, Progress)]
+    assert {(event.stage, event.total, event.unit) for event in progress} == {("tasks, row", 2, "task")}
+    done = [event.done for event in progress]
+    assert done == sorted(done)
+    assert done[-1] == 2
+
+
+def test_a_task_whose_records_change_is_asked_again(tiny: Tiny, tmp_path: Path, include_path: str) -> None:
+    lm, config = tiny(), EvalConfig(perplexity=False, tasks=["copa"], include_path=include_path)
+    paths = write_sets(tmp_path / "data", "copa")
+    first = load_tasks(config, paths)
+    assert load_tasks(config, paths).tasks["copa"].identity == first.tasks["copa"].identity
+    write_lines(tmp_path / "data" / FILES["copa"], RECORDS["copa"][:2])
+    second = load_tasks(config, paths)
+    assert second.tasks["copa"].identity != first.tasks["copa"].identity
+    samples = [
+        Recorded().row(lm, config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None).tasks["copa"].samples
+        for tasks in (first, second)
+    ]
+    assert samples == [3, 2]
+
+
+@pytest.mark.parametrize("name", ["lambada_openai", "copa"])
+def test_a_model_that_answers_with_nothing_finite_has_no_score(
+    tiny: Tiny, tmp_path: Path, include_path: str, name: str
+) -> None:
+    """Without a check, the largest of several NaN is the first of them, and the accuracy looks like any other."""
+    lm, config = tiny(), EvalConfig(perplexity=False, tasks=[name], include_path=include_path)
+    with torch.no_grad():
+        dict(lm.model.named_parameters())["model.norm.weight"].fill_(float("nan"))
+    tasks = load_tasks(config, write_sets(tmp_path / "data", name))
+    with pytest.raises(NotFiniteError, match=rf"{name}.*model\.dtype"):
+        Recorded().row(lm, config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None)
+    assert not list((tmp_path / "q").rglob("task.json"))
+
+
+# ---- perplexity -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(lm: LanguageModel, prompt: list[int], tokens: list[int], length: int, blocks: int) -> tuple[float, int]:
+    """Perplexity of the plain model over the first blocks of a text, each alone behind the prompt's tokens."""
+    total, count = 0.0, 0
+    for index in range(blocks):
+        block = tokens[index * length : (index + 1) * length]
+        assert len(block) == length
+        logits = lm.model(input_ids=torch.tensor([prompt + block]), use_cache=False).logits[0]
+        log_probabilities = torch.log_softmax(logits.double(), dim=-1)
+        for position in range(1, length):
+            total -= log_probabilities[len(prompt) + position - 1, block[position]].item()
+            count += 1
+    return math.exp(total / count), count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_from_the_decoders_output_are_the_models_own(tiny: Tiny, family: str) -> None:
+    lm = tiny(family)
+    texts = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        own = lm.model(input_ids=texts).logits
+        hidden = lm.body(texts).last_hidden_state
+        assert torch.allclose(lm.logits(hidden), own, rtol=0, atol=1e-6)
+        assert torch.allclose(lm.logits(hidden[:, 4:9]), own[:, 4:9], rtol=0, atol=1e-5)
+
+
+def test_predictions_are_capped_where_the_model_caps_them(tiny: Tiny) -> None:
+    lm = tiny()
+    hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3)) * 30
+    plain = lm.logits(hidden)
+    lm.model.config.final_logit_softcapping = 5.0
+    capped = lm.logits(hidden)
+    assert plain.abs().max() > 10
+    assert capped.abs().max() <= 5
+    assert torch.allclose(capped, 5 * torch.tanh(plain / 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_in_chunks_is_that_in_one_piece(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    lm, prompt = tiny(family), [7, 99]
+    behind, tokens = Prefix.from_tokens(lm.model, prompt), torch.randint(0, 256, (90,)).tolist()
+    blocks, found = {"text": torch.tensor(tokens).reshape(3, 30)}, []
+    for size in (256, 7, 1):
+        monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", size)
+        measurement = Recorded().row(lm, EvalConfig(batch_size=2), behind, None, tmp_path / str(size))
+        found.append(measurement.measure(blocks, TaskSet((), {}, {}), None))
+    expected, count = by_hand(lm, prompt, tokens, 30, 3)
+    assert [measured.tokens for measured in found] == [{"text": count}] * 3
+    for measured in found:
+        assert measured.perplexity["text"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_further_corpora_have_a_perplexity_each(text_file: Path, tmp_path: Path, tiny: Tiny) -> None:
+    more = {}
+    for name in ("backwards", "shouted"):
+        lines = [line[::-1] if name == "backwards" else line.upper() for line in text_file.read_text().split("\n\n")]
+        more[name] = tmp_path / f"{name}-file.txt"
+        more[name].write_text("\n\n".join(lines), encoding="utf-8")
+    config = small_config(text_file, tmp_path / "out")
+    config.data.further = {name: CorpusConfig(source="file", path=str(path)) for name, path in more.items()}
+    result = pipeline.run(config)
+    assert set(result.data) >= {"evaluation", "further.backwards", "further.shouted"}
+    for one in result.rows:
+        assert list(one.perplexity) == ["text", "backwards", "shouted"]
+        assert len(set(one.perplexity.values())) == 3
+    full = result.rows[0]
+    lm = tiny()
+    for name, path in {"text": text_file, **more}.items():
+        expected, count = by_hand(lm, [], lm.encode(path.read_text()).tolist(), 32, 4)
+        assert full.perplexity[name] == pytest.approx(expected, rel=1e-5)
+        assert full.tokens[name] == count == 4 * 31
+
+
+def test_a_further_corpus_called_like_the_first_is_refused(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.data.further = {"text": CorpusConfig(source="file", path=str(text_file))}
+    with pytest.raises(ConfigError, match=r"data\.further names 'text'.*rename"):
+        pipeline.run(config)
+
+
+@pytest.mark.parametrize("count", [4, None], ids=str)
+def test_a_prefix_in_the_block_shortens_the_blocks_behind_it(
+    text_file: Path, tmp_path: Path, tiny: Tiny, count: int | None
+) -> None:
+    text_file.write_text(text_file.read_text()[:700], encoding="utf-8")  # all of it is for the evaluation
+    found: dict[bool, RunResult] = {}
+    for within in (False, True):
+        config = small_config(text_file, tmp_path / "out")
+        config.data.calibration = config.data.tuning = config.data.search = CorpusConfig(source="embedded")
+        config.eval.blocks, config.eval.prefix_in_block = count, within
+        config.quantizer = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None))
+        config.search = SearchConfig(name="tokens", method="tokens", tokens="ab:")
+        found[within] = pipeline.run(config)
+        assert found[within].evaluation["prefix_in_block"] is within
+    lm = tiny()
+    tokens, prompt = lm.encode(text_file.read_text()).tolist(), lm.encode("ab:").tolist()
+    for within, result in found.items():
+        for one, before, length in zip(result.rows, ([], prompt), (32, 29 if within else 32), strict=True):
+            blocks = len(tokens) // length if count is None else count
+            expected, predicted = by_hand(lm, before, tokens, length, blocks)
+            assert one.perplexity["text"] == pytest.approx(expected, rel=1e-5)
+            assert one.tokens["text"] == predicted == blocks * (length - 1)
+    assert found[True].rows[0].perplexity == found[False].rows[0].perplexity
+
+
+def test_a_prefix_that_fills_the_block_is_refused(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.eval.prefix_in_block = True
+    config.search = SearchConfig(name="tokens", method="tokens", token_ids=[65] * 31)
+    with pytest.raises(ConfigError, match=r"eval\.prefix_in_block=true leaves 1 of eval\.block_length=32.*lengthen"):
+        pipeline.run(config)
+
+
+# ---- whole runs with tasks ------------------------------------------------------------------------------------------
+
+
+def with_tasks(text: Path, output: Path, include_path: str, *names: str) -> RunConfig:
+    config = small_config(text, output)
+    config.eval = EvalConfig(
+        block_length=32, blocks=2, activation_blocks=1, tasks=list(names), include_path=include_path, controls=False
+    )
+    config.paths.data_dir = write_sets(output / "data", *(name for name in names if name in FILES)).data_dir
+    return config
+
+
+def without_seconds(result: RunResult) -> list[dict[str, Any]]:
+    return [{key: value for key, value in vars(one).items() if key != "seconds"} for one in result.rows]
+
+
+@pytest.mark.parametrize("how", ["inside the task", "between the tasks"])
+def test_an_interrupted_evaluation_goes_on_with_the_next_task(
+    text_file: Path, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    names = ("copa", "rte", "tiny_generation")
+    asked: list[str] = []
+    real = row.run_task
+
+    def count(model: Any, task: Any, limit: int | None) -> Any:
+        asked.append(task.name)
+        if how == "inside the task" and asked == ["copa", "rte"]:
+            raise KeyboardInterrupt
+        return real(model, task, limit)
+
+    def listen(event: Event) -> None:
+        if how == "between the tasks" and isinstance(event, Progress) and event.unit == "task" and event.done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(row, "run_task", count)
+    config = with_tasks(text_file, tmp_path / "broken", include_path, *names)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, [listen])
+    assert asked == ["copa", "rte"]
+    del asked[:]
+    resumed = pipeline.run(config)
+    assert asked == (["rte", "tiny_generation"] if how == "inside the task" else ["tiny_generation"])
+
+    monkeypatch.setattr(row, "run_task", real)
+    unbroken = pipeline.run(with_tasks(text_file, tmp_path / "unbroken", include_path, *names))
+    assert without_seconds(resumed) == without_seconds(unbroken)
+    assert list(resumed.rows[0].tasks) == list(names)
+    assert resumed.rows[0].accuracy == pytest.approx(
+        sum(resumed.rows[0].tasks[name]["value"] for name in names) / len(names)
+    )
+
+
+def test_samples_are_written_on_request_and_only_then(text_file: Path, tmp_path: Path, include_path: str) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "copa", "tiny_generation")
+    config.eval.limit = 2
+    config.search = SearchConfig(name="bos", method="bos")
+    config.eval.controls = True
+    silent = pipeline.run(config)
+    assert not list(pipeline.run_folder(config).rglob("*.jsonl"))
+
+    config.eval.samples = True
+    result = pipeline.run(config)
+    folder = pipeline.run_folder(config) / "samples"
+    assert {path.name for path in folder.iterdir()} == {one.name for one in result.rows}
+    for one in result.rows:
+        for name in ("copa", "tiny_generation"):
+            lines = (folder / one.name / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            samples = [json.loads(line) for line in lines]
+            per_filter = 2 if name == "tiny_generation" else 1
+            assert len(samples) == 2 * per_filter
+            assert one.tasks[name]["samples"] == 2
+            assert {sample["doc_id"] for sample in samples} == {0, 1}
+        right = [json.loads(line)["acc"] for line in (folder / one.name / "copa.jsonl").read_text().splitlines()]
+        assert one.tasks["copa"]["value"] == sum(right) / 2
+    assert [one.tasks for one in result.rows] == [one.tasks for one in silent.rows]
+
+
+def test_tasks_alone_need_no_perplexity(text_file: Path, tmp_path: Path, include_path: str) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "copa")
+    config.eval.perplexity = False
+    result = pipeline.run(config)
+    assert result.rows[-1].perplexity == result.rows[-1].tokens == {}
+    assert result.metrics["perplexity"] == {}
+    assert result.metrics["accuracy"] == {"copa": result.rows[-1].tasks["copa"]["value"]}
+    assert result.metrics["accuracy_mean"] == result.rows[-1].accuracy == result.rows[-1].tasks["copa"]["value"]
+    assert result.evaluation["tasks"]["copa"]["origin"] == str((tmp_path / "data" / FILES["copa"]).resolve())
+
+
+@pytest.mark.parametrize("ranges", ["static", "dynamic"])
+def test_a_row_is_full_precision_with_the_prefix_too(
+    text_file: Path, tmp_path: Path, include_path: str, ranges: str
+) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "copa")
+    config.eval.controls = True
+    config.quantizer.activations.range = ranges
+    config.search = SearchConfig(name="random", method="random", length=3)
+    result = pipeline.run(config)
+    names = ["full_precision", "full_precision_found", "quantized", "quantized_found"]
+    assert [one.name for one in result.rows] == names
+    for one in result.rows:
+        assert set(one.tasks["copa"]) >= {"metric", "value", "stderr", "samples", "version", "metrics"}
+        assert one.tasks["copa"]["metric"] == "acc"
+        assert one.tasks["copa"]["samples"] == 3
+
+
+@pytest.mark.parametrize(("length", "fits"), [(240, True), (249, False)])
+def test_a_prefix_that_leaves_no_room_for_what_is_generated_is_refused(
+    text_file: Path, tmp_path: Path, include_path: str, length: int, fits: bool
+) -> None:
+    """The task generates 8 tokens, and the model has 256 positions."""
+    config = with_tasks(text_file, tmp_path, include_path, "tiny_generation")
+    config.eval.block_length, config.eval.limit = 4, 1
+    config.eval.attention_first = 1
+    config.quantizer = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None))
+    config.search = SearchConfig(name="tokens", method="tokens", token_ids=[65] * length)
+    if fits:
+        assert pipeline.run(config).rows[-1].tasks["tiny_generation"]["samples"] == 1
+        return
+    with pytest.raises(ConfigError, match=r"tiny_generation.*8 tokens.*shorten the prefix"):
+        pipeline.run(config)
