@@ -23,7 +23,9 @@ WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
 SEARCH_METHODS = ("none", "tokens", "greedy")
-PROPOSALS = ("exhaustive", "sampled")
+PROPOSALS = ("vocabulary", "sampled", "frequent", "outlier", "user")
+SCORINGS = ("full", "exact", "pruned")
+ROUND_TEXTS = ("spikes", "start")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
 TUNING_METHODS = ("none", "prefix")
@@ -200,6 +202,31 @@ class QuantizerConfig:
 
 
 @dataclass
+class SearchRound:
+    """One entry of `search.rounds`: judge candidates cheaply and keep the best."""
+
+    depth: float = 1.0
+    tokens: int = 8
+    keep: int = 1
+    text: str = "spikes"
+
+    def __post_init__(self) -> None:
+        require(0 < self.depth <= 1, "search.rounds.depth", self.depth, "a share of the blocks, above 0, at most 1")
+        at_least("search.rounds.tokens", self.tokens, 2)
+        at_least("search.rounds.keep", self.keep, 1)
+        one_of("search.rounds.text", self.text, ROUND_TEXTS)
+
+
+def default_rounds() -> list[SearchRound]:
+    """The rounds of a pruned or exact search that names none."""
+    return [
+        SearchRound(0.1, 5, 1024, "spikes"),
+        SearchRound(0.14, 16, 192, "spikes"),
+        SearchRound(0.4, 128, 16, "start"),
+    ]
+
+
+@dataclass
 class SearchConfig:
     """Group `search`: how the prefix is found (CushionCache, section 4.1, Algorithm 1).
 
@@ -223,6 +250,11 @@ class SearchConfig:
     symmetric: bool = False
     levels: str = "full"
     batch_size: int | None = None
+    scoring: str = "full"
+    rounds: list[SearchRound] = field(default_factory=default_rounds)
+    budget_token_forwards: float | None = None
+    budget_seconds: float | None = None
+    user_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
         one_of("search.method", self.method, SEARCH_METHODS)
@@ -237,6 +269,18 @@ class SearchConfig:
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)
+        one_of("search.scoring", self.scoring, SCORINGS)
+        for key in ("budget_token_forwards", "budget_seconds"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"search.{key}", value, "above 0, or null for no limit")
+        self.rounds = [SearchRound(**item) if isinstance(item, dict) else item for item in self.rounds]
+        if self.scoring != "full":
+            require(len(self.rounds) > 0, "search.rounds", self.rounds, "name at least one, or use search.scoring=full")
+        if self.proposal == "user":
+            reason = "search.proposal=user needs a list of token ids"
+            require(bool(self.user_tokens), "search.user_tokens", self.user_tokens, reason)
+            for token in self.user_tokens or []:
+                require(token >= 0, "search.user_tokens", self.user_tokens, "token ids are not negative")
         if self.method == "tokens":
             reason = "search.method=tokens needs search.tokens or search.token_ids, and only one of them"
             require((self.tokens is None) != (self.token_ids is None), "search.tokens", self.tokens, reason)
@@ -384,7 +428,7 @@ class RunConfig:
         if self.tuning.method != "none" and self.search.method == "none":
             raise ConfigError(
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
-                "choose a search that finds one, for example search=greedy_sampled, or tuning=none"
+                "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
 
 

@@ -24,8 +24,15 @@ def options_without_effect(config: RunConfig) -> list[str]:
         shared = ("name", "method", "tokens", "token_ids", "bits", "symmetric", "levels")
         keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in shared)
         changed("search", search, keys, f"with search.method={search.method}")
-    elif search.proposal != "sampled":
-        changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
+    else:
+        if search.proposal in ("vocabulary", "user"):
+            changed("search", search, ("candidates",), f"with search.proposal={search.proposal}")
+        if search.proposal != "sampled":
+            changed("search", search, ("frequent",), f"with search.proposal={search.proposal}")
+        if search.proposal != "user":
+            changed("search", search, ("user_tokens",), f"with search.proposal={search.proposal}")
+        if search.scoring == "full":
+            changed("search", search, ("rounds",), "with search.scoring=full")
     if search.method == "greedy" and search.proposal == "sampled" and search.frequent >= search.candidates:
         found.append(
             f"search.candidates={search.candidates} leaves no room for a seeded draw beside "

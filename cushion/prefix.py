@@ -84,7 +84,11 @@ class Prefix:
             return cache
         self._check_model(model)
         for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            cache.update(_batched(key, batch_size, model), _batched(value, batch_size, model), index)
+            cache.update(_one_row(key, model), _one_row(value, model), index)
+        layers: list[Any] = cache.layers
+        for layer in layers:  # views: a batch shares one copy until the model appends to it
+            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+            layer.values = layer.values.expand(batch_size, -1, -1, -1)
         return cache
 
     def _check_model(self, model: PreTrainedModel) -> None:
@@ -184,5 +188,5 @@ def _base(path: str | Path) -> Path:
     return base.with_suffix("") if base.suffix in (".safetensors", ".json") else base
 
 
-def _batched(tensor: Tensor, batch_size: int, model: PreTrainedModel) -> Tensor:
-    return tensor.to(device=model.device, dtype=model.dtype).unsqueeze(0).expand(batch_size, *tensor.shape)
+def _one_row(tensor: Tensor, model: PreTrainedModel) -> Tensor:
+    return tensor.to(device=model.device, dtype=model.dtype).unsqueeze(0)

@@ -39,7 +39,7 @@ from cushion.preparation import Prepared
 from cushion.quantization import calibration, linear, numerics, simulate, smoothquant
 from cushion.quantization.calibration import calibrate
 from cushion.quantization.simulate import quantized
-from cushion.search import greedy, objective, proposals
+from cushion.search import blockwise, greedy, objective, proposals, rounds
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.proposals import propose
@@ -47,10 +47,10 @@ from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
 _COMMON = (sys.modules[__name__], config_module, architectures, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
-    "search": (*_COMMON, activations, objective, proposals, greedy),
+    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, greedy),
     "calibration": (*_COMMON, activations, calibration),
     "tuning": (*_COMMON, activations, linear, smoothquant, simulate, tuning),
-    "activations": (*_COMMON, activations, objective),
+    "activations": (*_COMMON, activations, blockwise, objective),
     "perplexity": (*_COMMON, linear, smoothquant, simulate, perplexity_module),
 }
 """The modules whose source decides the outcome of a step: their text is part of the step's cache keys."""
@@ -111,10 +111,12 @@ class Steps:
         config, texts = self._config.search, self._texts.search
         assert texts is not None
         counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
-        candidates = propose(self._lm, config, counts, self._config.seed)
+        candidates = propose(self._lm, config, counts, texts, self._config.seed)
         depends_on = self._depends_on(
             "search",
-            config=_without(to_dict(config), "name", "method", "tokens", "token_ids", "candidates", "frequent"),
+            config=_without(
+                to_dict(config), "name", "method", "tokens", "token_ids", "candidates", "frequent", "user_tokens"
+            ),
             candidates=digest(candidates),
             texts=tensor_digest([texts]),
         )
@@ -124,7 +126,10 @@ class Steps:
             state = SearchState(list(self._start_tokens)) if saved is None else SearchState.from_dict(saved[0])
             for event in greedy_search(self._lm, config, texts, candidates, state):
                 if isinstance(event, Scored):
-                    self._emit(Progress(f"search step {event.step + 1}", event.done, event.total, "candidate"))
+                    stage = f"search step {event.step + 1}"
+                    if event.stages > 1:
+                        stage += f", round {event.stage + 1} of {event.stages}"
+                    self._emit(Progress(stage, event.done, event.total, "candidate"))
                     if workspace.checkpoint.due():
                         workspace.checkpoint.save(state.to_dict())
                 else:

@@ -134,8 +134,8 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
     (RunConfig(search=SearchConfig(text_length=64)), "search.text_length=64 has no effect with search.method=none"),
     (RunConfig(search=SearchConfig(tokens="a")), "search.tokens='a' has no effect with search.method=none"),
     (
-        RunConfig(search=replace(GREEDY, proposal="exhaustive", candidates=9)),
-        "search.candidates=9 has no effect with search.proposal=exhaustive",
+        RunConfig(search=replace(GREEDY, proposal="vocabulary", candidates=9)),
+        "search.candidates=9 has no effect with search.proposal=vocabulary",
     ),
     (RunConfig(search=replace(GREEDY, token_ids=[1])), "search.token_ids=[1] has no effect with search.method=greedy"),
     (RunConfig(tuning=TuningConfig(learning_rate=1.0)), "tuning.learning_rate=1.0 has no effect with"),
