@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cushion.config import SearchConfig
+from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.search.proposals import propose
 
@@ -61,3 +62,28 @@ def test_draw_follows_the_seed(tiny: Tiny, counts: torch.Tensor) -> None:
     config = SearchConfig(candidates=60, frequent=8)
     assert propose(tiny(), config, counts, TEXTS, 3) == propose(tiny(), config, counts, TEXTS, 3)
     assert propose(tiny(), config, counts, TEXTS, 3) != propose(tiny(), config, counts, TEXTS, 4)
+
+
+def test_frequent_is_the_most_frequent_tokens(tiny: Tiny, counts: torch.Tensor) -> None:
+    lm = tiny()
+    assert propose(lm, SearchConfig(proposal="frequent", candidates=7), counts, TEXTS, 0) == list(range(134, 141))
+    everything = propose(lm, SearchConfig(proposal="frequent", candidates=999), counts, TEXTS, 0)
+    assert everything == list(range(101, 141))  # those that occur
+
+
+def test_outlier_is_the_tokens_that_spike(tiny: Tiny, counts: torch.Tensor) -> None:
+    lm, texts = tiny(), TEXTS % 100
+    texts[0, 4], texts[1, 9] = 200, 7
+    with torch.no_grad():
+        lm.embeddings[[200, 7]] *= 100
+    config = SearchConfig(proposal="outlier", candidates=2)
+    assert propose(lm, config, counts, texts, 0) == [7, 200]
+    everything = propose(lm, SearchConfig(proposal="outlier", candidates=500), counts, texts, 0)
+    assert everything == sorted(set(texts.flatten().tolist()))
+
+
+def test_user_tokens_keep_their_order_and_are_checked(tiny: Tiny, counts: torch.Tensor) -> None:
+    config = SearchConfig(proposal="user", user_tokens=[9, 3, 9, 250])
+    assert propose(tiny(), config, counts, TEXTS, 0) == [9, 3, 250]
+    with pytest.raises(ConfigError, match=r"search.user_tokens=260 is outside the vocabulary"):
+        propose(tiny(), SearchConfig(proposal="user", user_tokens=[260]), counts, TEXTS, 0)
