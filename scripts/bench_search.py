@@ -178,7 +178,8 @@ def bench(options: argparse.Namespace) -> None:
 def utilisation_line(use: dict[str, float]) -> str:
     return (
         f"exhaustive scoring: {use['token_forwards_per_second']:.0f} token-forwards/s, "
-        f"{use['achieved_flops']:.3g} FLOP/s of {use['ceiling_flops']:.3g} in a large matrix product: {use['share_of_ceiling']:.2f}"
+        f"{use['achieved_flops']:.3g} FLOP/s of {use['ceiling_flops']:.3g} "
+        f"in a large matrix product: {use['share_of_ceiling']:.2f}"
     )
 
 

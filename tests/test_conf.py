@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from cushion.cli import config_folder, register_schema, to_run_config
-from cushion.config import RunConfig, to_dict
+from cushion.config import RunConfig, SearchRound, to_dict
 from cushion.config_warnings import options_without_effect
 
 CONF = config_folder()
@@ -110,8 +110,13 @@ def test_the_default_is_the_embedded_model_and_the_embedded_text() -> None:
     assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}
 
 
-@pytest.mark.parametrize("search", ["none", "greedy_sampled", "greedy_exhaustive"])
+@pytest.mark.parametrize("search", ["none", "greedy_pruned", "greedy_sampled", "greedy_exact"])
 @pytest.mark.parametrize("quantizer", [file.stem for file in OPTIONS if file.parent.name == "quantizer"])
 def test_quantizers_and_searches_combine_freely(quantizer: str, search: str) -> None:
     config = composed(f"quantizer={quantizer}", f"search={search}")
     assert (config.quantizer.name, config.search.name) == (quantizer, search)
+
+
+def test_rounds_can_be_given_on_the_command_line() -> None:
+    rounds = composed("search.rounds=[{depth: 0.2, tokens: 8, keep: 500}, {keep: 3, text: start}]").search.rounds
+    assert rounds == [SearchRound(0.2, 8, 500, "spikes"), SearchRound(1.0, 8, 3, "start")]

@@ -18,6 +18,7 @@ from cushion.config import (
     QuantizerConfig,
     RunConfig,
     SearchConfig,
+    SearchRound,
     TrackingConfig,
     TuningConfig,
     WeightConfig,
@@ -137,6 +138,16 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
         RunConfig(search=replace(GREEDY, proposal="vocabulary", candidates=9)),
         "search.candidates=9 has no effect with search.proposal=vocabulary",
     ),
+    (
+        RunConfig(search=replace(GREEDY, proposal="outlier", frequent=9)),
+        "search.frequent=9 has no effect with search.proposal=outlier",
+    ),
+    (RunConfig(search=replace(GREEDY, user_tokens=[3])), "search.user_tokens=[3] has no effect with search.proposal"),
+    (
+        RunConfig(search=replace(GREEDY, rounds=[SearchRound(0.5, 4, 9)])),
+        "has no effect with search.scoring=full",
+    ),
+    (RunConfig(search=SearchConfig(scoring="exact")), "search.scoring='exact' has no effect with search.method=none"),
     (RunConfig(search=replace(GREEDY, token_ids=[1])), "search.token_ids=[1] has no effect with search.method=greedy"),
     (RunConfig(tuning=TuningConfig(learning_rate=1.0)), "tuning.learning_rate=1.0 has no effect with"),
     (
