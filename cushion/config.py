@@ -29,7 +29,9 @@ GIVEN_PREFIXES = ("tokens", "bos", "newline", "random")
 """Search methods that search for nothing: the user's tokens, and the controls every table needs."""
 RULES = ("qfep", "prefixquant")
 """The search methods that read the prefix off the token scales of the search text."""
-PROPOSALS = ("exhaustive", "sampled")
+PROPOSALS = ("vocabulary", "sampled", "frequent", "outlier", "user")
+SCORINGS = ("full", "exact", "pruned")
+ROUND_TEXTS = ("spikes", "start")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
 TUNING_METHODS = ("none", "prefix")
@@ -289,6 +291,31 @@ class QuantizerConfig:
 
 
 @dataclass
+class SearchRound:
+    """One entry of `search.rounds`: judge candidates cheaply and keep the best."""
+
+    depth: float = 1.0
+    tokens: int = 8
+    keep: int = 1
+    text: str = "spikes"
+
+    def __post_init__(self) -> None:
+        require(0 < self.depth <= 1, "search.rounds.depth", self.depth, "a share of the blocks, above 0, at most 1")
+        at_least("search.rounds.tokens", self.tokens, 2)
+        at_least("search.rounds.keep", self.keep, 1)
+        one_of("search.rounds.text", self.text, ROUND_TEXTS)
+
+
+def default_rounds() -> list[SearchRound]:
+    """The rounds of a pruned or exact search that names none."""
+    return [
+        SearchRound(0.1, 5, 1024, "spikes"),
+        SearchRound(0.14, 16, 192, "spikes"),
+        SearchRound(0.4, 128, 16, "start"),
+    ]
+
+
+@dataclass
 class SearchConfig:
     """Group `search`: how the prefix is found: CushionCache's Algorithm 1 (section 4.1), QFeP, or PrefixQuant's rule.
 
@@ -317,6 +344,11 @@ class SearchConfig:
     contexts: int = 200
     outlier_tokens: int = 3
     eta: float = 64.0
+    scoring: str = "full"
+    rounds: list[SearchRound] = field(default_factory=default_rounds)
+    budget_token_forwards: float | None = None
+    budget_seconds: float | None = None
+    user_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
         one_of("search.method", self.method, SEARCH_METHODS)
@@ -336,6 +368,18 @@ class SearchConfig:
             at_least(f"search.{key}", getattr(self, key), 1)
         reason = "it must be finite and at least 1"
         require(1 <= self.eta < math.inf, "search.eta", self.eta, reason)
+        one_of("search.scoring", self.scoring, SCORINGS)
+        for key in ("budget_token_forwards", "budget_seconds"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"search.{key}", value, "above 0, or null for no limit")
+        self.rounds = [SearchRound(**item) if isinstance(item, dict) else item for item in self.rounds]
+        if self.scoring != "full":
+            require(len(self.rounds) > 0, "search.rounds", self.rounds, "name at least one, or use search.scoring=full")
+        if self.proposal == "user":
+            reason = "search.proposal=user needs a list of token ids"
+            require(bool(self.user_tokens), "search.user_tokens", self.user_tokens, reason)
+            for token in self.user_tokens or []:
+                require(token >= 0, "search.user_tokens", self.user_tokens, "token ids are not negative")
         if self.method == "tokens":
             reason = "search.method=tokens needs search.tokens or search.token_ids, and only one of them"
             require((self.tokens is None) != (self.token_ids is None), "search.tokens", self.tokens, reason)
@@ -505,7 +549,7 @@ class RunConfig:
         if self.tuning.method != "none" and self.search.method == "none":
             raise ConfigError(
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
-                "choose a search that finds one, for example search=greedy_sampled, or tuning=none"
+                "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
 
 

@@ -33,8 +33,14 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed("search", search, keys, f"with search.method={search.method}")
     else:
         changed("search", search, ("texts", "contexts", "outlier_tokens", "eta"), "with search.method=greedy")
+        if search.proposal in ("vocabulary", "user"):
+            changed("search", search, ("candidates",), f"with search.proposal={search.proposal}")
         if search.proposal != "sampled":
-            changed("search", search, ("candidates", "frequent"), f"with search.proposal={search.proposal}")
+            changed("search", search, ("frequent",), f"with search.proposal={search.proposal}")
+        if search.proposal != "user":
+            changed("search", search, ("user_tokens",), f"with search.proposal={search.proposal}")
+        if search.scoring == "full":
+            changed("search", search, ("rounds",), "with search.scoring=full")
     if search.method == "greedy" and search.proposal == "sampled" and search.frequent >= search.candidates:
         found.append(
             f"search.candidates={search.candidates} leaves no room for a seeded draw beside "

@@ -223,6 +223,7 @@ class _Run:
         self.result.search = {
             "method": config.method,
             "proposal": config.proposal,
+            "scoring": config.scoring,
             "objective": config.objective,
             "tau": config.tau,
             "start": self.start_tokens,
@@ -233,10 +234,20 @@ class _Run:
             "seconds": seconds,
         }
         self.result.timings["search"] = seconds
-        if not state.token_ids:
+        if state.stop_reason == "budget":
             self._warn(
-                f"the search found no prefix: the best candidate does not lower the objective to tau={config.tau} of "
-                "what it was, so the run goes on without one"
+                f"the search ran out of its budget (search.budget_token_forwards={config.budget_token_forwards}, "
+                f"search.budget_seconds={config.budget_seconds}): the prefix is the best that was verified by then"
+            )
+        if not state.token_ids:
+            reason = (
+                "its budget ended before a candidate was verified that lowers"
+                if state.stop_reason == "budget"
+                else "the best candidate does not lower"
+            )
+            self._warn(
+                f"the search found no prefix: {reason} the objective to tau={config.tau} of what it was, so the run "
+                "goes on without one"
             )
             return None
         return _Stage("found", "greedy prefix", found, seconds)

@@ -96,8 +96,11 @@ class Prefix:
         cache.prefix_length = len(self)
         devices = _layer_devices(model)
         for index, (key, value, device) in enumerate(zip(self.keys, self.values, devices, strict=True)):
-            rows = [_batched(tensor, batch_size, device, model.dtype) for tensor in (key, value)]
-            cache.update(rows[0], rows[1], index)
+            cache.update(_one_row(key, device, model.dtype), _one_row(value, device, model.dtype), index)
+        layers: list[Any] = cache.layers
+        for layer in layers:  # views: a batch shares one copy until the model appends to it
+            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
+            layer.values = layer.values.expand(batch_size, -1, -1, -1)
         return cache
 
     def _check_model(self, model: PreTrainedModel) -> None:
@@ -209,5 +212,5 @@ def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
     return [next(block.parameters()).device for block in blocks.children()]
 
 
-def _batched(tensor: Tensor, batch_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return tensor.to(device=device, dtype=dtype).unsqueeze(0).expand(batch_size, *tensor.shape)
+def _one_row(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return tensor.to(device=device, dtype=dtype).unsqueeze(0)

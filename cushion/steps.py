@@ -53,7 +53,7 @@ from cushion.quantization.calibration import calibrate
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
-from cushion.search import greedy, objective, prefixquant, proposals, qfep, scan
+from cushion.search import blockwise, greedy, objective, prefixquant, proposals, qfep, rounds, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.prefixquant import PrefixQuantRecord, prefixquant_rule
@@ -66,12 +66,12 @@ _ROTATION = (hadamard, replacements, rotation)
 _QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
 _COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
-    "search": (*_COMMON, activations, objective, proposals, greedy),
+    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, greedy),
     "qfep": (*_COMMON, activations, scan, qfep),
     "prefixquant": (*_COMMON, activations, scan, prefixquant),
     "calibration": (*_COMMON, *_ROTATION, activations, calibration),
     "tuning": (*_COMMON, activations, *_QUANTIZED, tuning),
-    "activations": (*_COMMON, activations, objective),
+    "activations": (*_COMMON, activations, blockwise, objective),
     "attention": (*_COMMON, attention),
     "perplexity": (*_COMMON, *_QUANTIZED, row, perplexity),
     "task": (*_COMMON, *_QUANTIZED, row, harness, tasks),
@@ -152,10 +152,12 @@ class Steps:
         config, texts = self._config.search, self._texts.search
         assert texts is not None
         counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
-        candidates = propose(self._lm, config, counts, self._config.seed)
+        candidates = propose(self._lm, config, counts, texts, self._config.seed)
         depends_on = self._depends_on(
             "search",
-            config=_without(to_dict(config), "name", "method", "tokens", "token_ids", "candidates", "frequent"),
+            config=_without(
+                to_dict(config), "name", "method", "tokens", "token_ids", "candidates", "frequent", "user_tokens"
+            ),
             candidates=digest(candidates),
             texts=tensor_digest([texts]),
         )
@@ -165,7 +167,10 @@ class Steps:
             state = SearchState(list(self._start_tokens)) if saved is None else SearchState.from_dict(saved[0])
             for event in greedy_search(self._lm, config, texts, candidates, state):
                 if isinstance(event, Scored):
-                    self._emit(Progress(f"search step {event.step + 1}", event.done, event.total, "candidate"))
+                    stage = f"search step {event.step + 1}"
+                    if event.stages > 1:
+                        stage += f", round {event.stage + 1} of {event.stages}"
+                    self._emit(Progress(stage, event.done, event.total, "candidate"))
                     if workspace.checkpoint.due():
                         workspace.checkpoint.save(state.to_dict())
                 else:

@@ -132,7 +132,7 @@ MISTAKES = {
     "negative sequence": (["tuning.sequence_length=-5"], "tuning.sequence_length=-5 is not allowed", "at least 2"),
     "negative calibration": (["quantizer.calibration.length=-5"], "quantizer.calibration.length=-5", "at least 2"),
     "misspelt value": (["search.objective=quantisation_error"], "search.objective", "mean 'quantization_error'?"),
-    "nothing to tune": (["tuning=short"], "tuning=short has no prefix to tune", "search=greedy_sampled"),
+    "nothing to tune": (["tuning=short"], "tuning=short has no prefix to tune", "search=greedy_pruned"),
     "tokens not named": (["search=tokens"], "search.tokens=None", "needs search.tokens or search.token_ids"),
     "missing model folder": (["model.path=/nowhere/model"], "model.path='/nowhere/model'", "check the path"),
     "missing model folder, relative": (["model.path=./nowhere"], "model.path='./nowhere'", "check the path"),

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from cushion.cli import config_folder, register_schema, to_run_config
-from cushion.config import RunConfig, to_dict
+from cushion.config import RunConfig, SearchRound, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.models.architectures import find_architecture
 from cushion.models.tiny import TINY
@@ -163,8 +163,13 @@ def test_qfeps_quantizer_is_the_per_tensor_dynamic_one_under_its_own_name() -> N
     assert {**qfep, "name": ""} == {**dynamic, "name": ""}
 
 
-@pytest.mark.parametrize("search", ["none", "greedy_sampled", "greedy_exhaustive", "qfep", "prefixquant"])
+@pytest.mark.parametrize("search", ["none", "greedy_pruned", "greedy_sampled", "greedy_exact", "qfep", "prefixquant"])
 @pytest.mark.parametrize("quantizer", [file.stem for file in OPTIONS if file.parent.name == "quantizer"])
 def test_quantizers_and_searches_combine_freely(quantizer: str, search: str) -> None:
     config = composed(f"quantizer={quantizer}", f"search={search}")
     assert (config.quantizer.name, config.search.name) == (quantizer, search)
+
+
+def test_rounds_can_be_given_on_the_command_line() -> None:
+    rounds = composed("search.rounds=[{depth: 0.2, tokens: 8, keep: 500}, {keep: 3, text: start}]").search.rounds
+    assert rounds == [SearchRound(0.2, 8, 500, "spikes"), SearchRound(1.0, 8, 3, "start")]

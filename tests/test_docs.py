@@ -91,13 +91,20 @@ def test_every_key_has_a_row_in_the_configuration_page() -> None:
     assert set(documented_keys()) - set(DEFAULTS) == set()
 
 
+def as_written(item: Any) -> str:
+    """An entry of a list the way the command line takes it."""
+    if not dataclasses.is_dataclass(item):
+        return str(item)
+    return f"{{{', '.join(f'{key}: {value}' for key, value in vars(item).items())}}}"
+
+
 def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> None:
     for name, cell in documented_keys().items():
         default, written = DEFAULTS[name], cell.partition(":")[0] if cell.startswith("null:") else cell.strip("`")
         if isinstance(default, (int, float)) and not isinstance(default, bool):
             assert float(written) == default, name
         elif isinstance(default, list):
-            assert written == f"[{', '.join(default)}]", name
+            assert written == f"[{', '.join(map(as_written, default))}]", name
         elif isinstance(default, dict):
             assert written == "{}" and not default, name
         else:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ import torch
 from tiny_run import TUNED_ROWS, processes, searching_config, small_config, tuning_config
 
 from cushion import pipeline
-from cushion.config import ActivationConfig, CorpusConfig, QuantizerConfig, RunConfig, SearchConfig, WeightConfig
+from cushion.config import (
+    ActivationConfig,
+    CorpusConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+    SearchRound,
+    WeightConfig,
+)
 from cushion.errors import ArtifactError, ConfigError, DataError
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
 from cushion.models import load_language_model
@@ -122,6 +130,37 @@ def test_a_search_that_accepts_nothing_goes_on_without_a_prefix_and_says_so(text
     assert result.tuning is None
     assert [row.name for row in result.rows] == ["full_precision", "quantized"]
     assert any("found no prefix" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(("budget", "found"), [(16 + 17 * 5, True), (20, False)])
+def test_a_search_out_of_budget_says_so(text_file: Path, tmp_path: Path, budget: float, found: bool) -> None:
+    config = searching_config(text_file, tmp_path / "out")
+    config.search.budget_token_forwards = budget
+    result = pipeline.run(config)
+    assert result.search is not None
+    assert result.search["stop_reason"] == "budget"
+    assert result.search["token_forwards"] <= budget
+    assert (result.prefix is not None, bool(result.search["token_ids"])) == (found, found)
+    assert f"search.budget_token_forwards={budget}" in result.warnings[0]
+    assert ("its budget ended before a candidate was verified" in " ".join(result.warnings)) == (not found)
+
+
+def test_a_pruned_search_finds_a_prefix_and_is_cached_by_its_rounds(text_file: Path, tmp_path: Path) -> None:
+    seen = []
+    for keep in (40, 40, 50):
+        config = searching_config(text_file, tmp_path / "out")
+        config.search = replace(
+            config.search, name=f"mine_{len(seen)}", proposal="vocabulary", scoring="pruned", batch_size=None,
+            candidates=512, frequent=128, rounds=[SearchRound(0.4, 4, keep)],
+        )  # fmt: skip
+        events: list[Event] = []
+        result = pipeline.run(config, [events.append])
+        assert result.search is not None
+        assert len(result.search["token_ids"]) == 2
+        assert [step["candidates"] for step in result.search["steps"]] == [260, 260]
+        seen.append([event.stage for event in events if isinstance(event, Progress) and "search" in event.stage])
+    assert "search step 1, round 1 of 2" in seen[0]
+    assert (seen[1], bool(seen[2])) == ([], True)
 
 
 def test_options_without_effect_are_logged_and_kept_in_the_result(

@@ -78,7 +78,7 @@ def test_a_candidate_that_overflows_neither_wins_nor_ends_the_search(
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)  # the checkpoints of a search that takes long
     config = searching_config(text_file, tmp_path / "out")
-    config.search.proposal = "exhaustive"
+    config.search.proposal = "vocabulary"
     broken = ord("~")  # a token that no text has
     change = lambda model: model.get_input_embeddings().weight[broken].fill_(float("inf"))  # noqa: E731
     config.model.path = str(saved_model(tmp_path / "model", change))

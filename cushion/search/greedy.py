@@ -7,7 +7,10 @@
         if L_q(t | p, p*) > tau * L_q(t | p): break
         p.append(p*)
 
-The keys and values of p are computed once per step and shared by all candidates, and lm_head is never run.
+The keys and values of p are computed once per step and shared by all candidates, and lm_head is never run. How the
+argmin is found is `search.scoring`: `full` judges every candidate, `pruned` judges by rounds of successive halving and
+verifies what is left, `exact` does so too and then sweeps over all others, dropping each at the block at which its
+partial objective exceeds the best one.
 """
 
 from __future__ import annotations
@@ -27,14 +30,22 @@ from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.objective import Objective
+from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
 
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 65536}
 """Tokens of the first batch that is tried, by device type; halved for as long as memory runs out."""
 
+TIE = 1e-6
+"""Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
+A bound is loosened by twice as much before a candidate is dropped for it."""
+
 
 @dataclass(frozen=True)
 class SearchStep:
-    """One step of the greedy search. `objective_before` is L_q(t | p), `objective_after` L_q(t | p, p*), same t."""
+    """One step of the greedy search. `objective_before` is L_q(t | p), `objective_after` L_q(t | p, p*), same t.
+
+    `token_forwards`: a token through all blocks counts one, through some of the blocks that share of one.
+    """
 
     step: int
     token_id: int
@@ -43,23 +54,39 @@ class SearchStep:
     objective_after: float
     accepted: bool
     candidates: int
-    token_forwards: int
+    token_forwards: float
     seconds: float
+    verified: int = 0
+    """How many of the candidates were judged by the whole objective."""
 
 
 @dataclass
 class SearchState:
-    """How far a search is: what a killed search goes on from. Plain data, ready for JSON."""
+    """How far a search is: what a killed search goes on from. Plain data, ready for JSON.
+
+    Candidates are named by their positions in the list of candidates.
+    """
 
     token_ids: list[int]
     steps: list[SearchStep] = field(default_factory=list)
     objective_before: float | None = None
     scores: list[float | None] = field(default_factory=list)
-    """Objectives of the first `len(scores)` candidates of the step under way; None where one is not finite."""
+    """Objectives of the first `len(scores)` candidates of the pool under way; None where one is not finite, or where
+    the candidate was dropped."""
     seconds: float = 0.0
     """Time spent so far on the step under way."""
     finished: bool = False
     stop_reason: str = ""
+    stage: int = 0
+    """Number of the stage under way: the rounds, the verification, the sweep."""
+    pool: list[int] | None = None
+    """The candidates of the stage under way; None for all."""
+    verified: list[tuple[int, float]] = field(default_factory=list)
+    """Candidates that were judged by the whole objective before the stage under way, with their objectives."""
+    spikes: list[int] = field(default_factory=list)
+    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
+    token_blocks: int = 0
+    """Tokens times blocks they went through, in the step under way."""
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -71,16 +98,20 @@ class SearchState:
         missing = {f.name for f in fields(cls)} - set(record)
         if missing:
             raise KeyError(*sorted(missing))
-        return cls(**{**record, "steps": [SearchStep(**step) for step in record["steps"]]})
+        steps = [SearchStep(**step) for step in record["steps"]]
+        verified = [(int(position), float(score)) for position, score in record["verified"]]
+        return cls(**{**record, "steps": steps, "verified": verified})
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Progress within a step: `done` of `total` candidates are scored."""
+    """Progress within a step: `done` of `total` candidates are scored in stage `stage` of `stages`, from 0 on."""
 
     step: int
     done: int
     total: int
+    stage: int = 0
+    stages: int = 1
 
 
 def greedy_search(
@@ -92,8 +123,11 @@ def greedy_search(
 ) -> Iterator[Scored | SearchStep]:
     """Run Algorithm 1 from `state` on, updating `state` as it goes.
 
+    A search that reaches `search.budget_token_forwards` or `search.budget_seconds` ends the step with the best
+    candidate that it has verified by then, if there is one, and stops with the reason `budget`.
+
     Args:
-        config: tau, the maximum length, the objective.
+        config: tau, the maximum length, the objective, the scoring and its budget.
         texts: one fresh text per step, token ids of shape (at least max_length, n).
         candidates: token ids that every step tries; ties go to the one that comes first.
         state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`; an old one, as saved
@@ -103,87 +137,232 @@ def greedy_search(
         `Scored` after every batch, and a `SearchStep` at the end of every step, also of the one that is rejected.
 
     """
-    objective = Objective(config)
-    sizer = BatchSizer(lm, config, texts.shape[1] + 1)
     if len(state.token_ids) >= config.max_length:  # the start of the prompt fills it already
         state.finished, state.stop_reason = True, "max_length"
+    sizer = BatchSizer(lm, config)
     while not state.finished:
-        step = len(state.steps)
-        text = texts[step]
-        prefix = Prefix.from_tokens(lm.model, state.token_ids)
-        started = time.perf_counter() - state.seconds
+        yield from _Step(lm, config, texts[len(state.steps)], candidates, state, sizer).run()
+
+
+class _OutOfBudgetError(Exception):
+    """The next batch does not fit the budget; never leaves this module."""
+
+
+class _Step:
+    """One step under way."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: SearchConfig,
+        text: Tensor,
+        candidates: list[int],
+        state: SearchState,
+        sizer: BatchSizer,
+    ) -> None:
+        self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
+        self.state, self.sizer = state, sizer
+        self.objective, self.blocks = Objective(config), len(lm.blocks)
+        self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
+        self.started = time.perf_counter() - state.seconds
+
+    def run(self) -> Iterator[Scored | SearchStep]:
+        """All stages that are left, then the record of the step."""
+        state, out_of_budget = self.state, False
+        try:
+            self._begin()
+            stages = plan_stages(self.config, self.blocks, self.text, state.spikes)
+            while state.stage < len(stages):
+                yield from self._score(stages[state.stage], len(stages))
+                self._close(stages[state.stage])
+        except _OutOfBudgetError:
+            out_of_budget = True
+            if state.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
+                state.verified += self._scored()
+        record = self._finish(out_of_budget)
+        if record is not None:
+            yield record
+
+    def _begin(self) -> None:
+        """L_q(t | p), and where the text spikes."""
+        state, length = self.state, self.text.numel()
         if state.objective_before is None:
-            before = float(objective(lm, prefix, text[None], skip=0))
+            self._afford(length * self.blocks)
+            before = float(self.objective(self.lm, self.prefix, self.text[None], skip=0))
             if not math.isfinite(before):
                 raise NotFiniteError(
-                    f"the search objective of {lm.label} is {before} on text {step}: its activations overflow "
-                    f"{lm.model.dtype}; use model.dtype=bfloat16 or float32"
+                    f"the search objective of {self.lm.label} is {before} on text {len(state.steps)}: its activations "
+                    f"overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
                 )
             state.objective_before = before
-        while len(state.scores) < len(candidates):
-            batch = candidates[len(state.scores) : len(state.scores) + sizer.size]
-            rows = torch.cat([torch.tensor(batch)[:, None], text.expand(len(batch), -1)], dim=1)
+            state.token_blocks += length * self.blocks
+        if not state.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
+            references = reference_positions(len(self.candidates))
+            cost = len(references) * (length + 1) * self.blocks
+            self._afford(cost)
+            tokens = [self.candidates[position] for position in references]
+            state.spikes, scores = find_spikes(self.objective, self.lm, self.prefix, self.text, tokens)
+            state.verified += [
+                (position, score)
+                for position, score in zip(references, scores.tolist(), strict=True)
+                if math.isfinite(score)
+            ]
+            state.token_blocks += cost
+        state.seconds = time.perf_counter() - self.started
+
+    def _pool(self) -> list[int]:
+        return list(range(len(self.candidates))) if self.state.pool is None else self.state.pool
+
+    def _scored(self) -> list[tuple[int, float]]:
+        """The candidates of the stage under way that have a score."""
+        scores = zip(self._pool(), self.state.scores, strict=False)
+        return [(position, score) for position, score in scores if score is not None]
+
+    def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
+        """Score the pool of one stage, batch by batch."""
+        state, pool = self.state, self._pool()
+        if stage.kind == "round" and len(pool) <= stage.keep:
+            return  # nothing would be dropped
+        row_cost = (stage.text.numel() + 1) * stage.depth
+        while len(state.scores) < len(pool):
+            start, size = len(state.scores), self.sizer.size(stage.text.numel() + 1)
+            batch = pool[start : start + min(size, self._afford(row_cost))]
+            bound = math.inf
+            if stage.kind == "sweep" and (known := state.verified + self._scored()):
+                bound = min(score for _, score in known) * (1 + 2 * TIE)
+            rows = rows_of([self.candidates[position] for position in batch], stage.text)
             try:
-                scores = objective(lm, prefix, rows, skip=1)
+                judged = self.objective.judge(self.lm, self.prefix, rows, 1, stage.depth, bound)
             except Exception as error:
-                if not sizer.can_back_off(error):
+                if not self.sizer.can_back_off(error, len(batch)):
                     raise
-                scores = None
-            if scores is None:  # outside of the handler, where nothing of the failed pass is held any more
-                sizer.back_off()
+                judged = None
+            if judged is None:  # outside of the handler, where nothing of the failed pass is held any more
+                self.sizer.back_off(len(batch), rows.shape[1])
                 continue
-            state.scores.extend(score if math.isfinite(score) else None for score in scores.tolist())
-            state.seconds = time.perf_counter() - started
-            yield Scored(step, len(state.scores), len(candidates))
-        yield _finish_step(lm, config, candidates, text.numel(), state)
+            if len(batch) == size:
+                self.sizer.grow()
+            results = zip(judged.scores.tolist(), judged.complete.tolist(), strict=True)
+            state.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
+            state.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
+            state.seconds = time.perf_counter() - self.started
+            yield Scored(len(state.steps), len(state.scores), len(pool), state.stage, stages)
+
+    def _close(self, stage: Stage) -> None:
+        """Make the pool of the next stage."""
+        state, pool = self.state, self._pool()
+        if stage.kind == "round":
+            if state.scores:
+                ranked = sorted((score, position) for position, score in self._scored())
+                pool = sorted(position for _, position in ranked[: stage.keep])
+        else:
+            state.verified += self._scored()
+        state.scores, state.stage = [], state.stage + 1
+        done = {position for position, _ in state.verified}
+        last_round = state.stage == len(rounds_of(self.config))
+        if stage.kind == "verify":  # what remains for a sweep
+            state.pool = [position for position in range(len(self.candidates)) if position not in done]
+        else:
+            state.pool = [position for position in pool if not last_round or position not in done]
+
+    def _afford(self, cost: int) -> int:
+        """How many rows of `cost` tokens times blocks the budget has room for.
+
+        Raises:
+            _OutOfBudgetError: for none.
+        """
+        limit = self.config.budget_token_forwards
+        seconds = self.config.budget_seconds
+        spent = sum(step.seconds for step in self.state.steps) + time.perf_counter() - self.started
+        if seconds is not None and spent >= seconds:
+            raise _OutOfBudgetError
+        if limit is None:
+            return len(self.candidates)
+        before = sum(round(step.token_forwards * self.blocks) for step in self.state.steps)
+        rows = int(limit * self.blocks - before - self.state.token_blocks) // cost
+        if rows < 1:
+            raise _OutOfBudgetError
+        return rows
+
+    def _finish(self, out_of_budget: bool) -> SearchStep | None:
+        state, config = self.state, self.config
+        best = _best(state.verified)
+        if best is None and not out_of_budget:
+            raise NotFiniteError(
+                f"no candidate of search step {len(state.steps)} has a finite objective: the activations of "
+                f"{self.lm.label} overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
+            )
+        record = None
+        if best is not None and state.objective_before is not None:
+            position, after = best
+            token = self.candidates[position]
+            accepted = after <= config.tau * state.objective_before
+            record = SearchStep(
+                step=len(state.steps),
+                token_id=token,
+                token=self.lm.decode([token]),
+                objective_before=state.objective_before,
+                objective_after=after,
+                accepted=accepted,
+                candidates=len(self.candidates),
+                token_forwards=state.token_blocks / self.blocks,
+                seconds=state.seconds,
+                verified=len(state.verified),
+            )
+            state.steps.append(record)
+            if accepted:
+                state.token_ids.append(token)
+        rejected = record is not None and not record.accepted
+        if out_of_budget:
+            state.finished, state.stop_reason = True, "budget"
+        elif rejected:
+            state.finished, state.stop_reason = True, "tau"
+        elif len(state.token_ids) >= config.max_length:
+            state.finished, state.stop_reason = True, "max_length"
+        state.scores, state.objective_before, state.seconds = [], None, 0.0
+        state.stage, state.pool, state.verified, state.spikes, state.token_blocks = 0, None, [], [], 0
+        return record
 
 
-def _finish_step(
-    lm: LanguageModel, config: SearchConfig, candidates: list[int], text_length: int, state: SearchState
-) -> SearchStep:
-    assert state.objective_before is not None
-    finite = [(score, index) for index, score in enumerate(state.scores) if score is not None]
-    if not finite:
-        raise NotFiniteError(
-            f"no candidate of search step {len(state.steps)} has a finite objective: the activations of {lm.label} "
-            f"overflow {lm.model.dtype}; use model.dtype=bfloat16 or float32"
-        )
-    after, best = min(finite)
-    accepted = after <= config.tau * state.objective_before
-    record = SearchStep(
-        step=len(state.steps),
-        token_id=candidates[best],
-        token=lm.decode([candidates[best]]),
-        objective_before=state.objective_before,
-        objective_after=after,
-        accepted=accepted,
-        candidates=len(candidates),
-        token_forwards=text_length + len(candidates) * (text_length + 1),
-        seconds=state.seconds,
-    )
-    state.steps.append(record)
-    state.scores, state.objective_before, state.seconds = [], None, 0.0
-    if accepted:
-        state.token_ids.append(candidates[best])
-    if not accepted:
-        state.finished, state.stop_reason = True, "tau"
-    elif len(state.token_ids) >= config.max_length:
-        state.finished, state.stop_reason = True, "max_length"
-    return record
+def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:
+    """The candidate with the lowest objective, the first of those that share it."""
+    if not verified:
+        return None
+    lowest = min(score for _, score in verified)
+    return min((position, score) for position, score in verified if score <= lowest * (1 + TIE))
 
 
 class BatchSizer:
-    """How many candidates go through the model at once: found by trying, halved whenever memory runs out."""
+    """How many candidates go through the model at once: as many as memory allows.
 
-    def __init__(self, lm: LanguageModel, config: SearchConfig, row_length: int) -> None:
-        budget = TOKENS_PER_FORWARD.get(lm.device.type, TOKENS_PER_FORWARD["cpu"])
-        self.size = config.batch_size or max(1, budget // row_length)
+    On a GPU the batch doubles for as long as twice the memory used so far is there; whenever memory runs out, it is
+    halved and stays so. A size that the user sets is only ever halved.
+    """
 
-    def can_back_off(self, error: Exception) -> bool:
-        """Whether memory ran out and a smaller batch is left to try."""
-        return self.size > 1 and bool(should_reduce_batch_size(error))
+    def __init__(self, lm: LanguageModel, config: SearchConfig) -> None:
+        self._device, self._fixed = lm.device, config.batch_size
+        self._tokens = TOKENS_PER_FORWARD.get(lm.device.type, TOKENS_PER_FORWARD["cpu"])
+        self._may_grow = lm.device.type == "cuda" and config.batch_size is None
 
-    def back_off(self) -> None:
-        """Halve the batch and give memory back."""
+    def size(self, row_length: int) -> int:
+        """Rows of `row_length` tokens in the next batch."""
+        return self._fixed or max(1, self._tokens // row_length)
+
+    def can_back_off(self, error: Exception, rows: int) -> bool:
+        """Whether memory ran out and a smaller batch than this one is left to try."""
+        return rows > 1 and bool(should_reduce_batch_size(error))
+
+    def back_off(self, rows: int, row_length: int) -> None:
+        """Halve the batch, which was `rows` of `row_length` tokens, and give memory back."""
         clear_device_cache(garbage_collection=True)
-        self.size //= 2
+        self._may_grow = False
+        self._tokens = rows * row_length // 2
+        self._fixed = None if self._fixed is None else max(1, rows // 2)
+
+    def grow(self) -> None:
+        """Double the batch where a GPU has room for it."""
+        if self._may_grow:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            self._may_grow = 2 * torch.cuda.max_memory_allocated(self._device) < 0.9 * total
+            if self._may_grow:
+                self._tokens *= 2

@@ -7,18 +7,25 @@ alone. The abstract's reading, the maximum activation of the following tokens, i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from cushion.activations import observe_outputs
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.numerics import Grid, fake_quantize
+from cushion.quantization.numerics import Grid
+from cushion.search.blockwise import run_blocks
 
 
 def quantization_error(values: Tensor, grid: Grid) -> Tensor:
     """`||X - q(X)||^2` of each text, with q's range taken from that text alone.
+
+    No value lies outside of its own range, so q clamps nothing and the error is `s * (round(Y) - Y)` with
+    `Y = (X - z) / s`. Reductions are in float32, whatever the dtype of `values`.
 
     Args:
         values: X, shape (texts, tokens, features).
@@ -27,11 +34,28 @@ def quantization_error(values: Tensor, grid: Grid) -> Tensor:
         float32, shape (texts,).
 
     """
-    flat = values.detach().flatten(1).float()
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    scale, offset = grid.parameters(low, high)
-    error = fake_quantize(flat, scale, offset, grid).sub_(flat)
-    return torch.linalg.vector_norm(error, dim=1).square()
+    flat = values.detach().flatten(1)
+    low, high = torch.aminmax(flat, dim=1, keepdim=True)
+    scale, offset = grid.parameters(low.float(), high.float())
+    codes = flat.float().sub(offset).div_(scale) if not grid.symmetric else flat.float().div(scale)
+    error = codes.sub_(codes.round())
+    return (torch.linalg.vector_norm(error, dim=1) * scale[:, 0]).square()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a pass over some rows told of them.
+
+    Args:
+        scores: the objective, float64 on the CPU, shape (rows,). Of a row that was dropped, the part that was summed.
+        blocks: how many decoder blocks each row went through, shape (rows,).
+        complete: whether a row went through all of the blocks asked for, shape (rows,).
+
+    """
+
+    scores: Tensor
+    blocks: Tensor
+    complete: Tensor
 
 
 class Objective:
@@ -46,28 +70,55 @@ class Objective:
         self.grid = Grid(config.bits, config.symmetric, config.levels)
         self.name = config.objective
 
-    @torch.no_grad()
     def __call__(self, lm: LanguageModel, prefix: Prefix, input_ids: Tensor, skip: int) -> Tensor:
+        """The objective of each row, over all blocks: the scores of `judge`."""
+        return self.judge(lm, prefix, input_ids, skip).scores
+
+    def judge(
+        self,
+        lm: LanguageModel,
+        prefix: Prefix,
+        input_ids: Tensor,
+        skip: int,
+        depth: int | None = None,
+        bound: float = math.inf,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Judged:
         """Judge each row of `input_ids` behind the prefix, leaving out its first `skip` tokens.
 
         Args:
             prefix: shared by all rows; its keys and values are computed once, by the caller.
             input_ids: (rows, skip + tokens), a candidate in front of a text, or the text alone with `skip=0`.
-
-        Returns:
-            float64 on the CPU, shape (rows,).
+            depth: take the first `depth` blocks alone; None for all.
+            bound: drop a row as soon as its objective over the blocks so far is larger. What a block adds is not
+                negative (nor does it lower a maximum), so a row that is dropped would have ended above the bound too.
+            observe: called with a block's number and its output at the judged positions, (rows, tokens, features).
 
         """
-        rows = input_ids.shape[0]
-        total = torch.zeros(rows, dtype=torch.float64)
+        rows = len(input_ids)
+        total = torch.zeros(rows, dtype=torch.float64, device=lm.device)
+        blocks = torch.zeros(rows, dtype=torch.long)
+        alive = torch.arange(rows)
 
-        def observe(_name: str, output: Tensor) -> None:
+        def visit(block: int, output: Tensor) -> Tensor | None:
+            nonlocal alive
             following = output[:, skip:]
+            if observe is not None:
+                observe(block, following)
+            at = alive.to(total.device)
             if self.name == "quantization_error":
-                total.add_(quantization_error(following, self.grid).double().cpu())
+                total[at] += quantization_error(following, self.grid).double().to(total.device)
             else:
-                torch.maximum(total, following.flatten(1).abs().amax(1).double().cpu(), out=total)
+                largest = torch.stack(torch.aminmax(following.flatten(1), dim=1)).abs().amax(0)
+                total[at] = torch.maximum(total[at], largest.double().to(total.device))
+            blocks[alive] += 1
+            if math.isinf(bound):
+                return None
+            keep = (~(total[at] > bound)).nonzero()[:, 0].cpu()
+            alive = alive[keep]
+            return keep
 
-        with observe_outputs(lm.named_blocks, observe):
-            lm.body(input_ids, past_key_values=prefix.cache(lm.model, rows), use_cache=True)
-        return total
+        run_blocks(lm, prefix, input_ids, visit, depth)
+        complete = torch.zeros(rows, dtype=torch.bool)
+        complete[alive] = True
+        return Judged(total.cpu(), blocks, complete)

@@ -1,4 +1,4 @@
-"""Which tokens a search step tries: the whole vocabulary, or a sample of a size the user sets."""
+"""Which tokens a search step tries: the whole vocabulary, or some of it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,41 @@ from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.search.objective import Objective
+from cushion.search.rounds import spike_sizes
 
 
-def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, seed: int) -> list[int]:
-    """The candidate token ids of a search, ascending and distinct.
+def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts: Tensor, seed: int) -> list[int]:
+    """The candidate token ids of a search, distinct; ascending, but for the user's own order.
 
-    `exhaustive` is the whole vocabulary, as in Algorithm 1. `sampled` is `config.candidates` tokens: all special
-    tokens, the `config.frequent` most frequent tokens of the search text, and a seeded draw of the others.
+    `vocabulary` is all of them, as in Algorithm 1. The others have at most `config.candidates` tokens: `frequent` the
+    most frequent ones of the search text; `outlier` those that spike most in the search texts; `sampled` all special
+    tokens, the `config.frequent` most frequent ones, and a seeded draw of the others. `user` is `config.user_tokens`.
 
     Args:
         token_counts: occurrences of each token in the search text, shape (vocabulary,).
+        texts: the texts of the search steps, shape (steps, tokens).
+
+    Raises:
+        ConfigError: a token of the user's is outside the vocabulary.
 
     """
     size = lm.vocabulary_size
-    if config.proposal == "exhaustive" or config.candidates >= size:
+    if config.proposal == "user":
+        tokens = list(dict.fromkeys(config.user_tokens or []))
+        lm.check_token_ids(tokens, "search.user_tokens")
+        return tokens
+    if config.proposal == "vocabulary" or (config.proposal == "sampled" and config.candidates >= size):
         return list(range(size))
-    special = [token for token in sorted(set(lm.tokenizer.all_special_ids)) if token < size]
-    ranked = torch.argsort(token_counts, descending=True, stable=True)[: config.frequent]
+    if config.proposal == "outlier":
+        return sorted(_outlier_tokens(lm, config, texts)[: config.candidates])
+    wanted = config.candidates if config.proposal == "frequent" else config.frequent
+    ranked = torch.argsort(token_counts, descending=True, stable=True)[:wanted]
     frequent = ranked[token_counts[ranked] > 0].tolist()
+    if config.proposal == "frequent":
+        return sorted(frequent)
+    special = [token for token in sorted(set(lm.tokenizer.all_special_ids)) if token < size]
     chosen = list(dict.fromkeys(special + frequent))[: config.candidates]
     generator = torch.Generator().manual_seed(seed)
     known = set(chosen)
@@ -32,3 +49,17 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, seed:
     while len(chosen) < config.candidates:
         chosen.append(next(others))
     return sorted(chosen)
+
+
+def _outlier_tokens(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> list[int]:
+    """The tokens of the search texts by their largest spike behind one token from the middle of the vocabulary.
+
+    Something has to stand in front: a text's first token spikes whatever it is.
+    """
+    objective, largest = Objective(config), dict[int, float]()
+    for text in texts:
+        spikes, _ = spike_sizes(objective, lm, Prefix.empty(), text, [lm.vocabulary_size // 2])
+        for token, spike in zip(text.tolist(), spikes.tolist(), strict=True):
+            if token < lm.vocabulary_size:
+                largest[token] = max(spike, largest.get(token, 0.0))
+    return sorted(largest, key=lambda token: (-largest[token], token))

@@ -17,7 +17,7 @@ from torch import Tensor
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.search.greedy import Scored, SearchState, SearchStep, greedy_search
-from cushion.search.objective import Objective
+from cushion.search.objective import Judged, Objective
 
 Tiny = Callable[..., LanguageModel]
 CANDIDATES = list(range(3, 260, 11))
@@ -222,7 +222,7 @@ def test_progress_counts_candidates(tiny: Tiny) -> None:
     config = SearchConfig(tau=1.0, max_length=1, batch_size=10)
     events = list(greedy_search(tiny(), config, some_texts(), CANDIDATES, SearchState([])))
     assert [asdict(e) for e in events if isinstance(e, Scored)] == [
-        {"step": 0, "done": done, "total": 24} for done in (10, 20, 24)
+        {"step": 0, "done": done, "total": 24, "stage": 0, "stages": 1} for done in (10, 20, 24)
     ]
 
 
@@ -236,16 +236,16 @@ OUT_OF_MEMORY = [
 
 def fail_above(monkeypatch: pytest.MonkeyPatch, limit: int, error: BaseException) -> list[int]:
     """Let the objective fail for batches of more than `limit` rows; the sizes of the batches that passed."""
-    judge, passed = Objective.__call__, []
+    judge, passed = Objective.judge, []
 
-    def limited(self: Objective, lm: LanguageModel, prefix: Any, rows: Tensor, skip: int) -> Tensor:
+    def limited(self: Objective, lm: LanguageModel, prefix: Any, rows: Tensor, skip: int, *others: Any) -> Judged:
         if len(rows) > limit:
             raise error
         if skip:
             passed.append(len(rows))
-        return judge(self, lm, prefix, rows, skip)
+        return judge(self, lm, prefix, rows, skip, *others)
 
-    monkeypatch.setattr(Objective, "__call__", limited)
+    monkeypatch.setattr(Objective, "judge", limited)
     return passed
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from cushion.config import SearchConfig
+from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.search.proposals import propose
 
 Tiny = Callable[..., LanguageModel]
 SPECIAL = {256, 257, 258, 259}
+TEXTS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -23,20 +25,20 @@ def counts() -> torch.Tensor:
     return counts
 
 
-def test_exhaustive_is_the_whole_vocabulary(tiny: Tiny, counts: torch.Tensor) -> None:
+def test_vocabulary_is_the_whole_vocabulary(tiny: Tiny, counts: torch.Tensor) -> None:
     lm = tiny()
-    config = SearchConfig(proposal="exhaustive", candidates=3)
-    assert propose(lm, config, counts, 0) == list(range(lm.vocabulary_size))
+    config = SearchConfig(proposal="vocabulary", candidates=3)
+    assert propose(lm, config, counts, TEXTS, 0) == list(range(lm.vocabulary_size))
 
 
 @pytest.mark.parametrize("asked", [260, 1000])
 def test_a_sample_as_large_as_the_vocabulary_is_the_vocabulary(tiny: Tiny, counts: torch.Tensor, asked: int) -> None:
-    assert propose(tiny(), SearchConfig(candidates=asked), counts, 0) == list(range(260))
+    assert propose(tiny(), SearchConfig(candidates=asked), counts, TEXTS, 0) == list(range(260))
 
 
 @pytest.mark.parametrize("size", [1, 4, 17, 64, 259])
 def test_sample_has_the_size_asked_for(tiny: Tiny, counts: torch.Tensor, size: int) -> None:
-    found = propose(tiny(), SearchConfig(candidates=size, frequent=8), counts, 0)
+    found = propose(tiny(), SearchConfig(candidates=size, frequent=8), counts, TEXTS, 0)
     assert len(found) == size
     assert found == sorted(set(found))
     assert all(0 <= token < 260 for token in found)
@@ -44,19 +46,44 @@ def test_sample_has_the_size_asked_for(tiny: Tiny, counts: torch.Tensor, size: i
 
 def test_sample_holds_special_and_most_frequent_tokens(tiny: Tiny, counts: torch.Tensor) -> None:
     for seed in range(5):
-        found = set(propose(tiny(), SearchConfig(candidates=30, frequent=10), counts, seed))
+        found = set(propose(tiny(), SearchConfig(candidates=30, frequent=10), counts, TEXTS, seed))
         assert found >= SPECIAL | set(range(131, 141))
 
 
 def test_tokens_that_never_occur_are_not_frequent(tiny: Tiny) -> None:
     counts = torch.zeros(260, dtype=torch.long)
     counts[200] = 1
-    drawn = [set(propose(tiny(), SearchConfig(candidates=40, frequent=30), counts, seed)) for seed in range(4)]
+    drawn = [set(propose(tiny(), SearchConfig(candidates=40, frequent=30), counts, TEXTS, seed)) for seed in range(4)]
     assert set.intersection(*drawn) >= SPECIAL | {200}
     assert len(set.intersection(*drawn)) < 20  # the rest is a draw, not the first tokens of the vocabulary
 
 
 def test_draw_follows_the_seed(tiny: Tiny, counts: torch.Tensor) -> None:
     config = SearchConfig(candidates=60, frequent=8)
-    assert propose(tiny(), config, counts, 3) == propose(tiny(), config, counts, 3)
-    assert propose(tiny(), config, counts, 3) != propose(tiny(), config, counts, 4)
+    assert propose(tiny(), config, counts, TEXTS, 3) == propose(tiny(), config, counts, TEXTS, 3)
+    assert propose(tiny(), config, counts, TEXTS, 3) != propose(tiny(), config, counts, TEXTS, 4)
+
+
+def test_frequent_is_the_most_frequent_tokens(tiny: Tiny, counts: torch.Tensor) -> None:
+    lm = tiny()
+    assert propose(lm, SearchConfig(proposal="frequent", candidates=7), counts, TEXTS, 0) == list(range(134, 141))
+    everything = propose(lm, SearchConfig(proposal="frequent", candidates=999), counts, TEXTS, 0)
+    assert everything == list(range(101, 141))  # those that occur
+
+
+def test_outlier_is_the_tokens_that_spike(tiny: Tiny, counts: torch.Tensor) -> None:
+    lm, texts = tiny(), TEXTS % 100
+    texts[0, 4], texts[1, 9] = 200, 7
+    with torch.no_grad():
+        lm.embeddings[[200, 7]] *= 100
+    config = SearchConfig(proposal="outlier", candidates=2)
+    assert propose(lm, config, counts, texts, 0) == [7, 200]
+    everything = propose(lm, SearchConfig(proposal="outlier", candidates=500), counts, texts, 0)
+    assert everything == sorted(set(texts.flatten().tolist()))
+
+
+def test_user_tokens_keep_their_order_and_are_checked(tiny: Tiny, counts: torch.Tensor) -> None:
+    config = SearchConfig(proposal="user", user_tokens=[9, 3, 9, 250])
+    assert propose(tiny(), config, counts, TEXTS, 0) == [9, 3, 250]
+    with pytest.raises(ConfigError, match=r"search.user_tokens=260 is outside the vocabulary"):
+        propose(tiny(), SearchConfig(proposal="user", user_tokens=[260]), counts, TEXTS, 0)

@@ -1,0 +1,124 @@
+"""What one search step does with its candidates: rounds of successive halving, verification, and a bounded sweep.
+
+A round judges candidates by fewer tokens and fewer decoder blocks than the objective has, and keeps the best. What is
+left is verified on the whole text and all blocks. Successive halving is Jamieson and Talwalkar's (arXiv 1502.07943);
+here two resources grow together, the length of the text and the depth in the model.
+
+Which tokens a short text has decides whether it ranks at all: the range of a block's output, and with it L_q, is set by
+the few positions of the text whose activations spike. A text cut to its first tokens may hold none of them. A round
+with `text=spikes` therefore reads the spiking tokens themselves, each with the token before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cushion.config import SearchConfig, SearchRound
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.search.objective import Objective
+
+REFERENCES = 4
+"""Candidates behind which the spiking positions are looked for."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pass over a pool of candidates.
+
+    Args:
+        kind: `round` (a proxy), `verify` (the objective itself) or `sweep` (the objective, with a bound, of all
+            candidates that the rounds dropped).
+        depth: how many of the first decoder blocks are run.
+        text: the token ids behind each candidate, shape (tokens,).
+        keep: how many candidates go on from a round.
+
+    """
+
+    kind: str
+    depth: int
+    text: Tensor
+    keep: int = 0
+
+
+def rounds_of(config: SearchConfig) -> list[SearchRound]:
+    """The rounds of a search: none when all candidates are judged by the objective itself."""
+    return [] if config.scoring == "full" else config.rounds
+
+
+def plan_stages(config: SearchConfig, blocks: int, text: Tensor, spikes: list[int]) -> list[Stage]:
+    """The stages of a step, in order.
+
+    Args:
+        blocks: how many decoder blocks the model has.
+        text: token ids of the step's text, shape (n,).
+        spikes: positions of `text`, the one with the largest spike first.
+
+    """
+    stages = []
+    for item in rounds_of(config):
+        short = spike_text(text, spikes, item.tokens) if item.text == "spikes" else text[: item.tokens]
+        stages.append(Stage("round", max(1, round(item.depth * blocks)), short, item.keep))
+    stages.append(Stage("verify", blocks, text))
+    if config.scoring == "exact":
+        stages.append(Stage("sweep", blocks, text))
+    return stages
+
+
+def spike_text(text: Tensor, spikes: list[int], tokens: int) -> Tensor:
+    """At most `tokens` tokens of `text` in their own order: the largest spikes, each with the token before it."""
+    kept: set[int] = set()
+    for position in spikes:
+        wanted = kept | {position, max(position - 1, 0)}
+        if len(wanted) > tokens:
+            break
+        kept = wanted
+    return text[sorted(kept)] if kept else text[:tokens]
+
+
+def reference_positions(candidates: int) -> list[int]:
+    """Evenly spaced positions in a list of candidates."""
+    count = min(REFERENCES, candidates)
+    return [(2 * index + 1) * candidates // (2 * count) for index in range(count)]
+
+
+def find_spikes(
+    objective: Objective, lm: LanguageModel, prefix: Prefix, text: Tensor, references: list[int]
+) -> tuple[list[int], Tensor]:
+    """The positions of a text by the size of their spike, the largest first, and the scores of `spike_sizes`."""
+    spikes, scores = spike_sizes(objective, lm, prefix, text, references)
+    return torch.argsort(spikes, descending=True, stable=True).tolist(), scores
+
+
+def spike_sizes(
+    objective: Objective, lm: LanguageModel, prefix: Prefix, text: Tensor, references: list[int]
+) -> tuple[Tensor, Tensor]:
+    """How much each position of a text spikes behind some candidates.
+
+    The spike of a position is the largest magnitude of its features over the median of all positions, in whichever
+    block and behind whichever candidate that is largest.
+
+    Args:
+        references: token ids that take turns as the candidate.
+
+    Returns:
+        The spikes, shape (tokens,), and the whole objective of each reference, float64, both on the CPU.
+
+    """
+    spikes = torch.zeros(len(text))
+
+    def observe(_block: int, following: Tensor) -> None:
+        magnitudes = following.abs().amax(-1).float()
+        ratios = magnitudes / magnitudes.median(1, keepdim=True).values.clamp(min=1e-12)
+        torch.maximum(spikes, ratios.amax(0).nan_to_num(0.0).cpu(), out=spikes)
+
+    scores = objective.judge(lm, prefix, rows_of(references, text), skip=1, observe=observe).scores
+    return spikes, scores
+
+
+def rows_of(candidates: list[int], text: Tensor) -> Tensor:
+    """Each candidate in front of the text: token ids, shape (candidates, 1 + tokens)."""
+    return torch.cat([torch.tensor(candidates)[:, None], text.expand(len(candidates), -1)], dim=1)

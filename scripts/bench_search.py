@@ -1,0 +1,272 @@
+"""What does each way of searching cost, and what does it find? On one model and one text, in one run.
+
+    .venv/bin/python scripts/bench_search.py [--length 128] [--sample 500] [--output FOLDER] [OVERRIDE ...]
+    .venv/bin/python scripts/bench_search.py --shapes          # needs a GPU
+
+Every OVERRIDE is one of the `cushion` command's, for example `model=llama2_7b data=wikitext2 eval.blocks=16`. A greedy
+search ends after one token (`--tokens`), whatever tau is. Exhaustive and exact scoring run over a sample of the
+vocabulary that holds what the other searches found; their cost is extrapolated to the whole vocabulary, and the table
+says so. Written are a table, `bench_search.json` and `bench_search.png`.
+
+`--shapes` times a search step of each scoring on randomly initialised models of the shapes of LLaMA-2-7B and LLaMA-3-8B
+in bfloat16: what a step costs does not depend on the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import torch
+from hydra import compose, initialize_config_dir
+from matplotlib import pyplot
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cushion import pipeline
+from cushion.cli import config_folder, register_schema, to_run_config
+from cushion.config import SEARCH_METHODS, RunConfig, SearchConfig
+from cushion.models import LanguageModel
+from cushion.models.architectures import find_architecture
+from cushion.models.tiny import byte_tokenizer
+from cushion.prefix import Prefix
+from cushion.preparation import choose_device, prepare
+from cushion.search.greedy import SearchState, greedy_search
+from cushion.search.objective import Objective
+from cushion.search.rounds import rows_of
+
+SHAPES = {
+    "LLaMA-2-7B": {"num_hidden_layers": 32, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "LLaMA-3-8B": {"num_hidden_layers": 32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+}
+PUBLISHED_HOURS = {"LLaMA-2-7B": 2.68, "LLaMA-3-8B": 12.09}
+"""Hours of the greedy search on four A6000 (CushionCache, Table 6)."""
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product: the most that a model can reach."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        best = min(best, timed(lambda: left @ right, device))
+    return 2 * size**3 / best
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes, with the device idle before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def utilisation(lm: LanguageModel, text: torch.Tensor, rows: int) -> dict[str, float]:
+    """Operations per token, how many a second exhaustive scoring reaches, and the share of the measured ceiling."""
+    batch = rows_of(list(range(rows)), text)
+    objective = Objective(SearchConfig())
+    counter = FlopCounterMode(display=False)
+    with counter:
+        objective(lm, Prefix.empty(), batch[:1], 1)
+    per_token = counter.get_total_flops() / batch.shape[1]
+    seconds = min(timed(lambda: objective(lm, Prefix.empty(), batch, 1), lm.device) for _ in range(3))
+    achieved, most = per_token * batch.numel() / seconds, ceiling(lm.device, lm.model.dtype)
+    return {
+        "flops_per_token": per_token,
+        "achieved_flops": achieved,
+        "ceiling_flops": most,
+        "share_of_ceiling": achieved / most,
+        "token_forwards_per_second": batch.numel() / seconds,
+    }
+
+
+def configured(overrides: list[str]) -> RunConfig:
+    return to_run_config(compose("config", overrides))
+
+
+def only_value(record: dict[str, float]) -> float:
+    """Perplexity on the one corpus that is evaluated."""
+    (value,) = record.values()
+    return value
+
+
+def bench(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    common = [
+        *options.overrides, "tracking=none", "tuning=none", f"paths.output_dir={output}",
+        f"search.text_length={options.length}",
+    ]  # fmt: skip
+    greedy = [f"search.max_length={options.tokens}", "search.tau=1"]
+    base = configured([*common, "search=greedy_pruned", *greedy])
+    prepared = prepare(base, choose_device(base))
+    lm, texts = prepared.lm, prepared.texts.search
+    assert texts is not None
+    size = lm.vocabulary_size
+    names = {"pruned": ["search=greedy_pruned", *greedy], "sampled": ["search=greedy_sampled", *greedy]}
+    available = {path.stem for path in Path(config_folder(), "search").glob("*.yaml")}
+    others = [name for name in ("qfep", "prefixquant") if name in SEARCH_METHODS and name in available]
+    names |= {name: [f"search={name}"] for name in others}
+
+    rows: list[dict[str, Any]] = []
+
+    def measure(name: str, overrides: list[str], sampled_of: int | None) -> dict[str, Any]:
+        result = pipeline.run(configured([*common, *overrides, "eval.controls=false"]))
+        search, found = result.search or {}, (result.prefix or {}).get("token_ids", [])
+        scale = 1.0 if sampled_of is None else size / sampled_of
+        error = Objective(SearchConfig())(lm, Prefix.from_tokens(lm.model, found), texts[:1], 0).item()
+        row = {
+            "search": name,
+            "extrapolated_from": sampled_of,
+            "prefix": lm.decode(found),
+            "token_ids": found,
+            "token_forwards": scale * search["token_forwards"] if "token_forwards" in search else None,
+            "seconds": scale * search["seconds"],
+            "quantization_error": error,
+            "perplexity": only_value(result.metrics["perplexity"]),
+        }
+        rows.append(row)
+        return row
+
+    none = pipeline.run(configured([*common, "search=none", "eval.controls=false"]))
+    rows.append(
+        {
+            "search": "none", "extrapolated_from": None, "prefix": "", "token_ids": [], "token_forwards": 0.0,
+            "seconds": 0.0, "perplexity": only_value(none.metrics["perplexity"]),
+            "quantization_error": Objective(SearchConfig())(lm, Prefix.empty(), texts[:1], 0).item(),
+        }
+    )  # fmt: skip
+    for name, overrides in names.items():
+        measure(name, overrides, None)
+    generator = torch.Generator().manual_seed(base.seed)
+    drawn = torch.randperm(size, generator=generator).tolist()
+    known = list(dict.fromkeys(token for row in rows for token in row["token_ids"][:1]))
+    sample = sorted(dict.fromkeys([*known, *drawn][: options.sample]))
+    own = f"search.user_tokens={json.dumps(sample).replace(' ', '')}"
+    of = None if len(sample) == size else len(sample)
+    for name in ("exhaustive", "exact"):
+        measure(name, [f"search=greedy_{name}", "search.proposal=user", own, *greedy], of)
+
+    best = min(row["quantization_error"] for row in rows)
+    whole = next(row for row in rows if row["search"] == "exhaustive")["token_forwards"]
+    for row in rows:
+        row["ratio_to_best"] = row["quantization_error"] / best
+        row["share_of_exhaustive"] = None if row["token_forwards"] is None else row["token_forwards"] / whole
+    use = utilisation(lm, texts[0], max(1, (65536 if lm.device.type == "cuda" else 2048) // (options.length + 1)))
+    text = table(rows) + "\n\n" + utilisation_line(use)
+    print(text)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"model": lm.label, "vocabulary": size, "length": options.length, "rows": rows, "utilisation": use}
+    (output / "bench_search.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    figure(rows, output / "bench_search.png")
+    print(output / "bench_search.png")
+
+
+def utilisation_line(use: dict[str, float]) -> str:
+    return (
+        f"exhaustive scoring: {use['token_forwards_per_second']:.0f} token-forwards/s, "
+        f"{use['achieved_flops']:.3g} FLOP/s of {use['ceiling_flops']:.3g} "
+        f"in a large matrix product: {use['share_of_ceiling']:.2f}"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as plain text; what was extrapolated is marked."""
+    lines = [
+        f"{'search':<34}{'token-forwards':>15}{'share':>9}{'seconds':>9}{'L_q':>11}{'L_q/best':>10}{'perplexity':>12}"
+        "  prefix"
+    ]
+    for row in rows:
+        sample = row["extrapolated_from"]
+        name = row["search"] if sample is None else f"{row['search']} (cost from {sample} tokens)"
+        cost = "-" if row["token_forwards"] is None else f"{row['token_forwards']:.0f}"
+        share = "-" if row["share_of_exhaustive"] is None else f"{row['share_of_exhaustive']:.4f}"
+        lines.append(
+            f"{name:<34}{cost:>15}{share:>9}{row['seconds']:>9.0f}{row['quantization_error']:>11.4g}"
+            f"{row['ratio_to_best']:>10.3f}{row['perplexity']:>12.2f}  {row['prefix']!r}"
+        )
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """L_q against token-forwards, both logarithmic."""
+    shown = [row for row in rows if row["token_forwards"]]
+    _, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for row in shown:
+        extrapolated = row["extrapolated_from"] is not None
+        axes.scatter(row["token_forwards"], row["ratio_to_best"], marker="x" if extrapolated else "o", color="#2166ac")
+        label = row["search"] + (" (sample)" if extrapolated else "")
+        axes.annotate(label, (row["token_forwards"], row["ratio_to_best"]), textcoords="offset points", xytext=(5, 5))
+    axes.set(xscale="log", xlabel="token-forwards", ylabel="L_q over the lowest found")
+    pyplot.savefig(path, dpi=150)
+    pyplot.close()
+
+
+def bench_shapes(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("--shapes needs a GPU: torch sees none here")
+    for name, shape in SHAPES.items():
+        bench_shape(name, shape, options)
+        torch.cuda.empty_cache()
+
+
+def bench_shape(name: str, shape: dict[str, int], options: argparse.Namespace) -> None:
+    device, size = torch.device("cuda"), shape["vocab_size"]
+    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, max_position_embeddings=4096, **shape)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.eval().requires_grad_(False)
+    lm = LanguageModel(model, byte_tokenizer(), find_architecture("llama", name), name, name)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, size, (1, options.length), generator=generator)
+    sample = torch.randperm(size, generator=generator)[: options.sample].tolist()
+
+    def step(scoring: str, pool: list[int]) -> None:
+        search = SearchConfig(method="greedy", scoring=scoring, max_length=1, text_length=options.length)
+        state = SearchState([])
+        seconds = timed(lambda: list(greedy_search(lm, search, texts, pool, state)), device)
+        scale = size / len(pool)
+        note = "" if scale == 1 else f" (extrapolated from {len(pool)} candidates)"
+        cost = state.steps[0].token_forwards * scale
+        print(f"  {scoring:<8}{seconds * scale:>10.1f} s a step{cost:>14.0f} token-forwards{note}", flush=True)
+
+    print(f"{name}, n = {options.length}, bfloat16; published: {PUBLISHED_HOURS[name]} hours for the whole search")
+    step("full", sample)
+    step("exact", sample)
+    step("pruned", list(range(size)))
+    print(f"  {utilisation_line(utilisation(lm, texts[0], max(1, 65536 // (options.length + 1))))}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=None, help="tokens of the search text: 128, with --shapes 512")
+    parser.add_argument("--sample", type=int, default=500, help="candidates of the exhaustive and the exact search")
+    parser.add_argument("--tokens", type=int, default=1, help="longest prefix of the greedy searches")
+    parser.add_argument("--output", default="outputs/bench_search", help="folder of the table's data and the figure")
+    parser.add_argument("--shapes", action="store_true", help="time steps on the shapes of 7B and 8B models")
+    parser.add_argument("overrides", nargs="*", help="overrides of the cushion command")
+    options = parser.parse_args()
+    options.length = options.length or (512 if options.shapes else 128)
+    if options.shapes:
+        bench_shapes(options)
+        return
+    register_schema()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        bench(options)
+
+
+if __name__ == "__main__":
+    main()

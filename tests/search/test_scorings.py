@@ -1,0 +1,347 @@
+"""Pruned and exact scoring against the exhaustive one: the same token, the cost they say, budgets, interruptions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from torch import Tensor
+
+from cushion.activations import observe_outputs
+from cushion.config import SearchConfig, SearchRound
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.search.greedy import Scored, SearchState, greedy_search
+from cushion.search.objective import Objective
+from cushion.search.rounds import find_spikes, plan_stages, reference_positions, rows_of, spike_text
+
+Tiny = Callable[..., LanguageModel]
+VOCABULARY = list(range(260))
+ROUNDS = [SearchRound(0.34, 4, 60, "spikes"), SearchRound(0.67, 8, 12, "start")]
+
+
+def some_texts(count: int = 3, length: int = 10, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def search(
+    lm: LanguageModel, texts: Tensor, scoring: str, candidates: list[int] = VOCABULARY, **options: Any
+) -> SearchState:
+    options = {"tau": 1.0, "max_length": 2, "rounds": ROUNDS, "scoring": scoring, **options}
+    state = SearchState([])
+    for _ in greedy_search(lm, SearchConfig(**options), texts, candidates, state):
+        pass
+    return state
+
+
+def comparable(state: SearchState) -> dict[str, Any]:
+    record = state.to_dict()
+    for step in [*record["steps"], record]:
+        del step["seconds"]
+    return record
+
+
+# ---- exact ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["quantization_error", "maximum_activation"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_finds_what_exhaustive_finds(tiny: Tiny, family: str, objective: str) -> None:
+    lm = tiny(family)
+    for seed in (0, 1):
+        texts = some_texts(seed=seed)
+        full = search(lm, texts, "full", objective=objective)
+        exact = search(lm, texts, "exact", objective=objective, batch_size=50)
+        assert exact.token_ids == full.token_ids
+        assert [step.token_id for step in exact.steps] == [step.token_id for step in full.steps]
+        for mine, theirs in zip(exact.steps, full.steps, strict=True):
+            assert mine.objective_after == pytest.approx(theirs.objective_after, rel=1e-6)
+            assert mine.accepted == theirs.accepted
+
+
+def plant_sink(lm: LanguageModel, sink: int) -> None:
+    """A token that every query of block 0 looks at and whose values are zero: it calms all tokens that follow it."""
+    attention = lm.blocks[0].self_attn
+    with torch.no_grad():
+        attention.o_proj.weight.mul_(8)
+        lm.embeddings[:, 0] = 0
+        lm.embeddings[:, 1] = 2.0
+        lm.embeddings[sink] = 0
+        lm.embeddings[sink, 0] = 5.0
+        attention.v_proj.weight[:, 0] = 0
+        attention.k_proj.weight[:, 0] = 0
+        attention.k_proj.weight[3::4, 0] = 20.0
+        attention.q_proj.weight[3::4, 1] = 20.0
+
+
+def test_exact_drops_candidates_on_the_way(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts(length=24)
+    plant_sink(lm, 77)
+    full, exact = (search(lm, texts, scoring, max_length=1) for scoring in ("full", "exact"))
+    assert exact.token_ids == full.token_ids == [77]
+    step = exact.steps[0]
+    sweep = step.token_forwards - 24 - 4 * 25 - 260 * 5 / 3 - 60 * 9 * 2 / 3 - 12 * 25
+    assert 0 < sweep < 0.8 * (260 - 16) * 25
+    assert step.verified < 260
+
+
+@pytest.mark.parametrize("scoring", ["full", "exact"])
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_ties_go_to_the_candidate_that_comes_first(tiny: Tiny, scoring: str, batch_size: int | None) -> None:
+    lm, texts = tiny(), some_texts() % 64
+    pool = list(range(64, 256))
+    winner = search(lm, texts, "full", pool, max_length=1).token_ids[0]
+    for twin in (66, 250):
+        with torch.no_grad():
+            lm.embeddings[twin] = lm.embeddings[winner]
+        for candidates in (pool, pool[::-1]):
+            state = search(lm, texts, scoring, candidates, max_length=1, batch_size=batch_size)
+            assert state.token_ids == [min(winner, twin, key=candidates.index)]
+        lm = tiny()
+
+
+# ---- pruned ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_that_keeps_everything_is_exhaustive(tiny: Tiny, family: str) -> None:
+    lm, texts = tiny(family), some_texts(seed=2)
+    rounds = [SearchRound(0.4, 4, 260, "spikes"), SearchRound(0.4, 4, 500, "start")]
+    full, pruned = search(lm, texts, "full"), search(lm, texts, "pruned", rounds=rounds)
+    assert pruned.token_ids == full.token_ids
+    for mine, theirs in zip(pruned.steps, full.steps, strict=True):
+        assert mine.objective_after == pytest.approx(theirs.objective_after, rel=1e-6)
+        assert (mine.verified, theirs.verified) == (260, 260)
+        assert mine.token_forwards == pytest.approx(theirs.token_forwards)  # rounds that drop nothing are not run
+
+
+def test_a_round_ranks_by_the_first_terms_of_the_objective(tiny: Tiny) -> None:
+    """Which candidates are verified, computed once more with the sum over the first blocks of single forward passes."""
+    lm, texts = tiny(), some_texts()
+    text, proxy = texts[0], []
+    terms: list[Tensor] = []
+    for candidate in VOCABULARY:
+        with torch.no_grad(), observe_outputs({"1": lm.blocks[1], "0": lm.blocks[0]}, lambda _, x: terms.append(x)):
+            lm.body(rows_of([candidate], text[:5]), use_cache=False)
+        total = 0.0
+        for x in (term[0, 1:].double() for term in terms):
+            scale = (x.max() - x.min()) / 255
+            total += (x - (scale * ((x - x.min()) / scale).round() + x.min())).square().sum().item()
+        proxy.append((total, candidate))
+        terms.clear()
+    kept = sorted(candidate for _, candidate in sorted(proxy)[:9])
+    state = SearchState([])
+    config = SearchConfig(tau=1.0, max_length=1, scoring="pruned", rounds=[SearchRound(0.67, 5, 9, "start")])
+    events = greedy_search(lm, config, texts, VOCABULARY, state)
+    next(event for event in events if isinstance(event, Scored) and event.stage == 1)
+    assert state.pool == kept
+    best = min(VOCABULARY, key=lambda c: (Objective(config)(lm, Prefix.empty(), rows_of([c], text), 1).item(), c))
+    if best in kept:
+        list(events)
+        assert state.token_ids == [best]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_truncated_objective_is_the_sum_of_the_first_terms(tiny: Tiny, family: str, depth: int) -> None:
+    lm, rows = tiny(family), rows_of([5, 99, 256], some_texts()[0])
+    objective, terms = Objective(SearchConfig()), []
+    for blocks in (1, 2, 3):
+        terms.append(objective.judge(lm, Prefix.empty(), rows, 1, depth=blocks).scores)
+    assert (torch.diff(torch.stack(terms), dim=0) > 0).all()
+    whole = objective(lm, Prefix.empty(), rows, 1)
+    torch.testing.assert_close(terms[2], whole)
+    seen: list[Tensor] = []
+
+    def keep(_block: int, following: Tensor) -> None:
+        x = following.double().flatten(1)
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        scale = (high - low) / 255
+        seen.append((x - (scale * ((x - low) / scale).round() + low)).square().sum(1))
+
+    objective.judge(lm, Prefix.empty(), rows, 1, observe=keep)
+    torch.testing.assert_close(terms[depth - 1], torch.stack(seen[:depth]).sum(0), rtol=1e-3, atol=0.0)
+
+
+def test_a_bound_drops_rows_that_end_above_it_and_no_others(tiny: Tiny) -> None:
+    lm, rows = tiny(), rows_of(VOCABULARY[:40], some_texts()[0])
+    objective = Objective(SearchConfig())
+    whole = objective(lm, Prefix.empty(), rows, 1)
+    parts = torch.stack([objective.judge(lm, Prefix.empty(), rows, 1, depth=d).scores for d in (1, 2, 3)])
+    bound = whole.median().item()
+    judged = objective.judge(lm, Prefix.empty(), rows, 1, bound=bound)
+    assert torch.equal(judged.complete, whole <= bound)
+    torch.testing.assert_close(judged.scores[judged.complete], whole[judged.complete], rtol=1e-6, atol=0.0)
+    expected = 1 + (parts[:2] <= bound).long().cumprod(0).sum(0)
+    assert torch.equal(judged.blocks, expected)
+
+
+def test_planted_sink_is_found_by_pruned_search(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts(length=24)
+    plant_sink(lm, 77)
+    rounds = [SearchRound(0.34, 5, 26, "spikes"), SearchRound(0.67, 16, 4, "start")]
+    pruned = search(lm, texts, "pruned", max_length=1, rounds=rounds)
+    assert pruned.token_ids == [77]
+    assert pruned.steps[0].token_forwards < 0.2 * 260 * 25
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring", ["full", "pruned", "exact"])
+def test_token_forwards_are_the_tokens_that_went_through_the_blocks(tiny: Tiny, scoring: str) -> None:
+    lm, texts = tiny(), some_texts()
+    seen: Counter[int] = Counter()
+    for index, block in enumerate(lm.blocks):
+        block.register_forward_hook(lambda _m, _a, output, i=index: seen.update({i: output[..., 0].numel()}))
+    state = search(lm, texts, scoring, batch_size=16)
+    prefixes = 3 * sum(range(len(state.steps)))  # the prefix so far, once per step and block
+    assert sum(step.token_forwards for step in state.steps) == pytest.approx((seen.total() - prefixes) / 3)
+
+
+def test_token_forwards_of_a_pruned_step_by_hand(tiny: Tiny) -> None:
+    state = search(tiny(), some_texts(), "pruned", max_length=1)
+    # 60 of 260 after 1 of 3 blocks with 4 tokens, 12 after 2 blocks with 8 tokens, then all 10 tokens and 3 blocks;
+    # up to four of the twelve are references, which are verified already
+    step = state.steps[0]
+    spiking = (step.token_forwards - 10 - 4 * 11 - 60 * 9 * 2 / 3 - (step.verified - 4) * 11) * 3 / 260
+    assert spiking in (4, 5)  # the candidate, and three or four tokens: one spike stands beside another
+    assert 8 + 4 <= step.verified <= 12 + 4
+
+
+# ---- budgets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring", ["full", "pruned", "exact"])
+def test_a_budget_of_token_forwards_is_kept_to_the_row(tiny: Tiny, scoring: str) -> None:
+    lm, texts = tiny(), some_texts()
+    whole = search(lm, texts, scoring, max_length=1)
+    need = whole.steps[0].token_forwards
+    enough = search(lm, texts, scoring, max_length=1, budget_token_forwards=need)
+    assert comparable(enough) == comparable(whole)
+    results = []
+    for batch_size in (None, 9):
+        state = search(lm, texts, scoring, max_length=1, budget_token_forwards=need - 12, batch_size=batch_size)
+        assert (state.finished, state.stop_reason) == (True, "budget")
+        spent = sum(step.token_forwards for step in state.steps)
+        assert need - 12 - 11 < spent <= need - 12
+        assert scoring == "exact" or state.steps[0].verified < whole.steps[0].verified
+        results.append(state.token_ids)
+    assert results[0] == results[1]
+
+
+def test_a_search_out_of_budget_has_the_best_it_verified(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts()
+    budget = 10 + 100 * 11
+    state = search(lm, texts, "full", budget_token_forwards=budget + 5)
+    first = search(lm, texts, "full", VOCABULARY[:100], max_length=1)
+    assert (state.token_ids, state.stop_reason) == (first.token_ids, "budget")
+    assert state.steps[0].verified == 100
+    assert state.steps[0].objective_after == pytest.approx(first.steps[0].objective_after, rel=1e-6)
+
+
+def test_a_pruned_search_out_of_budget_in_a_round_has_its_best_reference(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts()
+    references = [VOCABULARY[position] for position in reference_positions(260)]
+    state = search(lm, texts, "pruned", budget_token_forwards=10 + 4 * 11 + 50)
+    expected = search(lm, texts, "full", references, max_length=1)
+    assert (state.steps[0].token_id, state.stop_reason) == (expected.steps[0].token_id, "budget")
+    assert state.steps[0].verified == 4
+    nothing = search(lm, texts, "pruned", budget_token_forwards=5)
+    assert (nothing.token_ids, nothing.steps, nothing.stop_reason) == ([], [], "budget")
+
+
+def test_steps_that_were_accepted_before_the_budget_ended_stay(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts()
+    one = search(lm, texts, "full", max_length=1)
+    state = search(lm, texts, "full", budget_token_forwards=one.steps[0].token_forwards + 12)
+    assert state.token_ids == one.token_ids
+    assert (len(state.steps), state.stop_reason) == (1, "budget")
+
+
+def test_a_budget_of_seconds_ends_the_search(tiny: Tiny) -> None:
+    state = search(tiny(), some_texts(), "full", budget_seconds=1e-9)
+    assert (state.token_ids, state.stop_reason) == ([], "budget")
+    generous = search(tiny(), some_texts(), "full", budget_seconds=1e9)
+    assert generous.stop_reason != "budget"
+
+
+# ---- interruptions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring", ["pruned", "exact"])
+def test_a_search_goes_on_after_any_event(tiny: Tiny, scoring: str) -> None:
+    lm, texts = tiny(), some_texts()
+    config = SearchConfig(tau=1.0, max_length=2, batch_size=40, scoring=scoring, rounds=ROUNDS)
+    pool = VOCABULARY[::3]
+    whole = SearchState([])
+    events = list(greedy_search(lm, config, texts, pool, whole))
+    assert {event.stage for event in events if isinstance(event, Scored)} == set(range(4 if scoring == "exact" else 3))
+    for stop in range(len(events) + 1):
+        state = SearchState([])
+        for _ in itertools.islice(greedy_search(lm, config, texts, pool, state), stop):
+            pass
+        resumed = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
+        rest = list(greedy_search(lm, config, texts, pool, resumed))
+        assert len(rest) == len(events) - stop  # nothing is computed again
+        assert comparable(resumed) == comparable(whole)
+
+
+# ---- spikes ---------------------------------------------------------------------------------------------------------
+
+
+def test_spikes_are_found_where_they_were_planted(tiny: Tiny) -> None:
+    lm, text = tiny(), some_texts(length=20)[0] % 100
+    text[[6, 13]] = torch.tensor([200, 201])
+    with torch.no_grad():
+        lm.embeddings[200] *= 100
+        lm.embeddings[201] *= 30
+    order, scores = find_spikes(Objective(SearchConfig()), lm, Prefix.empty(), text, [5, 9])
+    assert order[:2] == [6, 13]
+    assert sorted(order) == list(range(20))
+    torch.testing.assert_close(scores, Objective(SearchConfig())(lm, Prefix.empty(), rows_of([5, 9], text), 1))
+    assert spike_text(text, order, 4).tolist() == text[[5, 6, 12, 13]].tolist()
+    assert spike_text(text, order, 3).tolist() == text[[5, 6]].tolist()
+
+
+def test_spike_text_keeps_the_order_and_the_length() -> None:
+    text = torch.arange(100, 120)
+    assert spike_text(text, [0, 1, 9], 4).tolist() == [100, 101, 108, 109]
+    assert spike_text(text, [9, 0], 3).tolist() == [100, 108, 109]
+    assert spike_text(text, list(range(20)), 64).tolist() == text.tolist()
+
+
+def test_stages_scale_with_the_model(tiny: Tiny) -> None:
+    config = SearchConfig(scoring="exact", rounds=[SearchRound(0.1, 4, 9, "start"), SearchRound(1.0, 99, 3, "start")])
+    stages = plan_stages(config, 30, torch.arange(16), [])
+    assert [(stage.kind, stage.depth, len(stage.text), stage.keep) for stage in stages] == [
+        ("round", 3, 4, 9), ("round", 30, 16, 3), ("verify", 30, 16, 0), ("sweep", 30, 16, 0),
+    ]  # fmt: skip
+    assert plan_stages(config, 3, torch.arange(16), [])[0].depth == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scoring": "prunde"}, "mean 'pruned'"),
+        ({"scoring": "exact", "rounds": []}, "search.rounds=.*at least one"),
+        ({"budget_token_forwards": 0}, "search.budget_token_forwards=0"),
+        ({"budget_seconds": -1.0}, "search.budget_seconds=-1.0"),
+        ({"proposal": "user"}, "search.user_tokens=None.*needs a list"),
+        ({"proposal": "user", "user_tokens": [3, -1]}, "not negative"),
+        ({"rounds": [{"depth": 1.5}]}, "search.rounds.depth=1.5"),
+        ({"rounds": [{"tokens": 1}]}, "search.rounds.tokens=1"),
+        ({"rounds": [{"keep": 0}]}, "search.rounds.keep=0"),
+        ({"rounds": [{"text": "spike"}]}, "mean 'spikes'"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**options)
