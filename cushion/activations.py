@@ -115,6 +115,8 @@ class ChannelRanges:
     def __init__(self) -> None:
         self.minimum: dict[str, Tensor] = {}
         self.maximum: dict[str, Tensor] = {}
+        self.rotation: tuple[str, int] = ("none", 0)
+        """Under which rotation of the model they were taken, and its seed: they fit no other."""
 
     def __call__(self, name: str, values: Tensor) -> None:
         """Add `values`, shape (..., channels)."""

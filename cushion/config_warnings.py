@@ -70,6 +70,8 @@ def options_without_effect(config: RunConfig) -> list[str]:
         found.append(
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
+    if quantizer.weights.bits is None and quantizer.activations.bits is None:
+        changed("quantizer", quantizer, ("targets",), "without quantized weights or activations")
     if quantizer.weights.granularity != "per_group":
         changed("quantizer.weights", quantizer.weights, ("group_size",),
                 f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip

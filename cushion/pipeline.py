@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cushion.config import GIVEN_PREFIXES, RULES, QuantizerConfig, RunConfig, to
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
 from cushion.evaluation.harness import mean_accuracy
-from cushion.evaluation.tasks import local_task_files, task_batch_size
+from cushion.evaluation.tasks import local_task_files, own_task_files, task_batch_size
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 from cushion.prefix import Prefix
@@ -29,6 +30,7 @@ from cushion.preparation import Prepared, choose_device, evaluation_name, prepar
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.sources import local_files
 from cushion.steps import Steps, runtime
+from cushion.tuning import tuning_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["paths"] = {"data_dir": config.paths.data_dir}
     identity["code"] = _code_digest()
     identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
+    if config.eval.tasks:
+        identity["lm_eval"] = version("lm_eval")
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     output = Path(config.paths.output_dir).expanduser()
@@ -66,7 +70,8 @@ def _code_digest() -> str:
 def _local_inputs(config: RunConfig) -> list[Path]:
     model = Path(config.model.path).expanduser()
     weights = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
-    return local_files(config.data, config.paths) + local_task_files(config.eval, config.paths) + weights
+    tasks = local_task_files(config.eval, config.paths) + own_task_files(config.eval)
+    return local_files(config.data, config.paths) + tasks + weights
 
 
 def _file_identity(path: Path) -> list[Any]:
@@ -156,6 +161,8 @@ class _Run:
             "vocabulary": self.lm.vocabulary_size,
         }
         result.evaluation = _evaluation(config, prepared)
+        for warning in _task_warnings(config, prepared):
+            self._warn(warning)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
     def execute(self) -> None:
@@ -282,6 +289,10 @@ class _Run:
         """The tuned prefix, or None without tuning."""
         if self.config.tuning.method == "none":
             return None
+        if tuning_quantizer(self.config.tuning, self.config.quantizer).uses_qfem:
+            self._keep_modules(
+                found, self.config.quantizer
+            )  # the linears that tuning keeps, also where they have no row
         tuned = self.steps.tune(found.prefix)
         self.result.tuning = tuned.record
         self.result.timings["tuning"] = tuned.seconds
@@ -319,8 +330,12 @@ class _Run:
         keep, keep_seconds = self._keep_modules(stage, quantizer)
         measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
-        asked = {task: measured.tasks[task] for task in self.tasks.asked if task in measured.tasks}
-        mean = mean_accuracy(asked)
+        mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})
+        without = [
+            task for task in self.tasks.in_mean if task not in measured.tasks or measured.tasks[task].value is None
+        ]
+        if without:
+            self._warn(f"{', '.join(without)} of eval.tasks has no accuracy and is not in the mean")
         for corpus, value in measured.perplexity.items():
             self.emit(Record("perplexity", len(self.result.rows), {f"{label}/{corpus}": value}))
         values = {f"{label}/{task}": found.value for task, found in measured.tasks.items()}
@@ -346,13 +361,17 @@ class _Run:
         if quantizer is None or not quantizer.uses_qfem:
             return frozenset(), 0.0
         kept = self.steps.keep(stage.prefix, quantizer, stage.title)
-        self.result.qfem = {**(self.result.qfem or {}), stage.key: kept.record}
+        is_new = stage.key not in (self.result.qfem or {})
+        records = {**(self.result.qfem or {}), stage.key: kept.record}
+        self.result.qfem = {key: records[key] for key in ("none", "found", "tuned") if key in records}
         self.result.timings[f"qfem, {stage.title}"] = kept.seconds
-        for warning in _qfem_warnings(kept.record, stage.title):
+        for warning in _qfem_warnings(kept.record, stage.title) if is_new else ():
             self._warn(warning)
         return kept.names, kept.seconds
 
     def _warn(self, message: str) -> None:
+        if message in self.result.warnings:
+            return
         logger.warning(message)
         self.result.warnings.append(message)
 
@@ -372,9 +391,10 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
             for name, task in tasks.tasks.items()
         },
         "asked": list(tasks.asked),
+        "in_mean": list(tasks.in_mean),
         "limit": evaluation.limit,
         "add_bos": evaluation.add_bos,
-        "task_batch_size": task_batch_size(evaluation, None),
+        "task_batch_size": task_batch_size(evaluation, config.quantizer),
         "accuracy": evaluation.accuracy,
     }
 
@@ -407,7 +427,29 @@ def _qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
     return warnings
 
 
+def _task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
+    """What a reader of the accuracies should know."""
+    tasks, lm = prepared.tasks, prepared.lm
+    if not tasks.asked:
+        return []
+    found = []
+    left_out = [name for name in tasks.asked if name not in tasks.in_mean]
+    if left_out:
+        found.append(
+            f"{', '.join(left_out)} of eval.tasks is part of another entry and does not count twice in the mean"
+        )
+    adds = lm.bos_token_id in lm.tokenizer("a")["input_ids"] if config.eval.add_bos is None else config.eval.add_bos
+    if adds != (config.eval.bos == "block"):
+        found.append(
+            f"the contexts of eval.tasks are asked {'with' if adds else 'without'} BOS, and calibration and blocks run "
+            f"{'without' if adds else 'with'} it: set eval.add_bos and eval.bos to the same policy"
+        )
+    return found
+
+
 def _scheme(quantizer: QuantizerConfig) -> str:
     """`per_tensor_static W8A8`, the way the field writes it."""
     scheme = f"{quantizer.name} W{quantizer.weights.bits or 16}A{quantizer.activations.bits or 16}"
-    return scheme if quantizer.kv_cache.bits is None else f"{scheme}KV{quantizer.kv_cache.bits}"
+    scheme += "" if quantizer.kv_cache.bits is None else f"KV{quantizer.kv_cache.bits}"
+    scheme += "" if quantizer.attention.bits is None else f" attention {quantizer.attention.bits}"
+    return scheme if quantizer.rotation == "none" or quantizer.name == "rotation" else f"{scheme} rotated"

@@ -157,6 +157,7 @@ class RowMeasurement:
             task=[task.name, task.identity],
             config={"limit": config.limit, "shots": config.shots, "add_bos": config.add_bos, "batch_size": batch_size},
             lm_eval=version("lm_eval"),
+            tokenizer=self._lm.tokenizer_fingerprint,
             **({"samples": True} if samples is not None else {}),
         )
 

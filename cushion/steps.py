@@ -316,7 +316,9 @@ class Steps:
         folder, _ = self._store.get_or_make("calibration", depends_on, make)
         with reading(folder):
             seconds = float(read_json(folder / "calibration.json")["seconds"])
-        return Calibration(self._read_ranges(folder), depends_on, seconds)
+        ranges = self._read_ranges(folder)
+        ranges.rotation = turned
+        return Calibration(ranges, depends_on, seconds)
 
     def _read_ranges(self, folder: Path) -> ChannelRanges:
         path = folder / "ranges.safetensors"

@@ -48,17 +48,19 @@ def attention_shares(lm: LanguageModel, prefix: Prefix, texts: Tensor, first: in
             probabilities = lm.body(
                 text[None], past_key_values=prefix.cache(lm.model), use_cache=True, output_attentions=True
             ).attentions
-            # each layer: (1, heads, queries, keys); the keys are the prefix's and then the text's own
+            # each layer: (1, heads, queries, keys); the keys are the prefix's, as far as a sliding window holds them,
+            # and then the text's own
             queries = [layer[0, :, first:].float() for layer in probabilities]
-            assert all(layer.shape[-1] == len(prefix) + len(text) for layer in queries)
-            on_prefix.append(_share(queries, slice(0, len(prefix))))
-            on_first.append(_share(queries, slice(len(prefix), len(prefix) + first)))
+            kept = [layer.shape[-1] - len(text) for layer in queries]
+            assert all(0 <= length <= len(prefix) for length in kept)
+            on_prefix.append(_share(queries, [slice(0, length) for length in kept]))
+            on_first.append(_share(queries, [slice(length, length + first) for length in kept]))
     return AttentionShares(_mean(on_prefix), _mean(on_first))
 
 
-def _share(layers: list[Tensor], keys: slice) -> Tensor:
-    """The probability on `keys`, averaged over queries: (layers, heads)."""
-    return torch.stack([layer[..., keys].sum(-1).mean(-1).cpu() for layer in layers])
+def _share(layers: list[Tensor], keys: list[slice]) -> Tensor:
+    """The probability on each layer's `keys`, averaged over queries: (layers, heads)."""
+    return torch.stack([layer[..., own].sum(-1).mean(-1).cpu() for layer, own in zip(layers, keys, strict=True)])
 
 
 def _mean(texts: list[Tensor]) -> list[list[float]]:

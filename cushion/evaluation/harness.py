@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from lm_eval import evaluator
+from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -128,10 +129,7 @@ def run_task(
 
     """
     task.task.set_fewshot_seed(seed=FEW_SHOT_SEED)  # its sampler goes on from where the last row left it
-    random.seed(SEEDS[0])
-    numpy.random.seed(SEEDS[1])  # lm-eval's tasks draw from the global generators
-    with torch.random.fork_rng(devices=[]), silenced("lm_eval.evaluator"), _undisturbed():
-        torch.manual_seed(SEEDS[2])
+    with _seeded(), silenced("lm_eval.evaluator"), _undisturbed():
         found: Any = evaluator.evaluate(
             model,
             {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
@@ -207,7 +205,7 @@ def mean_accuracy(scores: dict[str, TaskScore]) -> tuple[float, float | None] | 
 def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | None:
     """The score of a group such as `mmlu_stem`: the mean of its tasks, weighted by their records where it says so."""
     members = [scores[name] for name in group.tasks]
-    if any(score.value is None for score in members):
+    if any(score.value is None for score in members) or len({score.metric for score in members}) > 1:
         return None
     weights = [score.samples if group.weighted else 1 for score in members]
     total = sum(weights)
@@ -215,13 +213,29 @@ def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | N
     errors = [score.stderr for score in members]
     stderr = None
     if all(error is not None for error in errors):
-        stderr = math.sqrt(sum((w * (error or 0.0)) ** 2 for w, error in zip(weights, errors, strict=True))) / total
+        known, sizes = [error or 0.0 for error in errors], [score.samples for score in members]
+        stderr = float(pooled_sample_stderr(known, sizes) if group.weighted else unweighted_mean_stderr(known))
     metric = members[0].metric
     assert metric is not None
     return TaskScore(
         metric, value, stderr, sum(score.samples for score in members), members[0].version,
         {metric: {"value": value, "stderr": stderr}},
     )  # fmt: skip
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """lm-eval's seeds in the global generators, from which its tasks draw; on leaving, they are as they were."""
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(SEEDS[0])
+            numpy.random.seed(SEEDS[1])
+            torch.manual_seed(SEEDS[2])
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from cushion.config import EvalConfig
 from cushion.errors import ConfigError, NotFiniteError
+from cushion.evaluation.attention import ATTENTION_TOKENS
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -90,10 +91,11 @@ def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int) 
             f"eval.prefix_in_block=true leaves {config.block_length - prefix_length} of eval.block_length="
             f"{config.block_length} tokens behind a prefix of up to {prefix_length}: lengthen the blocks"
         )
-    if config.attention_texts and config.attention_first >= config.block_length:
+    measured = min(config.block_length, ATTENTION_TOKENS)
+    if config.attention_texts and config.attention_first >= measured:
         raise ConfigError(
-            f"eval.attention_first={config.attention_first} leaves no other token of a text of eval.block_length="
-            f"{config.block_length}: lower it, or set eval.attention_texts=0"
+            f"eval.attention_first={config.attention_first} leaves no other token of the {measured} on which attention "
+            "is measured: lower it, or set eval.attention_texts=0"
         )
     needed = (0 if config.prefix_in_block else prefix_length) + config.block_length + (config.bos != "none")
     if lm.context_length is not None and needed > lm.context_length:

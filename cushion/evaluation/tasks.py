@@ -6,6 +6,7 @@ tasks of `LOCAL_SETS` take their records from `<data_dir>/<folder>/<file>` inste
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -121,6 +122,12 @@ class TaskSet:
     tasks: dict[str, EvaluationTask]
     groups: dict[str, TaskGroup]
 
+    @property
+    def in_mean(self) -> tuple[str, ...]:
+        """The entries that the mean is over: those asked for that are no part of another, as `mmlu_stem` is."""
+        members = {name: set(self.groups[name].tasks) if name in self.groups else {name} for name in self.asked}
+        return tuple(name for name in self.asked if not any(members[name] < other for other in members.values()))
+
 
 def local_task_files(config: EvalConfig, paths: PathsConfig) -> list[Path]:
     """The files below `paths.data_dir` that a run with tasks may read, present or not."""
@@ -128,6 +135,18 @@ def local_task_files(config: EvalConfig, paths: PathsConfig) -> list[Path]:
         return []
     root = Path(paths.data_dir).expanduser()
     return sorted(root / one.folder / file for one in (*LOCAL_SETS.values(), _MMLU) for _, file in one.files)
+
+
+def own_task_files(config: EvalConfig) -> list[Path]:
+    """Every file below `eval.include_path`: definitions, functions that they use, and records beside them."""
+    if config.include_path is None:
+        return []
+    root = Path(config.include_path).expanduser()
+    return sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def _text(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_tasks(config: EvalConfig, paths: PathsConfig) -> TaskSet:
@@ -178,7 +197,7 @@ def _task_manager(include_path: str | None) -> Any:
 
 def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> Iterator[tuple[str, EvaluationTask]]:
     leaves = _leaves(manager, name)
-    sets = {leaf: _local_set(manager, leaf) for leaf in leaves}
+    sets = {leaf: _local_set(manager, leaf, config) for leaf in leaves}
     if paths.data_dir is not None and leaves and all(sets.values()):
         for leaf in leaves:
             local = sets[leaf]
@@ -187,6 +206,8 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
         return
     try:
         loaded = manager.load([name])["tasks"]
+    except ImportError as error:
+        raise ConfigError(f"eval.tasks={name} needs a package that is not installed ({error}): install it") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
@@ -198,8 +219,11 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
         yield leaf, _finished(leaf, task, origin, config)
 
 
-def _local_set(manager: Any, name: str) -> LocalSet | None:
-    """MMLU's records serve every task that is defined over them; all other sets serve the task of their name."""
+def _local_set(manager: Any, name: str, config: EvalConfig) -> LocalSet | None:
+    """MMLU's records serve every task that is defined over them; the other sets serve the stock task of their name."""
+    own = _include_path(config)
+    if own is not None and Path(own).resolve() in Path(manager.task_index[name].yaml_path or "/").resolve().parents:
+        return None  # a task of the user's brings its own records
     return _MMLU if manager.task_index[name].cfg.get("dataset_path") == "cais/mmlu" else LOCAL_SETS.get(name)
 
 
@@ -275,13 +299,13 @@ def _stock(
 
     try:
         return load(len(records[split]))
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         good, bad = 0, len(records[split])  # it takes the first `good` records, and not the first `bad`
         while bad - good > 1:
             middle = (good + bad) // 2
             try:
                 load(middle)
-            except (ValueError, KeyError, TypeError):
+            except Exception:  # noqa: BLE001 - whatever it raised before; the first record with it is looked for
                 bad = middle
             else:
                 good = middle
@@ -293,11 +317,15 @@ def _check_records(task: Any, path: Path, lines: list[int]) -> None:
     """Raise `DataError` for a record of which the definition cannot make a request, with its line."""
     for number, record in enumerate(task.eval_docs):
         try:
-            task.doc_to_text(record)
-            target = task.doc_to_target(record)
-            choices = task.doc_to_choice(record) if task.OUTPUT_TYPE == "multiple_choice" else None
-            if choices is not None and isinstance(target, int) and not 0 <= target < len(choices):
-                raise ValueError(f"its answer is choice {target} of {len(choices)}")
+            text, target = task.doc_to_text(record), task.doc_to_target(record)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(record)
+                gold = text if isinstance(text, int) else target  # WinoGrande's choices are contexts
+                known = 0 <= gold < len(choices) if isinstance(gold, int) else gold in choices
+                if not known:
+                    raise ValueError(f"its answer {gold!r} is none of its {len(choices)} choices")
+            elif not text and not str(target).strip():
+                raise ValueError("it is empty")
         except Exception as error:  # whatever a template or a function of a definition raises
             line = lines[number] if lines else number + 1
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -365,6 +393,10 @@ def _check_fields(path: Path, line: int, record: dict[str, Any], fields: tuple[s
 def _finished(name: str, task: Any, origin: str, config: EvalConfig) -> EvaluationTask:
     """Set what lm-eval's own runner sets on a task before it asks its requests, and hash what they depend on."""
     shots = config.shots
+    if shots and task.get_config("num_fewshot") == 0:
+        raise ConfigError(
+            f"eval.shots={shots}: {name} is defined without examples; leave it out or set eval.shots=null"
+        )
     if shots is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=shots)
     if task.get_config("num_fewshot") is None:
@@ -376,7 +408,8 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig) -> Evaluati
     examples = list(task.fewshot_docs()) if wanted else []
     if wanted > len(examples):
         raise ConfigError(f"eval.shots={wanted} is more than the {len(examples)} examples that {name} has: lower it")
-    identity = digest(json.loads(json.dumps([definition, task.VERSION, records, examples], default=str)))
+    own = [] if config.include_path is None else [_text(path) for path in own_task_files(config)]
+    identity = digest(json.loads(json.dumps([definition, task.VERSION, records, examples, own], default=str)))
     return EvaluationTask(name, task, identity, origin)
 
 
@@ -407,9 +440,14 @@ def check_tasks(
             f"{lm.context_length} positions of {lm.label}: shorten the prefix"
         )
     for name, one in tasks.tasks.items():
+        if getattr(one.task, "UNSAFE_CODE", False) or getattr(one.task, "MULTIMODAL", False):
+            kind = "runs code that the model writes" if getattr(one.task, "UNSAFE_CODE", False) else "shows images"
+            raise ConfigError(f"eval.tasks={name} {kind}, which is not supported: leave it out")
         if lm.context_length is None or one.task.OUTPUT_TYPE != "generate_until":
             continue
-        generated = int((one.task.get_config("generation_kwargs") or {}).get("max_gen_toks", GENERATED_TOKENS))
+        given = one.task.get_config("generation_kwargs") or {}
+        keys = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        generated = next((int(given[key]) for key in keys if given.get(key) is not None), GENERATED_TOKENS)
         if lm.context_length - prefix_length - generated < 1:
             raise ConfigError(
                 f"eval.tasks={name} generates up to {generated} tokens, and behind a prefix of up to {prefix_length} "
@@ -424,9 +462,11 @@ def check_tasks(
 
 
 def _spans_batch(quantizer: QuantizerConfig | None) -> bool:
-    if quantizer is None or quantizer.activations.bits is None:
+    if quantizer is None:
         return False
-    return quantizer.activations.range == "dynamic" and quantizer.activations.granularity == "per_tensor"
+    dynamic: list[Any] = [quantizer.kv_cache, quantizer.attention]
+    dynamic += [quantizer.activations] if quantizer.activations.range == "dynamic" else []
+    return any(grid.bits is not None and grid.granularity == "per_tensor" for grid in dynamic)
 
 
 @contextmanager

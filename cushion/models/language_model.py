@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, did_you_mean
-from cushion.hashing import tensor_digest
+from cushion.hashing import digest, tensor_digest
 from cushion.models.architectures import Architecture, find_architecture
 from cushion.models.embedded import embedded_model
 from cushion.models.experts import with_linear_experts
@@ -38,6 +38,8 @@ class LanguageModel:
     label: str
     fingerprint: str
     """Changes whenever the weights, the dtype or the source do: the model's part in every cache key."""
+    rotation: tuple[str, int] = ("none", 0)
+    """The rotation of the residual stream that is on the model, and its seed (`quantization.rotation.rotated`)."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -79,6 +81,13 @@ class LanguageModel:
         """The token that stands for the beginning of a text: the tokenizer's BOS, else its EOS, else None."""
         bos = self.tokenizer.bos_token_id
         return cast("int | None", bos if bos is not None else self.tokenizer.eos_token_id)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer and of the special tokens that it adds by itself: part of the keys of tasks."""
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
+        state = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        return digest([state, self.tokenizer("a")["input_ids"], type(self.tokenizer).__name__])
 
     def linears(self, targets: list[str] | None = None) -> dict[str, nn.Linear]:
         """The linear layers of the decoder blocks by full name, in order; lm_head and routers are none of them.

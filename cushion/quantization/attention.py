@@ -147,7 +147,9 @@ def quantized_attention(
     settings, quantizer = lm.model.config, AttentionQuantizer(config, straight_through)
     assert id(settings) not in _ACTIVE, "already quantized"
     before = settings._attn_implementation
-    handle = lm.model.base_model.register_forward_pre_hook(quantizer.enter, with_kwargs=True)
+    # the module that owns the blocks: every way into the model runs it, and OPT's own pass runs no larger one
+    decoder = lm.model.get_submodule(lm.architecture.blocks.rpartition(".")[0])
+    handle = decoder.register_forward_pre_hook(quantizer.enter, with_kwargs=True)
     _ACTIVE[id(settings)] = quantizer
     settings._attn_implementation = NAME
     try:

@@ -32,6 +32,7 @@ def calibrate(lm: LanguageModel, prefix: Prefix, texts: Tensor, ranges: ChannelR
         CalibrationError: an activation is not finite.
 
     """
+    ranges.rotation = lm.rotation
     for done, text in enumerate(texts, start=1):
         with observe_inputs(lm.linears(), ranges):
             lm.body(text[None], past_key_values=prefix.cache(lm.model), use_cache=True)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from cushion.errors import ConfigError
@@ -62,12 +63,14 @@ def rotated(lm: LanguageModel, rotation: str = "hadamard", seed: int = 0) -> Ite
 
     """
     check_rotation(lm, rotation)
-    replacements = Replacements()
+    replacements, before = Replacements(), lm.rotation
     try:
         if rotation != "none":
             _fold(lm, seed, replacements)
+            lm.rotation = (rotation, seed)
         yield lm
     finally:
+        lm.rotation = before
         replacements.undo()
 
 
@@ -168,6 +171,9 @@ def _fold_norm(
     if isinstance(norm, nn.LayerNorm):
         like = readers[0][0].weight if weight is None else weight
         plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=like.device, dtype=like.dtype)
+        placed = getattr(norm, "_hf_hook", None)  # of a model that is spread over devices
+        if placed is not None:
+            add_hook_to_module(plain, placed)
         parent, _, leaf = path.rpartition(".")
         replacements.put(root.get_submodule(parent), leaf, plain.requires_grad_(False).eval())
     elif weight is not None:

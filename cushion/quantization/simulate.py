@@ -51,6 +51,7 @@ def quantized(
     check_quantizer(lm, config)
     if config.needs_calibration and calibration is None:
         raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
+    _check_rotation_of(calibration, config, lm)
     _check_keep(lm, config, keep)
     replacements, surroundings = Replacements(), ExitStack()
     try:
@@ -178,6 +179,15 @@ def _activation_quantizer(
     if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
         low, high = low / smoothing.to(device), high / smoothing.to(device)
     return ActivationQuantizer(grid, activations.granularity, (low.amin(), high.amax()), straight_through)
+
+
+def _check_rotation_of(calibration: ChannelRanges | None, config: QuantizerConfig, lm: LanguageModel) -> None:
+    turned = lm.rotation if config.rotation == "none" else (config.rotation, config.rotation_seed)
+    if config.needs_calibration and calibration is not None and calibration.rotation != turned:
+        raise CalibrationError(
+            f"the calibration statistics are those of a model with rotation {calibration.rotation}, and "
+            f"quantizer={config.name} needs them with {turned}: calibrate inside cushion.quantization.rotation.rotated"
+        )
 
 
 def _check_keep(lm: LanguageModel, config: QuantizerConfig, keep: Set[str] | None) -> None:

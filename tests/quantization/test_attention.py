@@ -243,3 +243,25 @@ def test_attention_composes_with_everything_else(tiny: Tiny) -> None:
     with quantized(lm, replace(CASES["both"], rotation="hadamard")):
         difference = (logits(lm, prefix) - plain).abs()
     assert difference.median() < 1e-3  # single values that lie between two grid points may go either way
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("bloom", "falcon")])
+@torch.no_grad()
+def test_a_text_gives_the_same_at_once_and_token_by_token_through_the_whole_model(tiny: Tiny, family: str) -> None:
+    """Through `model(...)`, as generation and tasks run it, and not through the decoder alone."""
+    lm = tiny(family)
+    prefix, tokens = Prefix.from_tokens(lm.model, [17, 42, 99]), torch.arange(40, 46)[None]
+    config = QuantizerConfig(
+        weights=WeightConfig(bits=None),
+        activations=ActivationConfig(bits=None),
+        kv_cache=KvCacheConfig(bits=2, granularity="per_token"),
+    )
+    with quantized(lm, config):
+        at_once = lm.model(input_ids=tokens, past_key_values=prefix.cache(lm.model), use_cache=True).logits
+        cache = prefix.cache(lm.model)
+        passes = [lm.model(input_ids=token[None, None], past_key_values=cache, use_cache=True) for token in tokens[0]]
+        pieces = [one.logits for one in passes]
+    untouched = lm.model(input_ids=tokens, past_key_values=prefix.cache(lm.model), use_cache=True).logits
+    error = (at_once - untouched).abs().max()
+    assert error > 1e-3, "two bits are seen"
+    assert (torch.cat(pieces, dim=1) - at_once).abs().max() < 0.2 * error

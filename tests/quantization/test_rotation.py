@@ -23,7 +23,7 @@ from transformers import (
 
 from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
-from cushion.errors import ConfigError
+from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.models.architectures import ARCHITECTURES, Architecture, ResidualStream
 from cushion.models.tiny import VOCABULARY_SIZE, byte_tokenizer
@@ -462,3 +462,20 @@ def test_half_precision_weights_stay_half_and_the_function_nearly_the_same(tiny:
             assert {parameter.dtype for parameter in lm.model.parameters()} == {dtype}
             error = (logits(lm).float() - untouched).square().mean() / untouched.square().mean()
         assert error < (2e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_ranges_of_another_rotation_are_refused(tiny: Tiny) -> None:
+    lm = tiny("llama")
+    plain = calibrated(lm)
+    with rotated(lm, "hadamard", seed=4):
+        turned = calibrated(lm)
+    for ranges, config in (
+        (plain, QuantizerConfig(rotation="hadamard", rotation_seed=4)),
+        (turned, QuantizerConfig(rotation="hadamard", rotation_seed=5)),
+        (turned, QuantizerConfig()),
+    ):
+        with pytest.raises(CalibrationError, match="calibrate inside"), quantized(lm, config, ranges):
+            pytest.fail("the body must not run")
+    with quantized(lm, QuantizerConfig(rotation="hadamard", rotation_seed=4), turned):
+        assert torch.isfinite(logits(lm)).all()
+    assert lm.rotation == ("none", 0)
