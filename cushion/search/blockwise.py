@@ -37,6 +37,7 @@ def run_blocks(lm: LanguageModel, prefix: Prefix, input_ids: Tensor, visit: Visi
     blocks = list(lm.blocks)[:depth]
     rows = alive = input_ids.shape[0]
     cache = prefix.cache(lm.model, rows) if len(prefix) else None
+    layers: list[Any] = [] if cache is None else cache.layers
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if alive == rows:
@@ -50,13 +51,12 @@ def run_blocks(lm: LanguageModel, prefix: Prefix, input_ids: Tensor, visit: Visi
             keep = visit(index, hidden)
             if index == len(blocks) - 1 or (keep is not None and len(keep) == 0):
                 raise _EnoughError
-            if cache is not None:
-                cache.layers[index].reset()  # no later block reads what this one has just written
+            if layers:
+                layers[index].reset()  # no later block reads what this one has just written
             if keep is None or len(keep) == alive:
                 return None
             alive = len(keep)
-            later: list[Any] = cache.layers[index + 1 :] if cache is not None else []
-            for layer in later:
+            for layer in layers[index + 1 :]:
                 layer.keys, layer.values = layer.keys[:alive], layer.values[:alive]
             hidden = hidden[keep.to(hidden.device)]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -56,7 +56,8 @@ def _outlier_tokens(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> l
 
     Something has to stand in front: a text's first token spikes whatever it is.
     """
-    objective, largest = Objective(config), dict[int, float]()
+    objective = Objective(config)
+    largest: dict[int, float] = {}
     for text in texts:
         spikes, _ = spike_sizes(objective, lm, Prefix.empty(), text, [lm.vocabulary_size // 2])
         for token, spike in zip(text.tolist(), spikes.tolist(), strict=True):

@@ -6,7 +6,7 @@ here two resources grow together, the length of the text and the depth in the mo
 
 Which tokens a short text has decides whether it ranks at all: the range of a block's output, and with it L_q, is set by
 the few positions of the text whose activations spike. A text cut to its first tokens may hold none of them. A round
-with `text=spikes` therefore reads the spiking tokens themselves, each with the token before it.
+with `text=spikes` therefore reads the spiking tokens themselves, each with the token before it, behind the first token.
 """
 
 from __future__ import annotations
@@ -69,14 +69,17 @@ def plan_stages(config: SearchConfig, blocks: int, text: Tensor, spikes: list[in
 
 
 def spike_text(text: Tensor, spikes: list[int], tokens: int) -> Tensor:
-    """At most `tokens` tokens of `text` in their own order: the largest spikes, each with the token before it."""
-    kept: set[int] = set()
+    """At most `tokens` tokens of `text` in their own order: its first one, and the largest spikes that fit.
+
+    A spike comes with the token before it. The first token is the one that spikes behind a candidate that takes no
+    outlier over.
+    """
+    kept = {0}
     for position in spikes:
         wanted = kept | {position, max(position - 1, 0)}
-        if len(wanted) > tokens:
-            break
-        kept = wanted
-    return text[sorted(kept)] if kept else text[:tokens]
+        if len(wanted) <= tokens:
+            kept = wanted
+    return text[sorted(kept)]
 
 
 def reference_positions(candidates: int) -> list[int]:
