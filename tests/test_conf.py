@@ -21,7 +21,7 @@ from cushion.models.tiny import TINY
 
 CONF = config_folder()
 OPTIONS = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
-EXPERIMENTS = sorted(path.relative_to(CONF) for path in CONF.glob("experiment/*.yaml"))
+EXPERIMENTS = sorted(path.relative_to(CONF) for path in CONF.glob("experiment/**/*.yaml"))
 MODEL_TYPES = {
     "bloom_7b1": "bloom",
     "falcon_7b": "falcon",
@@ -140,7 +140,7 @@ def test_one_path_serves_all_purposes_of_a_file() -> None:
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
 def test_every_experiment_composes_by_the_command_in_its_head(file: Path) -> None:
     overrides = command_of(file)
-    assert any(word.endswith(f"experiment={file.stem}") for word in overrides)
+    assert f"experiment={file.relative_to('experiment').with_suffix('')}" in [word.lstrip("+") for word in overrides]
     config = composed(*overrides)
     assert config.experiment == file.stem
     assert options_without_effect(config) == []

@@ -18,6 +18,7 @@ from cushion.reporting.published import PublishedTable, load_published, publishe
 from cushion.reporting.runs import flatten
 
 FILES = sorted((config_folder() / "experiment").glob("*.yaml"))
+CUT = sorted((config_folder() / "experiment" / "smollm2").glob("*.yaml"))
 SWEEPS = [path for path in FILES if OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params")]
 
 
@@ -52,6 +53,32 @@ def test_the_command_for_the_embedded_model_works(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for command in (line.removeprefix("#   cushion ") for line in lines if line.startswith("#   cushion ")):
         assert composed(*command.split()).model.path == "embedded:smollm2-135m"
+
+
+@pytest.mark.parametrize("path", CUT, ids=lambda path: path.stem)
+def test_the_cut_of_an_experiment_differs_from_it_in_model_search_tuning_and_evaluation_alone(path: Path) -> None:
+    cut, whole = composed(f"experiment=smollm2/{path.stem}"), composed(f"experiment={path.stem}")
+    assert (cut.model.path, cut.experiment) == ("embedded:smollm2-135m", path.stem)
+    assert (cut.data, cut.quantizer) == (whole.data, whole.quantizer)
+    assert (cut.eval.perplexity, cut.eval.tasks) == (whole.eval.perplexity, whole.eval.tasks)
+    assert (cut.search.method, cut.tuning.method) == (whole.search.method, whole.tuning.method)
+    assert cut.eval.block_length == 512
+
+
+@pytest.mark.parametrize("path", CUT, ids=lambda path: path.stem)
+def test_the_cut_of_an_experiment_sweeps_over_the_same_with_one_model(path: Path) -> None:
+    whole = path.parent.parent / path.name
+    params = dict(swept(whole)) if whole in SWEEPS else {}
+    models = {"model": ["smollm2_135m"]} if "model" in params else {}
+    own = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params")
+    assert (dict(own) if own else {}) == {key: values[0] for key, values in models.items()}
+
+
+def test_every_table_and_figure_of_cushioncache_has_a_cut_and_its_file_names_it() -> None:
+    of_the_paper = {path.stem for path in FILES if path.stem.startswith("cushioncache_")}
+    assert of_the_paper <= {path.stem for path in CUT}
+    for path in CUT:
+        assert f"cushion experiment=smollm2/{path.stem}\n" in (path.parent.parent / path.name).read_text(encoding="utf-8")
 
 
 def reachable(table: PublishedTable, path: Path) -> set[str]:
