@@ -78,7 +78,8 @@ def test_every_table_and_figure_of_cushioncache_has_a_cut_and_its_file_names_it(
     of_the_paper = {path.stem for path in FILES if path.stem.startswith("cushioncache_")}
     assert of_the_paper <= {path.stem for path in CUT}
     for path in CUT:
-        assert f"cushion experiment=smollm2/{path.stem}\n" in (path.parent.parent / path.name).read_text(encoding="utf-8")
+        whole = (path.parent.parent / path.name).read_text(encoding="utf-8")
+        assert f"cushion experiment=smollm2/{path.stem}\n" in whole
 
 
 def reachable(table: PublishedTable, path: Path) -> set[str]:
