@@ -18,7 +18,8 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_row import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, ranges_of, write_lines, write_sets
+from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, ranges_of, write_lines, write_sets
+from untouched import assert_untouched, snapshot
 
 from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
 from cushion.evaluation import tasks as tasks_module
@@ -52,11 +53,6 @@ CONTEXTS = [
     ("a space at the end ", "moves"),
     ("caf\u00e9", " \u00e9t\u00e9"),
 ]
-
-
-@pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return own_tasks(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -435,7 +431,7 @@ def test_a_quantized_model_is_asked_as_stock_lm_eval_asks_it(
     name: str,
 ) -> None:
     lm, task = tiny(), our_task(include_path, tmp_path, name)
-    before = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    before = snapshot(lm)
     batch_size = 1 if quantizer is DYNAMIC else 3
     ranges = ranges_of(lm, Prefix.empty()) if quantizer.needs_calibration else None
     model = PrefixedModel(lm, Prefix.empty(), batch_size)
@@ -447,9 +443,7 @@ def test_a_quantized_model_is_asked_as_stock_lm_eval_asks_it(
     assert_as_stock(found, theirs, name)
     if name != "tiny_generation":
         assert [sample["resps"] for sample in found[2]] != [sample["resps"] for sample in full[2]]
-    after = lm.model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert_untouched(lm, before)
     assert plain_json(run_task(model, task, None)) == plain_json(full)
 
 

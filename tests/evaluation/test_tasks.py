@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 from conftest import FAMILIES
-from test_row import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, write_lines, write_sets
 from tiny_run import small_config
+from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, write_lines, write_sets
 
 from cushion import pipeline
 from cushion.config import EvalConfig, PathsConfig, SearchConfig
@@ -35,11 +35,6 @@ HUB = {
     "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
 }
 """Set and split on the hub that the stock definition reads and evaluates."""
-
-
-@pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return own_tasks(tmp_path_factory)
 
 
 @pytest.fixture
