@@ -214,17 +214,25 @@ class _Run:
 
     def _find(self) -> _Stage | None:
         """The prefix that the search finds or the user names, or None."""
-        config = self.config.search
-        if config.method == "none":
+        method = self.config.search.method
+        if method == "none":
             return None
-        if config.method in GIVEN_PREFIXES:
-            self.result.search = {"method": config.method, "token_ids": self.start_tokens, "seconds": 0.0}
-            metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
-            given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
-            title = "given prefix" if config.method == "tokens" else f"{config.method} prefix"
-            return _Stage("found", title, given, 0.0)
-        if config.method in RULES:
-            return self._find_by_rule()
+        if method in GIVEN_PREFIXES:
+            return self._given()
+        return self._find_by_rule() if method in RULES else self._find_greedily()
+
+    def _given(self) -> _Stage:
+        """The prefix of the user's tokens, or of a control's."""
+        method = self.config.search.method
+        self.result.search = {"method": method, "token_ids": self.start_tokens, "seconds": 0.0}
+        metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
+        given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
+        title = "given prefix" if method == "tokens" else f"{method} prefix"
+        return _Stage("found", title, given, 0.0)
+
+    def _find_greedily(self) -> _Stage | None:
+        """The prefix of the greedy search, or None where no candidate lowers the objective enough."""
+        config = self.config.search
         state, found = self.steps.search(self._metadata())
         seconds = sum(step.seconds for step in state.steps)
         self.result.search = {
@@ -290,9 +298,7 @@ class _Run:
         if self.config.tuning.method == "none":
             return None
         if tuning_quantizer(self.config.tuning, self.config.quantizer).uses_qfem:
-            self._keep_modules(
-                found, self.config.quantizer
-            )  # the linears that tuning keeps, also where they have no row
+            self._keep_modules(found, self.config.quantizer)  # what tuning keeps is recorded, also without a row
         tuned = self.steps.tune(found.prefix)
         self.result.tuning = tuned.record
         self.result.timings["tuning"] = tuned.seconds
