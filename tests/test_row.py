@@ -375,6 +375,44 @@ def test_tasks_alone_need_no_perplexity(text_file: Path, tmp_path: Path, include
     assert result.evaluation["tasks"]["copa"]["origin"] == str((tmp_path / "data" / FILES["copa"]).resolve())
 
 
+def test_requests_that_do_not_fit_behind_the_prefix_are_recorded_and_said(
+    text_file: Path, tmp_path: Path, include_path: str, tiny: Tiny
+) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "copa")
+    config.eval.block_length, config.eval.attention_first, config.eval.controls = 4, 1, True
+    config.quantizer = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None))
+    config.search = SearchConfig(name="tokens", method="tokens", token_ids=[65] * 230)
+    lm, task = tiny(), load_tasks(config.eval, config.paths).tasks["copa"].task
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    lengths = [len(lm.encode("".join(request.args))) for request in task.instances]
+    cut = sum(length - 1 > 256 - 230 for length in lengths)
+    assert 0 < cut < len(lengths) == 6
+    for result in (pipeline.run(config), RunResult.read(pipeline.run_folder(config) / "result.json")):
+        rows = {one.name: one for one in result.rows}
+        assert rows["full_precision"].tasks["copa"]["truncated"] == 0
+        assert rows["full_precision_found"].tasks["copa"]["truncated"] == cut
+        said = [warning for warning in result.warnings if "lost the start of their context" in warning]
+        assert len(said) == 1
+        assert said[0].startswith(f"{cut} requests of copa of eval.tasks")
+        assert "behind a prefix of 230 tokens; shorten the prefix" in said[0]
+
+
+def test_records_that_were_prepared_elsewhere_are_said_to_be(
+    text_file: Path, tmp_path: Path, include_path: str
+) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "hellaswag", "copa")
+    config.eval.perplexity, config.eval.limit = False, 1
+    raw = pipeline.run(config)
+    assert raw.evaluation["tasks"]["hellaswag"]["prepared"] is False
+    assert not any("prepared" in warning for warning in raw.warnings)
+    records = [{"query": "Roof: A man is there. he", "choices": ["sings.", "sits."], "gold": 0, "label": "0"}]
+    write_lines(tmp_path / "data" / FILES["hellaswag"], records)
+    prepared = pipeline.run(config)
+    assert [prepared.evaluation["tasks"][name]["prepared"] for name in ("hellaswag", "copa")] == [True, False]
+    (said,) = [warning for warning in prepared.warnings if "prepared" in warning]
+    assert said.startswith("the records of hellaswag are taken as they are")
+
+
 @pytest.mark.parametrize("ranges", ["static", "dynamic"])
 def test_a_row_is_full_precision_with_the_prefix_too(
     text_file: Path, tmp_path: Path, include_path: str, ranges: str

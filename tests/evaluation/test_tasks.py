@@ -182,6 +182,25 @@ def test_hellaswag_records_that_are_processed_already_are_not_processed_again(
 
 
 @pytest.mark.usefixtures("no_hub")
+def test_hellaswag_records_with_raw_fields_are_prepared_by_the_stock_task(
+    tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody's preparation stands beside the raw fields; where it stands alone, it is taken."""
+    theirs = stock(include_path, monkeypatch, "hellaswag", all_splits("hellaswag", RECORDS["hellaswag"]))
+    elsewhere = {"query": "roof: he", "choices": ["a", "b", "c", "d"], "gold": 0}
+    write_lines(tmp_path / FILES["hellaswag"], [{**record, **elsewhere} for record in RECORDS["hellaswag"]])
+    config, paths = EvalConfig(tasks=["hellaswag"], include_path=include_path), PathsConfig(data_dir=str(tmp_path))
+    both = load_tasks(config, paths).tasks["hellaswag"]
+    assert_same(both.task, theirs)
+    assert requests(both.task)[0]["arguments"][0].endswith("on a roof. He")
+    assert not both.prepared
+    write_lines(tmp_path / FILES["hellaswag"], [{**elsewhere, "label": "0"}])
+    alone = load_tasks(config, paths).tasks["hellaswag"]
+    assert alone.prepared
+    assert requests(alone.task)[0]["arguments"] == ("roof: he", " a")
+
+
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("shots", [None, 0, 2])
 def test_local_mmlu_makes_the_stock_task_with_its_examples(
     tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, shots: int | None
