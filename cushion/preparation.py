@@ -122,7 +122,7 @@ def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
         lm.check_token_ids(ids, "search.token_ids")
         return ids
     if search.method == "random":
-        return random_tokens(lm, search.length, config.seed)
+        return random_tokens(lm, search.length, config.search_seed)
     if search.method == "bos" or (search.method == "greedy" and search.start == "bos"):
         if lm.bos_token_id is None:
             key, way_out = (
