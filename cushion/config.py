@@ -328,6 +328,7 @@ class SearchConfig:
     tokens: str | None = None
     token_ids: list[int] | None = None
     length: int = 1
+    seed: int | None = None
     proposal: str = "sampled"
     candidates: int = 512
     frequent: int = 128
@@ -361,6 +362,7 @@ class SearchConfig:
         at_least("search.candidates", self.candidates, 1)
         at_least("search.frequent", self.frequent, 0)
         at_least("search.length", self.length, 1)
+        at_least("search.seed", self.seed, 0)
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)
@@ -551,6 +553,11 @@ class RunConfig:
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
+
+    @property
+    def search_seed(self) -> int:
+        """What tokens are drawn with: `search.seed`, else the run's seed."""
+        return self.seed if self.search.seed is None else self.search.seed
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
     if search.method != "greedy":
         shared = ("name", "method", "tokens", "token_ids", "length", "bits", "symmetric", "levels")
-        used = (*shared, *_USED_BY_RULE.get(search.method, ()))
+        used = (*shared, *(("seed",) if search.method == "random" else _USED_BY_RULE.get(search.method, ())))
         keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in used)
         changed("search", search, keys, f"with search.method={search.method}")
     else:
@@ -36,7 +36,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
         if search.proposal in ("vocabulary", "user"):
             changed("search", search, ("candidates",), f"with search.proposal={search.proposal}")
         if search.proposal != "sampled":
-            changed("search", search, ("frequent",), f"with search.proposal={search.proposal}")
+            changed("search", search, ("frequent", "seed"), f"with search.proposal={search.proposal}")
         if search.proposal != "user":
             changed("search", search, ("user_tokens",), f"with search.proposal={search.proposal}")
         if search.scoring == "full":
@@ -57,7 +57,10 @@ def options_without_effect(config: RunConfig) -> list[str]:
         keys = ("batch_size", "predict_first", "prefix_in_block")
         changed("eval", config.eval, keys, "with eval.perplexity=false")
         if config.data.further:
-            found.append(f"data.further={sorted(config.data.further)} has no effect with eval.perplexity=false")
+            found.append(
+                f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
+                "its share where another purpose names the same source"
+            )
     if search.method == "greedy" and search.objective == "maximum_activation":
         grid_keys = ("bits", "symmetric", "levels")
         changed("search", search, grid_keys, "on the search with search.objective=maximum_activation")

@@ -214,17 +214,25 @@ class _Run:
 
     def _find(self) -> _Stage | None:
         """The prefix that the search finds or the user names, or None."""
-        config = self.config.search
-        if config.method == "none":
+        method = self.config.search.method
+        if method == "none":
             return None
-        if config.method in GIVEN_PREFIXES:
-            self.result.search = {"method": config.method, "token_ids": self.start_tokens, "seconds": 0.0}
-            metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
-            given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
-            title = "given prefix" if config.method == "tokens" else f"{config.method} prefix"
-            return _Stage("found", title, given, 0.0)
-        if config.method in RULES:
-            return self._find_by_rule()
+        if method in GIVEN_PREFIXES:
+            return self._given()
+        return self._find_by_rule() if method in RULES else self._find_greedily()
+
+    def _given(self) -> _Stage:
+        """The prefix of the user's tokens, or of a control's."""
+        method = self.config.search.method
+        self.result.search = {"method": method, "token_ids": self.start_tokens, "seconds": 0.0}
+        metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
+        given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
+        title = "given prefix" if method == "tokens" else f"{method} prefix"
+        return _Stage("found", title, given, 0.0)
+
+    def _find_greedily(self) -> _Stage | None:
+        """The prefix of the greedy search, or None where no candidate lowers the objective enough."""
+        config = self.config.search
         state, found = self.steps.search(self._metadata())
         seconds = sum(step.seconds for step in state.steps)
         self.result.search = {
@@ -290,9 +298,7 @@ class _Run:
         if self.config.tuning.method == "none":
             return None
         if tuning_quantizer(self.config.tuning, self.config.quantizer).uses_qfem:
-            self._keep_modules(
-                found, self.config.quantizer
-            )  # the linears that tuning keeps, also where they have no row
+            self._keep_modules(found, self.config.quantizer)  # what tuning keeps is recorded, also without a row
         tuned = self.steps.tune(found.prefix)
         self.result.tuning = tuned.record
         self.result.timings["tuning"] = tuned.seconds
@@ -336,6 +342,12 @@ class _Run:
         ]
         if without:
             self._warn(f"{', '.join(without)} of eval.tasks has no accuracy and is not in the mean")
+        truncated = {
+            asked: sum(measured.tasks[task].truncated for task in self.tasks.members(asked))
+            for asked in self.tasks.asked
+        }
+        if any(truncated.values()):
+            self._warn(_truncation_warning(truncated, label, len(stage.prefix)))
         for corpus, value in measured.perplexity.items():
             self.emit(Record("perplexity", len(self.result.rows), {f"{label}/{corpus}": value}))
         values = {f"{label}/{task}": found.value for task, found in measured.tasks.items()}
@@ -387,7 +399,7 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "predict_first": evaluation.predict_first,
         "prefix_in_block": evaluation.prefix_in_block,
         "tasks": {
-            name: {"origin": task.origin, "shots": task.task.get_config("num_fewshot")}
+            name: {"origin": task.origin, "shots": task.task.get_config("num_fewshot"), "prepared": task.prepared}
             for name, task in tasks.tasks.items()
         },
         "asked": list(tasks.asked),
@@ -438,6 +450,12 @@ def _task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
         found.append(
             f"{', '.join(left_out)} of eval.tasks is part of another entry and does not count twice in the mean"
         )
+    taken = [name for name, task in tasks.tasks.items() if task.prepared]
+    if taken:
+        found.append(
+            f"the records of {', '.join(taken)} are taken as they are, prepared already: the prompts are those of "
+            "lm-eval's task only if they were prepared as it does"
+        )
     adds = lm.bos_token_id in lm.tokenizer("a")["input_ids"] if config.eval.add_bos is None else config.eval.add_bos
     if adds != (config.eval.bos == "block"):
         found.append(
@@ -445,6 +463,14 @@ def _task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
             f"{'without' if adds else 'with'} it: set eval.add_bos and eval.bos to the same policy"
         )
     return found
+
+
+def _truncation_warning(truncated: dict[str, int], label: str, length: int) -> str:
+    """What was cut in a row: requests by entry of `eval.tasks`, behind a prefix of `length` tokens."""
+    counts = " and ".join(f"{count} requests of {task}" for task, count in truncated.items() if count)
+    room = f"the model's context leaves behind a prefix of {length} tokens" if length else "the model's context holds"
+    way_out = "shorten the prefix, or lower eval.shots" if length else "lower eval.shots"
+    return f"{counts} of eval.tasks lost the start of their context ({label}): they are longer than {room}; {way_out}"
 
 
 def _scheme(quantizer: QuantizerConfig) -> str:

@@ -91,7 +91,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     """
     check_model(config.model)
     measured = measured_corpora(config)
-    corpora = load_corpora(config.data, config.paths, _needed(config))
+    corpora = load_corpora(config.data, config.paths, _needed(config, measured))
     tasks = load_tasks(config.eval, config.paths)
     lm = load_language_model(config.model, config.paths, device)
     start_tokens = _start_tokens(lm, config)
@@ -104,15 +104,15 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens)
 
 
-def _needed(config: RunConfig) -> set[str]:
-    """The purposes for which this run needs text."""
+def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
+    """The purposes for which this run needs text, those of the `measured` corpora among them."""
     needed = {
         "evaluation": True,
         "calibration": config.quantizer.needs_calibration_text,
         "tuning": config.tuning.method != "none",
         "search": config.search.method in ("greedy", *RULES),
     }
-    return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured_corpora(config).values())
+    return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured.values())
 
 
 def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
@@ -122,7 +122,7 @@ def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
         lm.check_token_ids(ids, "search.token_ids")
         return ids
     if search.method == "random":
-        return random_tokens(lm, search.length, config.seed)
+        return random_tokens(lm, search.length, config.search_seed)
     if search.method == "bos" or (search.method == "greedy" and search.start == "bos"):
         if lm.bos_token_id is None:
             key, way_out = (

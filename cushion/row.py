@@ -172,6 +172,7 @@ class RowMeasurement:
             record = {
                 "metrics": metrics,
                 "samples": asked,
+                "truncated": self._asked.truncated,
                 "version": str(task.task.VERSION),
                 "seconds": time.perf_counter() - started,
             }
@@ -180,7 +181,8 @@ class RowMeasurement:
         folder, _ = self._store.get_or_make("tasks", depends_on, make)
         with reading(folder):
             record = read_json(folder / "task.json")
-            found = score(record["metrics"], int(record["samples"]), record["version"], config.accuracy)
+            samples_asked, truncated = int(record["samples"]), int(record["truncated"])
+            found = score(record["metrics"], samples_asked, record["version"], config.accuracy, truncated)
             seconds = float(record["seconds"])
         if samples is not None:
             samples.mkdir(parents=True, exist_ok=True)

@@ -152,11 +152,19 @@ class Steps:
         config, texts = self._config.search, self._texts.search
         assert texts is not None
         counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
-        candidates = propose(self._lm, config, counts, texts, self._config.seed)
+        candidates = propose(self._lm, config, counts, texts, self._config.search_seed)
         depends_on = self._depends_on(
             "search",
             config=_without(
-                to_dict(config), "name", "method", "tokens", "token_ids", "candidates", "frequent", "user_tokens"
+                to_dict(config),
+                "name",
+                "method",
+                "tokens",
+                "token_ids",
+                "seed",
+                "candidates",
+                "frequent",
+                "user_tokens",
             ),
             candidates=digest(candidates),
             texts=tensor_digest([texts]),

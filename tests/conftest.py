@@ -12,6 +12,7 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
+from tiny_tasks import own_tasks
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.models import LanguageModel, load_language_model
@@ -54,3 +55,9 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for `eval.include_path`, the same one for all tests: lm-eval indexes its tasks but once."""
+    return own_tasks(tmp_path_factory.mktemp("own_tasks"))

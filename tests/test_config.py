@@ -58,6 +58,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: SearchConfig(method="greddy"), r"search\.method='greddy' .*did you mean 'greedy'\?"),
     (lambda: SearchConfig(tau=2), r"search\.tau=2 is not allowed: above 0, at most 1"),
     (lambda: SearchConfig(tau=0), r"search\.tau=0"),
+    (lambda: SearchConfig(seed=-1), r"search\.seed=-1 .*at least 0"),
     (lambda: SearchConfig(tau=float("nan")), r"search\.tau=nan"),
     (lambda: SearchConfig(bits=16), r"search\.bits=16"),
     (lambda: SearchConfig(max_length=-3), r"search\.max_length=-3 .*at least 1"),
@@ -191,6 +192,18 @@ TUNED = TuningConfig(method="prefix", steps=1)
 WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
     (RunConfig(search=SearchConfig(tau=0.3)), "search.tau=0.3 has no effect with search.method=none"),
     (RunConfig(search=SearchConfig(text_length=64)), "search.text_length=64 has no effect with search.method=none"),
+    (RunConfig(search=SearchConfig(seed=3)), "search.seed=3 has no effect with search.method=none"),
+    (RunConfig(search=SearchConfig(method="qfep", seed=3)), "search.seed=3 has no effect with search.method=qfep"),
+    (
+        RunConfig(search=replace(GREEDY, proposal="outlier", seed=3)),
+        "search.seed=3 has no effect with search.proposal=outlier",
+    ),
+    (
+        RunConfig(
+            data=DataConfig(further={"c4": CorpusConfig("c4")}), eval=EvalConfig(perplexity=False, tasks=["copa"])
+        ),
+        "data.further=['c4'] is not measured with eval.perplexity=false; it only keeps its share",
+    ),
     (RunConfig(search=SearchConfig(tokens="a")), "search.tokens='a' has no effect with search.method=none"),
     (
         RunConfig(search=replace(GREEDY, proposal="vocabulary", candidates=9)),
@@ -270,10 +283,11 @@ def test_an_option_without_effect_is_named(config: RunConfig, warning: str) -> N
 
 
 def test_options_that_have_an_effect_are_not_named() -> None:
-    search = replace(GREEDY, tau=0.3, candidates=9, frequent=8, text_length=64)
+    search = replace(GREEDY, tau=0.3, candidates=9, frequent=8, text_length=64, seed=3)
     quantizer = QuantizerConfig(weights=WeightConfig(granularity="per_group", group_size=4))
     assert options_without_effect(RunConfig(search=search, quantizer=quantizer, tuning=TUNED)) == []
     for rule in (
+        SearchConfig(method="random", length=2, seed=3),
         SearchConfig(method="qfep", texts=2, text_length=9, contexts=3, outlier_tokens=2),
         SearchConfig(method="prefixquant", texts=2, text_length=9, eta=3, max_length=2),
     ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from tiny_run import TUNED_ROWS, saved_model, small_config, tuning_config
+from tiny_run import TUNED_ROWS, saved_model, searching_config, small_config, tuning_config
 
 from cushion import pipeline
 from cushion.cli import config_folder, register_schema, to_run_config
@@ -17,7 +17,7 @@ from cushion.config import ModelConfig, QuantizerConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
 from cushion.prefix import Prefix
-from cushion.preparation import random_tokens
+from cushion.preparation import prepare, random_tokens
 
 Tiny = Callable[..., LanguageModel]
 CONF = config_folder()
@@ -143,6 +143,29 @@ def test_a_run_repeats_over_seeds(text_file: Path, tmp_path: Path, tiny: Tiny) -
     again = small_config(text_file, tmp_path / "elsewhere")
     again.search = SearchConfig(name="random", method="random", length=4)
     assert prefix_tokens(again) == found[0]
+
+
+def test_the_draw_of_tokens_has_a_seed_of_its_own(text_file: Path, tmp_path: Path, tiny: Tiny) -> None:
+    """`search.seed` changes the tokens and no text; the run's seed then changes the texts and no token."""
+    found = {}
+    for seed, own in ((0, 5), (0, 6), (1, 5)):
+        config = small_config(text_file, tmp_path)
+        config.seed, config.search = seed, SearchConfig(name="random", method="random", length=4, seed=own)
+        prepared = prepare(config, "cpu")
+        assert prepared.start_tokens == random_tokens(tiny(), 4, own)
+        assert prepared.texts.calibration is not None
+        found[seed, own] = prepared.texts.calibration.tolist()
+    assert found[0, 5] == found[0, 6] != found[1, 5]
+
+
+def test_the_draw_of_candidates_has_a_seed_of_its_own(text_file: Path, tmp_path: Path) -> None:
+    """The artifact of a search is that of its candidates, whichever key their seed came from."""
+    config = searching_config(text_file, tmp_path)
+    searched = tmp_path / "cache" / "search"
+    for seed, count in ((None, 1), (0, 1), (1, 2)):
+        config.search.seed = seed
+        pipeline.run(config)
+        assert len([path for path in searched.iterdir() if path.is_dir()]) == count
 
 
 # ---- models without BOS ---------------------------------------------------------------------------------------------

@@ -151,6 +151,18 @@ def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
         sources[purpose].unlink()
 
 
+def test_a_further_corpus_that_is_not_needed_keeps_its_share_and_is_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.txt", documents(60))
+    config = file_data(path)
+    config.further = {"same": CorpusConfig("file", path=str(path))}
+    everything = load_corpora(config, PathsConfig())
+    config.further["other"] = CorpusConfig("file", path=str(tmp_path / "missing.txt"))
+    some = load_corpora(config, PathsConfig(), set(SHARES))
+    assert list(some) == list(SHARES)
+    for purpose, corpus in some.items():
+        assert corpus.documents == everything[purpose].documents
+
+
 # ---- blocks and samples -------------------------------------------------------------------------------------------
 
 

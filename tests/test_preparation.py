@@ -28,6 +28,20 @@ SMOOTHED = QuantizerConfig(activations=ActivationConfig(range="dynamic"), smooth
 BOTH_TUNED = {"evaluation", "calibration", "tuning", "search"}
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_further_corpora_are_read_for_perplexity_alone(text_file: Path, tmp_path: Path, measured: bool) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.data.further = {"other": CorpusConfig(source="file", path=str(tmp_path / "missing.txt"))}
+    if measured:
+        with pytest.raises(DataError, match=r"no data file .*missing\.txt"):
+            prepare(config, "cpu")
+        return
+    config.eval.perplexity = False
+    found = prepare(config, "cpu")
+    assert set(found.corpora) == {"evaluation", "calibration"}
+    assert found.blocks == {}
+
+
 # ---- devices ------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from cushion.errors import NotFiniteError
+from cushion.errors import ConfigError, NotFiniteError
 from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask, TaskGroup, silenced
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -44,6 +44,10 @@ class PrefixedModel(HFLM):
         batch_size: requests per forward pass.
         add_bos: put BOS before every context, or not; None leaves it to the tokenizer, as lm-eval does.
 
+    Attributes:
+        truncated: how many requests of the task under way lost the start of their context, for lack of room behind the
+            prefix. The windows of a rolling log-likelihood become shorter instead, and lose nothing.
+
     """
 
     def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, add_bos: bool | None = None) -> None:
@@ -55,11 +59,41 @@ class PrefixedModel(HFLM):
                 add_bos_token=add_bos,
             )
         self._prefix = prefix
+        self.truncated = 0
 
     @property
     def max_length(self) -> int:
         """Tokens that fit behind the prefix."""
         return int(super().max_length) - len(self._prefix)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score requests, each the tokens of a context and of its continuation; the last one is never an input."""
+        room = self.max_length
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > room:
+            raise ConfigError(
+                f"eval.tasks has an answer of {longest} tokens, and a prefix of {len(self._prefix)} tokens leaves room "
+                f"for {room}: shorten the prefix, or leave the task out"
+            )
+        self.truncated += sum(len(context) + len(continuation) - 1 > room for _, context, continuation in requests)
+        scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return scored
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of contexts to go on from, (requests, tokens), cut to their last `left_truncate_len`."""
+        if left_truncate_len is not None:
+            _, whole = super().tok_batch_encode(strings, padding_side, None, truncation)
+            self.truncated += int((whole.sum(1) > left_truncate_len).sum())
+        encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        return encoded
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits for `inps`, (requests, tokens), padded on the right."""
@@ -101,6 +135,7 @@ class TaskScore:
         samples: number of records asked.
         version: lm-eval's version of the task.
         metrics: all metrics by name.
+        truncated: number of requests (of which a record can have several) whose context was cut from the left.
 
     """
 
@@ -110,17 +145,19 @@ class TaskScore:
     samples: int
     version: str
     metrics: dict[str, Metric]
+    truncated: int = 0
 
 
 def run_task(
     model: PrefixedModel, task: EvaluationTask, limit: int | None
 ) -> tuple[dict[str, Metric], int, list[dict[str, Any]]]:
-    """Ask the model one task.
+    """Ask the model one task; `model.truncated` then says how many of its requests were cut.
 
     Args:
         limit: number of records from the start; None for all.
 
     Raises:
+        ConfigError: an answer alone is longer than the room behind the prefix.
         NotFiniteError: the model answers with no numbers, of which accuracies would be made all the same.
 
     Returns:
@@ -129,6 +166,7 @@ def run_task(
 
     """
     task.task.set_fewshot_seed(seed=FEW_SHOT_SEED)  # its sampler goes on from where the last row left it
+    model.truncated = 0
     with _seeded(), silenced("lm_eval.evaluator"), _undisturbed():
         found: Any = evaluator.evaluate(
             model,
@@ -155,11 +193,11 @@ def _has_nan(answers: Any) -> bool:
     return isinstance(answers, float) and math.isnan(answers)
 
 
-def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str) -> TaskScore:
+def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str, truncated: int = 0) -> TaskScore:
     """What a task's metrics say, with the one that enters the mean picked out by `main_metric`."""
     metric = main_metric(list(metrics), accuracy)
     chosen: Metric = metrics[metric] if metric is not None else {"value": None, "stderr": None}
-    return TaskScore(metric, chosen["value"], chosen["stderr"], samples, version, metrics)
+    return TaskScore(metric, chosen["value"], chosen["stderr"], samples, version, metrics, truncated)
 
 
 def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
@@ -219,7 +257,7 @@ def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | N
     assert metric is not None
     return TaskScore(
         metric, value, stderr, sum(score.samples for score in members), members[0].version,
-        {metric: {"value": value, "stderr": stderr}},
+        {metric: {"value": value, "stderr": stderr}}, sum(score.truncated for score in members),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import dropwhile
@@ -45,7 +45,8 @@ class LocalSet:
         folder: below the data folder.
         files: file name by split.
         fields: keys of a record as the hub has it, which lm-eval's definition reads.
-        processed: keys of a record that the definition's `process_docs` has been applied to already.
+        processed: keys of a record that the definition's `process_docs` has been applied to already; it is taken as it
+            is only where it lacks some of `fields`.
         subject: the key that picks the records of one task out of a file for many, by the task's `dataset_name`.
 
     """
@@ -96,6 +97,7 @@ class EvaluationTask:
         task: lm-eval's object; its type is lm-eval's.
         identity: hash of its definition and of the records it will be asked: its part in every cache key.
         origin: the file or the set on the hub that the records come from.
+        prepared: whether the definition's `process_docs` was taken to have been applied to the records already.
 
     """
 
@@ -103,6 +105,7 @@ class EvaluationTask:
     task: Any
     identity: str
     origin: str
+    prepared: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,14 @@ class TaskSet:
     tasks: dict[str, EvaluationTask]
     groups: dict[str, TaskGroup]
 
+    def members(self, name: str) -> tuple[str, ...]:
+        """The tasks that an entry of `asked` stands for."""
+        return self.groups[name].tasks if name in self.groups else (name,)
+
     @property
     def in_mean(self) -> tuple[str, ...]:
         """The entries that the mean is over: those asked for that are no part of another, as `mmlu_stem` is."""
-        members = {name: set(self.groups[name].tasks) if name in self.groups else {name} for name in self.asked}
+        members = {name: set(self.members(name)) for name in self.asked}
         return tuple(name for name in self.asked if not any(members[name] < other for other in members.values()))
 
 
@@ -271,7 +278,7 @@ def _local_task(manager: Any, name: str, local: LocalSet, root: Path, config: Ev
     task = _stock(manager, overrides, name, records, asked, path, lines[asked])
     _check_records(task, path, lines[asked])
     origin = ", ".join(str((root / local.folder / file).resolve()) for _, file in local.files)
-    return _finished(name, task, origin, config)
+    return replace(_finished(name, task, origin, config), prepared=processed)
 
 
 def _stock(
@@ -369,8 +376,9 @@ def _read(path: Path, local: LocalSet, subject: str | None) -> tuple[list[dict[s
     if not records:
         what = f" with {local.subject}={subject!r}" if local.subject else ""
         raise DataError(f"{path} holds no record{what}: check the file")
-    processed = local.processed is not None and set(local.processed) <= set(records[0][1])
-    fields = local.processed if processed and local.processed else local.fields
+    first, fields = set(records[0][1]), local.fields
+    if local.processed is not None and set(local.processed) <= first and not set(fields) <= first:
+        fields = local.processed
     kinds: dict[str, type] = {}
     for line, record in records:
         _check_fields(path, line, record, fields)
@@ -381,7 +389,7 @@ def _read(path: Path, local: LocalSet, subject: str | None) -> tuple[list[dict[s
                     f"{path} line {line}: the field {field!r} is {type(record[field]).__name__}, and {kind.__name__} "
                     "in the records before it"
                 )
-    return [record for _, record in records], [line for line, _ in records], processed
+    return [record for _, record in records], [line for line, _ in records], fields is local.processed
 
 
 def _check_fields(path: Path, line: int, record: dict[str, Any], fields: tuple[str, ...]) -> None:

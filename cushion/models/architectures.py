@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from cushion.errors import UnsupportedModelError, did_you_mean
 
 Requirements = tuple[tuple[str, Any], ...]
@@ -28,7 +30,6 @@ class ResidualStream:
             is the stream's. Paths from the block. `*` stands for every child there.
         embedding_norm: path of a norm that stands between the embeddings and the stream, from the model.
         post_norms: norms of a block that stand between a writer and the stream; their writers are then not named.
-        norm_offset: what is added to a norm's weight before it multiplies (1 where the norm computes `1 + weight`).
         requires: values that the model's configuration must have for all this to be right.
 
     """
@@ -38,7 +39,6 @@ class ResidualStream:
     writers: tuple[str, ...] = ()
     embedding_norm: str | None = None
     post_norms: tuple[str, ...] = ()
-    norm_offset: float = 0.0
     requires: Requirements = ()
 
 
@@ -55,8 +55,8 @@ class Architecture:
             family that put their norms elsewhere cannot be smoothed.
         down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
             the block, in which `*` stands for any one part (the number of an expert).
-        norm_offset: what the norms named in `smoothing` add to their weight before they multiply with it: 0, or 1 where
-            they compute `(1 + weight)`. Norms with an offset must do so in float32.
+        norm_offset: what the norms named in `smoothing`, and the last one, add to their weight before they multiply
+            with it: 0, or 1 where they compute `(1 + weight)`. Norms with an offset must do so in float32.
         requires: values of the model's configuration by which this entry holds, where the variants of a family need
             entries of their own; the first entry of the family that holds is taken.
         experts: path, from the block, of experts whose weights are fused into tensors of three dimensions; they are
@@ -109,13 +109,23 @@ _GEMMA2_RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
     post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-    norm_offset=1.0,
 )
-_FALCON_RESIDUAL = ResidualStream(
-    embeddings=("transformer.word_embeddings",),
-    final_norm="transformer.ln_f",
-    writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+_BLOOM_SMOOTHING = (
+    ("input_layernorm", ("self_attention.query_key_value",)),
+    ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
 )
+_FALCON = Architecture(
+    "falcon",
+    "transformer.h",
+    (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+    down_projection="mlp.dense_4h_to_h",
+    residual=ResidualStream(
+        embeddings=("transformer.word_embeddings",),
+        final_norm="transformer.ln_f",
+        writers=("self_attention.dense", "mlp.dense_4h_to_h"),
+    ),
+)
+"""What Falcon's variants share; they differ in the norms of a block and in the heads of its cache."""
 
 _ENTRIES = (
     Architecture(  # also SmolLM and SOLAR
@@ -139,7 +149,7 @@ _ENTRIES = (
         _LLAMA_SMOOTHING,
         norm_offset=1.0,
         down_projection="mlp.down_proj",
-        residual=replace(_RESIDUAL, norm_offset=1.0),
+        residual=_RESIDUAL,
     ),
     Architecture(
         "gemma2",
@@ -186,10 +196,7 @@ _ENTRIES = (
     Architecture(
         "bloom",
         "transformer.h",
-        (
-            ("input_layernorm", ("self_attention.query_key_value",)),
-            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-        ),
+        _BLOOM_SMOOTHING,
         smoothing_requires=(("apply_residual_connection_post_layernorm", False),),
         down_projection="mlp.dense_4h_to_h",
         residual=ResidualStream(
@@ -214,65 +221,32 @@ _ENTRIES = (
             writers=("attention.dense", "mlp.dense_4h_to_h"),
         ),
     ),
-    Architecture(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
-        "falcon",
-        "transformer.h",
-        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
+    replace(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
+        _FALCON,
         requires=(("new_decoder_architecture", True), ("num_ln_in_parallel_attn", 1)),
         key_value_heads="num_attention_heads",
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
     ),
-    Architecture(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
-        "falcon",
-        "transformer.h",
-        (("ln_attn", ("self_attention.query_key_value",)), ("ln_mlp", ("mlp.dense_h_to_4h",))),
+    replace(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
+        _FALCON,
+        smoothing=(("ln_attn", ("self_attention.query_key_value",)), ("ln_mlp", ("mlp.dense_h_to_4h",))),
         requires=(("new_decoder_architecture", True),),
         key_value_heads="num_attention_heads",
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
     ),
-    Architecture(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
-        "falcon",
-        "transformer.h",
-        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
-        requires=(("parallel_attn", True), ("multi_query", True)),
-        key_value_heads=1,
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
+    replace(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
+        _FALCON, requires=(("parallel_attn", True), ("multi_query", True)), key_value_heads=1
     ),
-    Architecture(
-        "falcon",
-        "transformer.h",
-        (("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),),
-        requires=(("parallel_attn", True), ("multi_query", False)),
-        key_value_heads="num_kv_heads",
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
-    ),
-    Architecture(
-        "falcon",
-        "transformer.h",
-        (
-            ("input_layernorm", ("self_attention.query_key_value",)),
-            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-        ),
+    replace(_FALCON, requires=(("parallel_attn", True), ("multi_query", False)), key_value_heads="num_kv_heads"),
+    replace(
+        _FALCON,
+        smoothing=_BLOOM_SMOOTHING,
         requires=(("parallel_attn", False), ("multi_query", True)),
         key_value_heads=1,
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
     ),
-    Architecture(  # Falcon-RW: one after the other, with ALiBi
-        "falcon",
-        "transformer.h",
-        (
-            ("input_layernorm", ("self_attention.query_key_value",)),
-            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
-        ),
+    replace(  # Falcon-RW: one after the other, with ALiBi
+        _FALCON,
+        smoothing=_BLOOM_SMOOTHING,
         requires=(("parallel_attn", False), ("multi_query", False)),
         key_value_heads="num_kv_heads",
-        down_projection="mlp.dense_4h_to_h",
-        residual=_FALCON_RESIDUAL,
     ),
 )
 
@@ -281,6 +255,15 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     for model_type in dict.fromkeys(entry.model_type for entry in _ENTRIES)
 }
 """The entries of each family, in the order in which they are tried."""
+
+
+def expand(block: nn.Module, path: str) -> list[str]:
+    """The paths that a path of the table stands for in `block`, every `*` replaced by the name of each child there."""
+    parent, star, rest = path.partition(".*.")
+    if not star:
+        return [path]
+    children = [name for name, _ in block.get_submodule(parent).named_children()]
+    return [expanded for child in children for expanded in expand(block, f"{parent}.{child}.{rest}")]
 
 
 def unmet(requirements: Requirements, config: Any) -> Iterable[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, did_you_mean
 from cushion.hashing import digest, tensor_digest
-from cushion.models.architectures import Architecture, find_architecture
+from cushion.models.architectures import Architecture, expand, find_architecture
 from cushion.models.embedded import embedded_model
 from cushion.models.experts import with_linear_experts
 from cushion.models.tiny import byte_tokenizer, tiny_model
@@ -125,7 +125,7 @@ class LanguageModel:
         return [
             (
                 path + norm,
-                {path + name: block.get_submodule(name) for paths in readers for name in _expand(block, paths)},
+                {path + name: block.get_submodule(name) for paths in readers for name in expand(block, paths)},
             )
             for norm, readers in self.architecture.smoothing
         ]
@@ -204,15 +204,6 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
         cast(Any, model).to(device)
     model.eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))
-
-
-def _expand(block: nn.Module, path: str) -> list[str]:
-    """The paths that `path` stands for, with every `*` replaced by the name of each child there."""
-    parent, star, rest = path.partition(".*.")
-    if not star:
-        return [path]
-    children = [name for name, _ in block.get_submodule(parent).named_children()]
-    return [expanded for child in children for expanded in _expand(block, f"{parent}.{child}.{rest}")]
 
 
 def _refuse_offloading(model: PreTrainedModel, config: ModelConfig) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
-from cushion.models.architectures import ResidualStream
+from cushion.models.architectures import expand
 from cushion.quantization.hadamard import randomized_hadamard
 from cushion.quantization.replacements import Replacements
 
@@ -106,7 +106,7 @@ def check_rotation(lm: LanguageModel, rotation: str) -> None:
 
 
 def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
-    stream = lm.architecture.residual
+    stream, offset = lm.architecture.residual, lm.architecture.norm_offset
     assert stream is not None
     final_norm = lm.model.get_submodule(stream.final_norm)
     back = randomized_hadamard(lm.model.config.get_text_config().hidden_size, seed)
@@ -120,30 +120,22 @@ def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
     for block in lm.blocks:
         for norm_path, reader_paths in lm.architecture.smoothing:
             readers = _weights_of(block, reader_paths)
-            _fold_norm(block, norm_path, readers, stream, back, replacements)
+            _fold_norm(block, norm_path, readers, offset, back, replacements)
         for owner, name in _weights_of(block, stream.writers):
             _fold_writer(owner, name, into, replacements)
         for path in stream.post_norms:
             _append(block, path, into, replacements)
     head = lm.model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    _fold_norm(lm.model, stream.final_norm, [(head, "weight")], stream, back, replacements)
+    _fold_norm(lm.model, stream.final_norm, [(head, "weight")], offset, back, replacements)
 
 
-def _weights_of(root: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, str]]:
-    """Owner and name of the weights at `paths`, each of a linear or, as in fused experts, a parameter itself.
-
-    A `*` in a path stands for every child there.
-    """
+def _weights_of(block: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, str]]:
+    """Owner and name of the weights at `paths`, each of a linear or, as in fused experts, a parameter itself."""
     found: list[tuple[nn.Module, str]] = []
-    for path in paths:
-        before, star, after = path.partition(".*.")
-        if star:
-            for child in root.get_submodule(before).children():
-                found += _weights_of(child, [after])
-            continue
+    for path in (expanded for named in paths for expanded in expand(block, named)):
         owner_path, _, leaf = path.rpartition(".")
-        owner = root.get_submodule(owner_path)
+        owner = block.get_submodule(owner_path)
         value = getattr(owner, leaf)
         found.append((owner, leaf) if isinstance(value, nn.Parameter) else (value, "weight"))
     return found
@@ -153,11 +145,14 @@ def _fold_norm(
     root: nn.Module,
     path: str,
     readers: list[tuple[nn.Module, str]],
-    stream: ResidualStream,
+    offset: float,
     back: Tensor,
     replacements: Replacements,
 ) -> None:
-    """Move a norm's weight and bias into its readers, rotate their inputs back, and leave a norm without either."""
+    """Move a norm's weight and bias into its readers, rotate their inputs back, and leave a norm without either.
+
+    `offset` is what the norm adds to its weight before it multiplies with it.
+    """
     norm: Any = root.get_submodule(path)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     for owner, name in readers:
@@ -166,7 +161,7 @@ def _fold_norm(
             shift = _times(old, bias.detach().double()[:, None]).squeeze(-1)
             own = getattr(owner, "bias", None)
             replacements.put(owner, "bias", _parameter(shift if own is None else own.double() + shift, old))
-        gain = 1.0 if weight is None else weight.detach().double().to(old.device) + stream.norm_offset
+        gain = 1.0 if weight is None else weight.detach().double().to(old.device) + offset
         _put(owner, name, _times(old, back, gain), replacements)
     if isinstance(norm, nn.LayerNorm):
         like = readers[0][0].weight if weight is None else weight
@@ -177,7 +172,7 @@ def _fold_norm(
         parent, _, leaf = path.rpartition(".")
         replacements.put(root.get_submodule(parent), leaf, plain.requires_grad_(False).eval())
     elif weight is not None:
-        _put(norm, "weight", torch.full_like(weight, 1 - stream.norm_offset, dtype=torch.float64), replacements)
+        _put(norm, "weight", torch.full_like(weight, 1 - offset, dtype=torch.float64), replacements)
 
 
 def _fold_writer(owner: nn.Module, name: str, into: Tensor, replacements: Replacements) -> None:

@@ -13,6 +13,7 @@ from cushion.errors import ArtifactError
 
 FILE_NAME = "result.json"
 SCHEMA_VERSION = 1
+"""As in `cushion.results`, which writes the file and takes seconds to import, with torch."""
 _NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, "rows": list, "timings": dict}
 """What a report cannot do without; everything else may be absent, as in a run that failed early or an older file."""
 _NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "perplexity": dict}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
     for axis, (stage, curve) in zip(axes[0], curves.items(), strict=True):
         _panel(axis, curve, titles[stage])
     axes[0][0].set_ylabel("magnitude at block input")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(_LINES), frameon=False, fontsize=8)
-    figure.suptitle(f"Activation magnitudes, {result['model']['label']}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    return _save(figure, path, dpi)
+    _describe(figure, axes[0], f"Activation magnitudes, {result['model']['label']}")
+    return save(figure, path, dpi)
 
 
 def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
@@ -96,14 +94,10 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         axis.set_yscale("log")
         axis.set_xlabel("linears in full precision")
         axis.set_title(titles[stage], fontsize=9)
-        _tidy(axis)
+        tidy(axis)
     axes[0][0].set_ylabel("perplexity, calibration text")
-    parts = [axis.get_legend_handles_labels() for axis in axes[0]]
-    labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
-    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
-    figure.suptitle(f"QFeM, {result['model']['label']}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    return _save(figure, path, dpi)
+    _describe(figure, axes[0], f"QFeM, {result['model']['label']}")
+    return save(figure, path, dpi)
 
 
 def alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,10 +113,20 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("block")
     axis.set_title(title, fontsize=9)
-    _tidy(axis)
+    tidy(axis)
 
 
-def _tidy(axis: Axes) -> None:
+def _describe(figure: Figure, axes: Iterable[Axes], title: str) -> None:
+    """A title above the panels, and below them one legend of what is in any of them."""
+    parts = [axis.get_legend_handles_labels() for axis in axes]
+    labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
+    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+
+
+def tidy(axis: Axes) -> None:
+    """Thin grid lines, and no frame above and to the right."""
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -155,14 +159,14 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 0.93, 1))
     figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.65)))
-    return _save(figure, path, dpi)
+    return save(figure, path, dpi)
 
 
 FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps, "qfem_tradeoff": qfem_tradeoff}
 """Every figure of a run by name, and what draws it."""
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> Path:
+def save(figure: Figure, path: Path, dpi: int) -> Path:
     """Write a figure whole, so that a reader never finds half of one; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from cushion.hashing import digest
 from cushion.reporting.collect import Run
-from cushion.reporting.figures import activation_curves, alpha_searches, attention_maps, qfem_tradeoff
+from cushion.reporting.figures import activation_curves, alpha_searches, attention_maps, qfem_tradeoff, save, tidy
 
 DPI = 110
 """Sharp on a phone, and small enough for a page that carries every figure inside."""
@@ -87,7 +87,7 @@ def search_trajectory(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("tokens in the prefix beyond its start")
     axis.set_ylabel(str(search.get("objective", "objective")).replace("_", " "))
     axis.margins(y=0.2)
-    _finish(figure, [axis], path)
+    _finish(figure, axis, path)
 
 
 def tuning_loss(result: dict[str, Any], path: Path) -> None:
@@ -108,14 +108,10 @@ def tuning_loss(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(frameon=False, fontsize=8)
-    _finish(figure, [axis], path)
+    _finish(figure, axis, path)
 
 
-def _finish(figure: Figure, axes: Sequence[Axes], path: Path) -> None:
-    for axis in axes:
-        axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+def _finish(figure: Figure, axis: Axes, path: Path) -> None:
+    tidy(axis)
     figure.tight_layout()
-    figure.savefig(path, dpi=DPI, format="png")
-    pyplot.close(figure)
+    save(figure, path, DPI)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_row import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, ranges_of, write_lines, write_sets
+from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, ranges_of, write_lines, write_sets
+from untouched import assert_untouched, snapshot
 
 from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
+from cushion.errors import ConfigError
 from cushion.evaluation import tasks as tasks_module
 from cushion.evaluation.harness import (
     BOOTSTRAP,
@@ -52,11 +55,6 @@ CONTEXTS = [
     ("a space at the end ", "moves"),
     ("caf\u00e9", " \u00e9t\u00e9"),
 ]
-
-
-@pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return own_tasks(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)
@@ -421,6 +419,44 @@ def test_a_long_context_leaves_room_for_what_is_generated(tiny: Tiny, family: st
     assert len(GLUE + kept) + 10 == 256
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_requests_that_lose_part_of_their_context_are_counted(
+    tiny: Tiny, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against lm-eval's own warnings, of which there is one for each log-likelihood that is cut."""
+    lm = tiny()
+    model, room = PrefixedModel(lm, behind(lm), batch_size), 256 - len(GLUE)
+    contexts = ["q" * length for length in (3, room - 5, room - 4, room - 3, room - 2, room + 90)]
+    model.loglikelihood(asked("loglikelihood", *((context, " end") for context in contexts)))
+    assert [len(context) + len(" end") - 1 > room for context in contexts] == [False, False, False, False, True, True]
+    assert model.truncated == 2
+    assert sum("Truncating" in record.message for record in caplog.records) == 2
+    model.truncated = 0
+    model.loglikelihood_rolling(asked("loglikelihood_rolling", ("q" * 600,)))  # every token is predicted, in windows
+    assert model.truncated == 0
+    generate(model, ["q" * length for length in (3, room - 11, room - 10, room - 9, room + 50)])
+    assert model.truncated == 2
+
+
+def test_the_count_of_requests_that_were_cut_is_that_of_one_task(tiny: Tiny, tmp_path: Path, include_path: str) -> None:
+    lm = tiny()
+    model = PrefixedModel(lm, Prefix.from_tokens(lm.model, [65] * 200), 8)
+    for name, expected in (("hellaswag", 8), ("copa", 0)):  # of twelve and six requests
+        task = our_task(include_path, tmp_path, name)
+        run_task(model, task, None)
+        lengths = [len("".join(request.args).encode()) for request in task.task.instances]
+        assert model.truncated == sum(length - 1 > 256 - 200 for length in lengths) == expected
+
+
+def test_an_answer_that_does_not_fit_behind_the_prefix_is_refused(
+    tiny: Tiny, tmp_path: Path, include_path: str
+) -> None:
+    lm = tiny()
+    model = PrefixedModel(lm, Prefix.from_tokens(lm.model, [65] * 250), 8)
+    with pytest.raises(ConfigError, match=r"an answer of \d+ tokens.*prefix of 250 tokens leaves room for 6: shorten"):
+        run_task(model, our_task(include_path, tmp_path, "hellaswag"), None)
+
+
 # ---- quantized models go the same way -------------------------------------------------------------------------------
 
 
@@ -435,7 +471,7 @@ def test_a_quantized_model_is_asked_as_stock_lm_eval_asks_it(
     name: str,
 ) -> None:
     lm, task = tiny(), our_task(include_path, tmp_path, name)
-    before = {key: value.clone() for key, value in lm.model.state_dict().items()}
+    before = snapshot(lm)
     batch_size = 1 if quantizer is DYNAMIC else 3
     ranges = ranges_of(lm, Prefix.empty()) if quantizer.needs_calibration else None
     model = PrefixedModel(lm, Prefix.empty(), batch_size)
@@ -447,9 +483,7 @@ def test_a_quantized_model_is_asked_as_stock_lm_eval_asks_it(
     assert_as_stock(found, theirs, name)
     if name != "tiny_generation":
         assert [sample["resps"] for sample in found[2]] != [sample["resps"] for sample in full[2]]
-    after = lm.model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert_untouched(lm, before)
     assert plain_json(run_task(model, task, None)) == plain_json(full)
 
 
@@ -572,6 +606,14 @@ def test_the_value_of_a_weighted_group_is_that_of_all_its_records() -> None:
     assert group is not None
     assert group.value == pytest.approx(4 / 7)
     assert group.stderr is None
+
+
+def test_a_group_counts_what_was_cut_in_any_of_its_tasks() -> None:
+    scores = accuracies((0.5, 0.03, 90), (0.8, 0.04, 10))
+    scores = {name: replace(found, truncated=3 + number) for number, (name, found) in enumerate(scores.items())}
+    found = group_score(TaskGroup("group", tuple(scores), True), scores)
+    assert found is not None
+    assert found.truncated == 7
 
 
 def test_a_group_without_accuracy_has_no_score() -> None:

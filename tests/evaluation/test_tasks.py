@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 from conftest import FAMILIES
-from test_row import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, write_lines, write_sets
 from tiny_run import small_config
+from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, write_lines, write_sets
 
 from cushion import pipeline
 from cushion.config import EvalConfig, PathsConfig, SearchConfig
@@ -35,11 +35,6 @@ HUB = {
     "wikitext": ("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", "test"),
 }
 """Set and split on the hub that the stock definition reads and evaluates."""
-
-
-@pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return own_tasks(tmp_path_factory)
 
 
 @pytest.fixture
@@ -184,6 +179,25 @@ def test_hellaswag_records_that_are_processed_already_are_not_processed_again(
     processed[0]["choices"][2] = "is a cube."
     write_lines(tmp_path / FILES["hellaswag"], processed)
     assert_same(local(include_path, PathsConfig(data_dir=str(tmp_path)), "hellaswag"), theirs)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_hellaswag_records_with_raw_fields_are_prepared_by_the_stock_task(
+    tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody's preparation stands beside the raw fields; where it stands alone, it is taken."""
+    theirs = stock(include_path, monkeypatch, "hellaswag", all_splits("hellaswag", RECORDS["hellaswag"]))
+    elsewhere = {"query": "roof: he", "choices": ["a", "b", "c", "d"], "gold": 0}
+    write_lines(tmp_path / FILES["hellaswag"], [{**record, **elsewhere} for record in RECORDS["hellaswag"]])
+    config, paths = EvalConfig(tasks=["hellaswag"], include_path=include_path), PathsConfig(data_dir=str(tmp_path))
+    both = load_tasks(config, paths).tasks["hellaswag"]
+    assert_same(both.task, theirs)
+    assert requests(both.task)[0]["arguments"][0].endswith("on a roof. He")
+    assert not both.prepared
+    write_lines(tmp_path / FILES["hellaswag"], [{**elsewhere, "label": "0"}])
+    alone = load_tasks(config, paths).tasks["hellaswag"]
+    assert alone.prepared
+    assert requests(alone.task)[0]["arguments"] == ("roof: he", " a")
 
 
 @pytest.mark.usefixtures("no_hub")

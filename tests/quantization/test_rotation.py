@@ -20,6 +20,7 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
 )
+from untouched import assert_untouched, snapshot
 
 from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
@@ -65,19 +66,6 @@ def randomize(model: nn.Module) -> None:
 def logits(lm: LanguageModel, prefix: Prefix | None = None) -> Tensor:
     prefix = prefix or Prefix.empty()
     return lm.model(TEXTS, past_key_values=prefix.cache(lm.model, len(TEXTS)), use_cache=True).logits
-
-
-def snapshot(lm: LanguageModel) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[Tensor]]:
-    """The identity of every module and parameter, shared ones under each name, and a copy of every parameter's bits."""
-    modules = [(name, id(module)) for name, module in lm.model.named_modules(remove_duplicate=False)]
-    parameters = [(name, id(parameter)) for name, parameter in lm.model.named_parameters(remove_duplicate=False)]
-    return modules, parameters, [parameter.detach().clone() for parameter in lm.model.parameters()]
-
-
-def assert_untouched(lm: LanguageModel, before: tuple[Any, ...]) -> None:
-    after = snapshot(lm)
-    assert after[:2] == before[:2]
-    assert all(torch.equal(new, old) for new, old in zip(after[2], before[2], strict=True))
 
 
 @torch.no_grad()
@@ -156,7 +144,7 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, Any, ResidualStream]] = {
         GemmaConfig(**COMMON, **HEADS),
         "model.layers",
         READERS_OF_LLAMA,
-        replace(LLAMA, norm_offset=1.0),
+        LLAMA,
     ),
     "gemma2": (
         Gemma2Config(**COMMON, **HEADS, sliding_window=8, query_pre_attn_scalar=8),
@@ -169,7 +157,6 @@ OTHERS: dict[str, tuple[PreTrainedConfig, str, Any, ResidualStream]] = {
             embeddings=("model.embed_tokens",),
             final_norm="model.norm",
             post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-            norm_offset=1.0,
         ),
     ),
     "gpt_neox": (
@@ -226,7 +213,8 @@ def other(name: str) -> LanguageModel:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     randomize(model)
     model.eval().requires_grad_(False)
-    architecture = Architecture(config.model_type, blocks, readers, residual=stream)
+    offset = 1.0 if name.startswith("gemma") else 0.0
+    architecture = Architecture(config.model_type, blocks, readers, norm_offset=offset, residual=stream)
     return LanguageModel(model, byte_tokenizer(), architecture, name, name)
 
 

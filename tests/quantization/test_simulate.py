@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, SMOOTHABLE
 from torch import Tensor, nn
+from untouched import assert_untouched, snapshot
 
 from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
@@ -61,19 +62,6 @@ QUANTIZERS = {
 @torch.no_grad()
 def logits(lm: LanguageModel, texts: Tensor) -> Tensor:
     return lm.model(texts).logits
-
-
-def snapshot(lm: LanguageModel) -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[Tensor]]:
-    """The identity of every module and parameter, in order, and a copy of every parameter's bits."""
-    modules = [(name, id(module)) for name, module in lm.model.named_modules()]
-    parameters = [(name, id(parameter)) for name, parameter in lm.model.named_parameters(remove_duplicate=False)]
-    return modules, parameters, [parameter.detach().clone() for parameter in lm.model.parameters()]
-
-
-def assert_untouched(lm: LanguageModel, before: tuple[Any, ...]) -> None:
-    after = snapshot(lm)
-    assert after[:2] == before[:2]
-    assert all(torch.equal(new, old) for new, old in zip(after[2], before[2], strict=True))
 
 
 # Nothing quantized, and the way back.

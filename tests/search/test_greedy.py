@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from searching import assert_it_goes_on_after_any_event, comparable
 from torch import Tensor
 
 from cushion.config import SearchConfig
@@ -36,15 +35,6 @@ def search(
     for _ in greedy_search(lm, SearchConfig(**options), texts, candidates, state):
         pass
     return state
-
-
-def comparable(state: SearchState) -> dict[str, Any]:
-    """Everything but the time it took."""
-    record = state.to_dict()
-    for step in record["steps"]:
-        del step["seconds"]
-    del record["seconds"]
-    return record
 
 
 # ---- Algorithm 1, once more -----------------------------------------------------------------------------------------
@@ -204,18 +194,9 @@ def test_ties_go_to_the_candidate_that_comes_first(tiny: Tiny) -> None:
 def test_search_goes_on_after_any_event(tiny: Tiny) -> None:
     lm, texts = tiny(), some_texts()
     config = SearchConfig(tau=1.0, max_length=2, batch_size=10)
-    whole = SearchState([])
-    events = list(greedy_search(lm, config, texts, CANDIDATES, whole))
+    events = assert_it_goes_on_after_any_event(lm, config, texts, CANDIDATES)
     assert sum(isinstance(event, SearchStep) for event in events) == 2
     assert len(events) == 8  # batches of 10, 10 and 4, then the step, twice
-    for stop in range(len(events) + 1):
-        state = SearchState([])
-        for _ in itertools.islice(greedy_search(lm, config, texts, CANDIDATES, state), stop):
-            pass
-        resumed = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
-        rest = list(greedy_search(lm, config, texts, CANDIDATES, resumed))
-        assert len(rest) == len(events) - stop  # nothing is computed again
-        assert comparable(resumed) == comparable(whole)
 
 
 def test_progress_counts_candidates(tiny: Tiny) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from searching import assert_it_goes_on_after_any_event, comparable
 from torch import Tensor
 
 from cushion.activations import observe_outputs
@@ -39,13 +38,6 @@ def search(
     for _ in greedy_search(lm, SearchConfig(**options), texts, candidates, state):
         pass
     return state
-
-
-def comparable(state: SearchState) -> dict[str, Any]:
-    record = state.to_dict()
-    for step in [*record["steps"], record]:
-        del step["seconds"]
-    return record
 
 
 # ---- exact ----------------------------------------------------------------------------------------------------------
@@ -280,18 +272,8 @@ def test_a_budget_of_seconds_ends_the_search(tiny: Tiny) -> None:
 def test_a_search_goes_on_after_any_event(tiny: Tiny, scoring: str) -> None:
     lm, texts = tiny(), some_texts()
     config = SearchConfig(tau=1.0, max_length=2, batch_size=40, scoring=scoring, rounds=ROUNDS)
-    pool = VOCABULARY[::3]
-    whole = SearchState([])
-    events = list(greedy_search(lm, config, texts, pool, whole))
+    events = assert_it_goes_on_after_any_event(lm, config, texts, VOCABULARY[::3])
     assert {event.stage for event in events if isinstance(event, Scored)} == set(range(4 if scoring == "exact" else 3))
-    for stop in range(len(events) + 1):
-        state = SearchState([])
-        for _ in itertools.islice(greedy_search(lm, config, texts, pool, state), stop):
-            pass
-        resumed = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
-        rest = list(greedy_search(lm, config, texts, pool, resumed))
-        assert len(rest) == len(events) - stop  # nothing is computed again
-        assert comparable(resumed) == comparable(whole)
 
 
 # ---- spikes ---------------------------------------------------------------------------------------------------------
