@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +25,22 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+@dataclass
+class _LastInput:
+    """The input that was quantized last, what it became, and how many linears have yet to read that."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    quantized: Tensor
+    left: int
+
+
 class ActivationQuantizer:
-    """Quantize-dequantize the input of a linear.
+    """Quantize-dequantize the input of a linear, or of several linears that read the very same tensor.
+
+    Where it serves several (`readers`, raised by `shared_with`), a tensor is quantized for the first of them and the
+    others get what came of it. It is kept until all have read it or the input is gone, whichever comes first, and no
+    longer used once the input was changed in place. Gradients are those of each reader on its own.
 
     Args:
         grid: the integer grid.
@@ -46,17 +62,64 @@ class ActivationQuantizer:
         self.dims = (-1,) if granularity == "per_token" else None
         self.straight_through = straight_through
         self.parameters = None if static_range is None else grid.parameters(*static_range)
+        self.readers = 1
+        self._last: _LastInput | None = None
+
+    def shared_with(self, others: list[ActivationQuantizer]) -> ActivationQuantizer:
+        """The one of `others` that computes the same, with one more reader; where there is none, this one, added."""
+        for other in others:
+            if self._agrees_with(other):
+                other.readers += 1
+                return other
+        others.append(self)
+        return self
 
     def __call__(self, values: Tensor) -> Tensor:
-        """A new tensor of the shape and dtype of `values`, (..., channels)."""
+        """Quantize `values`, (..., channels).
+
+        Returns:
+            A tensor of the shape and dtype of `values`: a new one, or, where several linears are served, one that
+            other readers get as well and that no one may change.
+
+        """
+        quantized = self._quantized_once(values) if self.readers > 1 else self._quantized(values)
+        return _StraightThrough.apply(values, quantized) if self.straight_through else quantized
+
+    def _quantized(self, values: Tensor) -> Tensor:
         constant = values.detach()
         if self.parameters is None:
             low, high = dynamic_range(constant, self.dims)
             scale, offset = self.grid.parameters(low.float(), high.float())
         else:
             scale, offset = self.parameters
-        quantized = fake_quantize(constant, scale, offset, self.grid)
-        return _StraightThrough.apply(values, quantized) if self.straight_through else quantized
+        return fake_quantize(constant, scale, offset, self.grid)
+
+    def _quantized_once(self, values: Tensor) -> Tensor:
+        if values.is_inference():  # these do not count their changes
+            return self._quantized(values)
+        last = self._last
+        # a reference to a tensor that is gone never compares equal, so memory that is used again is no danger
+        if last is not None and last.source() is values and last.version == values._version:
+            last.left -= 1
+            if last.left == 0:
+                self._last = None
+            return last.quantized
+        quantized = self._quantized(values)
+        source = weakref.ref(values, self._forget)
+        self._last = _LastInput(source, values._version, quantized, self.readers - 1)
+        return quantized
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if self._last is not None and self._last.source is source:
+            self._last = None
+
+    def _agrees_with(self, other: ActivationQuantizer) -> bool:
+        if (self.grid, self.dims, self.straight_through) != (other.grid, other.dims, other.straight_through):
+            return False
+        if self.parameters is None or other.parameters is None:
+            return self.parameters is other.parameters
+        pairs = zip(self.parameters, other.parameters, strict=True)
+        return all(own.device == its.device and torch.equal(own, its) for own, its in pairs)
 
 
 class QuantizedLinear(nn.Module):

@@ -59,6 +59,7 @@ def quantized(
         surroundings.enter_context(quantized_attention(lm, config, straight_through))
         scales = _smooth(lm, config, calibration, replacements) if config.smoothing_alpha is not None else {}
         weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
+        siblings = _siblings(lm)
         for name, linear in lm.linears(config.targets).items():
             weight = linear.weight.detach()
             if weight_grid is not None:
@@ -68,6 +69,8 @@ def quantized(
             )
             if keep is not None and name in keep:
                 activation = None
+            if activation is not None:
+                activation = activation.shared_with(siblings.get(name, []))
             if weight_grid is None and activation is None:
                 continue
             bias = None if linear.bias is None else linear.bias.detach()
@@ -179,6 +182,20 @@ def _activation_quantizer(
     if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
         low, high = low / smoothing.to(device), high / smoothing.to(device)
     return ActivationQuantizer(grid, activations.granularity, (low.amin(), high.amax()), straight_through)
+
+
+def _siblings(lm: LanguageModel) -> dict[str, list[ActivationQuantizer]]:
+    """For each linear that reads a norm, a list, still empty, that it has in common with all that read this norm.
+
+    It is for the quantizers of their inputs. Whether two of them get the very same tensor shows when they run: each
+    expert gets its own.
+    """
+    groups: dict[str, list[ActivationQuantizer]] = {}
+    for index in range(len(lm.blocks)):
+        for _, readers in lm.norm_readers(index):
+            quantizers: list[ActivationQuantizer] = []
+            groups |= dict.fromkeys(readers, quantizers)
+    return groups
 
 
 def _check_rotation_of(calibration: ChannelRanges | None, config: QuantizerConfig, lm: LanguageModel) -> None:
