@@ -21,19 +21,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.search.batching import BatchSizer
 from cushion.search.objective import Objective
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
-
-TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 65536}
-"""Tokens of the first batch that is tried, by device type; halved for as long as memory runs out."""
 
 TIE = 1e-6
 """Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
@@ -139,7 +135,7 @@ def greedy_search(
     """
     if len(state.token_ids) >= config.max_length:  # the start of the prompt fills it already
         state.finished, state.stop_reason = True, "max_length"
-    sizer = BatchSizer(lm, config)
+    sizer = BatchSizer({weight.device for weight in lm.model.parameters()}, config.batch_size)
     while not state.finished:
         yield from _Step(lm, config, texts[len(state.steps)], candidates, state, sizer).run()
 
@@ -231,6 +227,7 @@ class _Step:
             if stage.kind == "sweep" and (known := state.verified + self._scored()):
                 bound = min(score for _, score in known) * (1 + 2 * TIE)
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
+            self.sizer.begin()
             try:
                 judged = self.objective.judge(self.lm, self.prefix, rows, 1, stage.depth, bound)
             except Exception as error:
@@ -241,7 +238,7 @@ class _Step:
                 self.sizer.back_off(len(batch), rows.shape[1])
                 continue
             if len(batch) == size:
-                self.sizer.grow()
+                self.sizer.grow(*rows.shape)
             results = zip(judged.scores.tolist(), judged.complete.tolist(), strict=True)
             state.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
             state.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
@@ -330,39 +327,3 @@ def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:
         return None
     lowest = min(score for _, score in verified)
     return min((position, score) for position, score in verified if score <= lowest * (1 + TIE))
-
-
-class BatchSizer:
-    """How many candidates go through the model at once: as many as memory allows.
-
-    On a GPU the batch doubles for as long as twice the memory used so far is there; whenever memory runs out, it is
-    halved and stays so. A size that the user sets is only ever halved.
-    """
-
-    def __init__(self, lm: LanguageModel, config: SearchConfig) -> None:
-        self._device, self._fixed = lm.device, config.batch_size
-        self._tokens = TOKENS_PER_FORWARD.get(lm.device.type, TOKENS_PER_FORWARD["cpu"])
-        self._may_grow = lm.device.type == "cuda" and config.batch_size is None
-
-    def size(self, row_length: int) -> int:
-        """Rows of `row_length` tokens in the next batch."""
-        return self._fixed or max(1, self._tokens // row_length)
-
-    def can_back_off(self, error: Exception, rows: int) -> bool:
-        """Whether memory ran out and a smaller batch than this one is left to try."""
-        return rows > 1 and bool(should_reduce_batch_size(error))
-
-    def back_off(self, rows: int, row_length: int) -> None:
-        """Halve the batch, which was `rows` of `row_length` tokens, and give memory back."""
-        clear_device_cache(garbage_collection=True)
-        self._may_grow = False
-        self._tokens = rows * row_length // 2
-        self._fixed = None if self._fixed is None else max(1, rows // 2)
-
-    def grow(self) -> None:
-        """Double the batch where a GPU has room for it."""
-        if self._may_grow:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            self._may_grow = 2 * torch.cuda.max_memory_allocated(self._device) < 0.9 * total
-            if self._may_grow:
-                self._tokens *= 2
