@@ -226,7 +226,7 @@ class _Run:
         if config.method in RULES:
             return self._find_by_rule()
         state, found = self.steps.search(self._metadata())
-        seconds = sum(step.seconds for step in state.steps)
+        seconds = state.seconds_done
         self.result.search = {
             "method": config.method,
             "proposal": config.proposal,
@@ -237,7 +237,9 @@ class _Run:
             "token_ids": state.token_ids,
             "stop_reason": state.stop_reason,
             "steps": [asdict(step) for step in state.steps],
-            "token_forwards": sum(step.token_forwards for step in state.steps),
+            "proposal_token_forwards": state.proposal_token_forwards,
+            "proposal_seconds": state.proposal_seconds,
+            "token_forwards": state.token_forwards_done,
             "seconds": seconds,
         }
         self.result.timings["search"] = seconds

@@ -83,6 +83,19 @@ class SearchState:
     """Positions of the step's text by the size of their spike; empty where no round asks for them."""
     token_blocks: int = 0
     """Tokens times blocks they went through, in the step under way."""
+    proposal_token_forwards: int = 0
+    proposal_seconds: float = 0.0
+    """What it cost to name the candidates, before the first step."""
+
+    @property
+    def token_forwards_done(self) -> float:
+        """What the proposal and all steps that have ended ran."""
+        return self.proposal_token_forwards + sum(step.token_forwards for step in self.steps)
+
+    @property
+    def seconds_done(self) -> float:
+        """What the proposal and all steps that have ended took."""
+        return self.proposal_seconds + sum(step.seconds for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -119,15 +132,16 @@ def greedy_search(
 ) -> Iterator[Scored | SearchStep]:
     """Run Algorithm 1 from `state` on, updating `state` as it goes.
 
-    A search that reaches `search.budget_token_forwards` or `search.budget_seconds` ends the step with the best
-    candidate that it has verified by then, if there is one, and stops with the reason `budget`.
+    A search that reaches `search.budget_token_forwards` or `search.budget_seconds`, the proposal included, ends the
+    step with the best candidate that it has verified by then, if there is one, and stops with the reason `budget`.
 
     Args:
         config: tau, the maximum length, the objective, the scoring and its budget.
         texts: one fresh text per step, token ids of shape (at least max_length, n).
         candidates: token ids that every step tries; ties go to the one that comes first.
-        state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`; an old one, as saved
-            by a run that was killed, is continued. Its `token_ids` are the prompt found.
+        state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`, and what the
+            proposal cost; an old one, as saved by a run that was killed, is continued. Its `token_ids` are the prompt
+            found.
 
     Yields:
         `Scored` after every batch, and a `SearchStep` at the end of every step, also of the one that is rejected.
@@ -159,8 +173,8 @@ class _Step:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
         self.state, self.sizer = state, sizer
         self.objective, self.blocks = Objective(config), len(lm.blocks)
-        self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
         self.started = time.perf_counter() - state.seconds
+        self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
@@ -270,12 +284,12 @@ class _Step:
         """
         limit = self.config.budget_token_forwards
         seconds = self.config.budget_seconds
-        spent = sum(step.seconds for step in self.state.steps) + time.perf_counter() - self.started
+        spent = self.state.seconds_done + time.perf_counter() - self.started
         if seconds is not None and spent >= seconds:
             raise _OutOfBudgetError
         if limit is None:
             return len(self.candidates)
-        before = sum(round(step.token_forwards * self.blocks) for step in self.state.steps)
+        before = round(self.state.token_forwards_done * self.blocks)
         rows = int(limit * self.blocks - before - self.state.token_blocks) // cost
         if rows < 1:
             raise _OutOfBudgetError

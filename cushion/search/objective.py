@@ -20,7 +20,6 @@ from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
 from cushion.search.blockwise import run_blocks
 
-
 ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 """Values of a block's output that are worked on together, by device type, at least those of one text: so few that on a
 CPU what lies between stays in its cache, and on a GPU takes little memory beside the model's own."""

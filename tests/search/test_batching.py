@@ -26,7 +26,7 @@ def test_a_batch_grows_step_by_step(taken: int) -> None:
 
 @dataclass
 class Memory:
-    """The memory of one GPU: `held` by the weights, `per_token` by each token of a batch, `cached` by torch's own pool."""
+    """The memory of a GPU: `held` by the weights, `per_token` by a token of a batch, `cached` by torch's own pool."""
 
     total: int
     held: int
