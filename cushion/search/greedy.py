@@ -57,45 +57,52 @@ class SearchStep:
 
 
 @dataclass
-class SearchState:
-    """How far a search is: what a killed search goes on from. Plain data, ready for JSON.
+class StepState:
+    """How far the step under way is. Candidates are named by their positions in the list of candidates."""
 
-    Candidates are named by their positions in the list of candidates.
-    """
-
-    token_ids: list[int]
-    steps: list[SearchStep] = field(default_factory=list)
     objective_before: float | None = None
-    scores: list[float | None] = field(default_factory=list)
-    """Objectives of the first `len(scores)` candidates of the pool under way; None where one is not finite, or where
-    the candidate was dropped."""
-    seconds: float = 0.0
-    """Time spent so far on the step under way."""
-    finished: bool = False
-    stop_reason: str = ""
+    spikes: list[int] = field(default_factory=list)
+    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
     stage: int = 0
     """Number of the stage under way: the rounds, the verification, the sweep."""
     pool: list[int] | None = None
     """The candidates of the stage under way; None for all."""
+    scores: list[float | None] = field(default_factory=list)
+    """Objectives of the first `len(scores)` candidates of that pool; None where one is not finite, or where the
+    candidate was dropped."""
     verified: list[tuple[int, float]] = field(default_factory=list)
     """Candidates that were judged by the whole objective before the stage under way, with their objectives."""
-    spikes: list[int] = field(default_factory=list)
-    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
     token_blocks: int = 0
-    """Tokens times blocks they went through, in the step under way."""
+    """Tokens times blocks they went through."""
+    seconds: float = 0.0
+
+
+@dataclass
+class SearchState:
+    """How far a search is: what a killed search goes on from. Plain data, ready for JSON."""
+
+    token_ids: list[int]
+    steps: list[SearchStep] = field(default_factory=list)
+    under_way: StepState = field(default_factory=StepState)
+    finished: bool = False
+    stop_reason: str = ""
     proposal_token_forwards: int = 0
     proposal_seconds: float = 0.0
     """What it cost to name the candidates, before the first step."""
+    unrecorded_token_forwards: float = 0.0
+    unrecorded_seconds: float = 0.0
+    """What a last step cost that the budget ended before it had verified a candidate."""
 
     @property
     def token_forwards_done(self) -> float:
         """What the proposal and all steps that have ended ran."""
-        return self.proposal_token_forwards + sum(step.token_forwards for step in self.steps)
+        others = self.proposal_token_forwards + self.unrecorded_token_forwards
+        return others + sum(step.token_forwards for step in self.steps)
 
     @property
     def seconds_done(self) -> float:
         """What the proposal and all steps that have ended took."""
-        return self.proposal_seconds + sum(step.seconds for step in self.steps)
+        return self.proposal_seconds + self.unrecorded_seconds + sum(step.seconds for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -104,12 +111,13 @@ class SearchState:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SearchState:
         """The state that `to_dict` described; a `KeyError` when a field is missing."""
-        missing = {f.name for f in fields(cls)} - set(record)
+        under_way = record["under_way"]
+        missing = {f.name for f in fields(cls)} - set(record) | {f.name for f in fields(StepState)} - set(under_way)
         if missing:
             raise KeyError(*sorted(missing))
         steps = [SearchStep(**step) for step in record["steps"]]
-        verified = [(int(position), float(score)) for position, score in record["verified"]]
-        return cls(**{**record, "steps": steps, "verified": verified})
+        verified = [(int(position), float(score)) for position, score in under_way["verified"]]
+        return cls(**{**record, "steps": steps, "under_way": StepState(**{**under_way, "verified": verified})})
 
 
 @dataclass(frozen=True)
@@ -171,74 +179,74 @@ class _Step:
         sizer: BatchSizer,
     ) -> None:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
-        self.state, self.sizer = state, sizer
+        self.state, self.step, self.sizer = state, state.under_way, sizer
         self.objective, self.blocks = Objective(config), len(lm.blocks)
-        self.started = time.perf_counter() - state.seconds
+        self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
-        state, out_of_budget = self.state, False
+        step, out_of_budget = self.step, False
         try:
             self._begin()
-            stages = plan_stages(self.config, self.blocks, self.text, state.spikes)
-            while state.stage < len(stages):
-                yield from self._score(stages[state.stage], len(stages))
-                self._close(stages[state.stage])
+            stages = plan_stages(self.config, self.blocks, self.text, step.spikes)
+            while step.stage < len(stages):
+                yield from self._score(stages[step.stage], len(stages))
+                self._close(stages[step.stage])
         except _OutOfBudgetError:
             out_of_budget = True
-            if state.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
-                state.verified += self._scored()
+            if step.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
+                step.verified += self._scored()
         record = self._finish(out_of_budget)
         if record is not None:
             yield record
 
     def _begin(self) -> None:
         """L_q(t | p), and where the text spikes."""
-        state, length = self.state, self.text.numel()
-        if state.objective_before is None:
+        step, length = self.step, self.text.numel()
+        if step.objective_before is None:
             self._afford(length * self.blocks)
             before = float(self.objective(self.lm, self.prefix, self.text[None], skip=0))
             if not math.isfinite(before):
                 raise NotFiniteError(
-                    f"the search objective of {self.lm.label} is {before} on text {len(state.steps)}: its activations "
-                    f"overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
+                    f"the search objective of {self.lm.label} is {before} on text {len(self.state.steps)}: its "
+                    f"activations overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
                 )
-            state.objective_before = before
-            state.token_blocks += length * self.blocks
-        if not state.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
+            step.objective_before = before
+            step.token_blocks += length * self.blocks
+        if not step.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
             references = reference_positions(len(self.candidates))
             cost = len(references) * (length + 1) * self.blocks
             self._afford(cost)
             tokens = [self.candidates[position] for position in references]
-            state.spikes, scores = find_spikes(self.objective, self.lm, self.prefix, self.text, tokens)
-            state.verified += [
+            step.spikes, scores = find_spikes(self.objective, self.lm, self.prefix, self.text, tokens)
+            step.verified += [
                 (position, score)
                 for position, score in zip(references, scores.tolist(), strict=True)
                 if math.isfinite(score)
             ]
-            state.token_blocks += cost
-        state.seconds = time.perf_counter() - self.started
+            step.token_blocks += cost
+        step.seconds = time.perf_counter() - self.started
 
     def _pool(self) -> list[int]:
-        return list(range(len(self.candidates))) if self.state.pool is None else self.state.pool
+        return list(range(len(self.candidates))) if self.step.pool is None else self.step.pool
 
     def _scored(self) -> list[tuple[int, float]]:
         """The candidates of the stage under way that have a score."""
-        scores = zip(self._pool(), self.state.scores, strict=False)
+        scores = zip(self._pool(), self.step.scores, strict=False)
         return [(position, score) for position, score in scores if score is not None]
 
     def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
         """Score the pool of one stage, batch by batch."""
-        state, pool = self.state, self._pool()
+        step, pool = self.step, self._pool()
         if stage.kind == "round" and len(pool) <= stage.keep:
             return  # nothing would be dropped
         row_cost = (stage.text.numel() + 1) * stage.depth
-        while len(state.scores) < len(pool):
-            start, size = len(state.scores), self.sizer.size(stage.text.numel() + 1)
+        while len(step.scores) < len(pool):
+            start, size = len(step.scores), self.sizer.size(stage.text.numel() + 1)
             batch = pool[start : start + min(size, self._afford(row_cost))]
             bound = math.inf
-            if stage.kind == "sweep" and (known := state.verified + self._scored()):
+            if stage.kind == "sweep" and (known := step.verified + self._scored()):
                 bound = min(score for _, score in known) * (1 + 2 * TIE)
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
             self.sizer.begin()
@@ -254,27 +262,26 @@ class _Step:
             if len(batch) == size:
                 self.sizer.grow(*rows.shape)
             results = zip(judged.scores.tolist(), judged.complete.tolist(), strict=True)
-            state.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
-            state.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
-            state.seconds = time.perf_counter() - self.started
-            yield Scored(len(state.steps), len(state.scores), len(pool), state.stage, stages)
+            step.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
+            step.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
+            step.seconds = time.perf_counter() - self.started
+            yield Scored(len(self.state.steps), len(step.scores), len(pool), step.stage, stages)
 
     def _close(self, stage: Stage) -> None:
         """Make the pool of the next stage."""
-        state, pool = self.state, self._pool()
+        step, pool = self.step, self._pool()
         if stage.kind == "round":
-            if state.scores:
+            if step.scores:  # otherwise it was not run
                 ranked = sorted((score, position) for position, score in self._scored())
                 pool = sorted(position for _, position in ranked[: stage.keep])
         else:
-            state.verified += self._scored()
-        state.scores, state.stage = [], state.stage + 1
-        done = {position for position, _ in state.verified}
-        last_round = state.stage == len(rounds_of(self.config))
-        if stage.kind == "verify":  # what remains for a sweep
-            state.pool = [position for position in range(len(self.candidates)) if position not in done]
-        else:
-            state.pool = [position for position in pool if not last_round or position not in done]
+            step.verified += self._scored()
+            pool = list(range(len(self.candidates)))  # a sweep is over all
+        step.scores, step.stage = [], step.stage + 1
+        if step.stage >= len(rounds_of(self.config)):  # no candidate is judged by the whole objective twice
+            verified = {position for position, _ in step.verified}
+            pool = [position for position in pool if position not in verified]
+        step.pool = pool
 
     def _afford(self, cost: int) -> int:
         """How many rows of `cost` tokens times blocks the budget has room for.
@@ -290,49 +297,52 @@ class _Step:
         if limit is None:
             return len(self.candidates)
         before = round(self.state.token_forwards_done * self.blocks)
-        rows = int(limit * self.blocks - before - self.state.token_blocks) // cost
+        rows = int(limit * self.blocks - before - self.step.token_blocks) // cost
         if rows < 1:
             raise _OutOfBudgetError
         return rows
 
     def _finish(self, out_of_budget: bool) -> SearchStep | None:
-        state, config = self.state, self.config
-        best = _best(state.verified)
-        if best is None and not out_of_budget:
+        """The record of the step, if any candidate was verified, and whether the search ends with it."""
+        state, step = self.state, self.step
+        record, spent = None, (step.token_blocks / self.blocks, step.seconds)
+        best = _best(step.verified)
+        if best is not None:
+            record = self._record(*best, *spent)
+            state.steps.append(record)
+            if record.accepted:
+                state.token_ids.append(record.token_id)
+        elif out_of_budget:
+            state.unrecorded_token_forwards, state.unrecorded_seconds = spent
+        else:
             raise NotFiniteError(
                 f"no candidate of search step {len(state.steps)} has a finite objective: the activations of "
                 f"{self.lm.label} overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
             )
-        record = None
-        if best is not None and state.objective_before is not None:
-            position, after = best
-            token = self.candidates[position]
-            accepted = after <= config.tau * state.objective_before
-            record = SearchStep(
-                step=len(state.steps),
-                token_id=token,
-                token=self.lm.decode([token]),
-                objective_before=state.objective_before,
-                objective_after=after,
-                accepted=accepted,
-                candidates=len(self.candidates),
-                token_forwards=state.token_blocks / self.blocks,
-                seconds=state.seconds,
-                verified=len(state.verified),
-            )
-            state.steps.append(record)
-            if accepted:
-                state.token_ids.append(token)
-        rejected = record is not None and not record.accepted
         if out_of_budget:
             state.finished, state.stop_reason = True, "budget"
-        elif rejected:
+        elif record is not None and not record.accepted:
             state.finished, state.stop_reason = True, "tau"
-        elif len(state.token_ids) >= config.max_length:
+        elif len(state.token_ids) >= self.config.max_length:
             state.finished, state.stop_reason = True, "max_length"
-        state.scores, state.objective_before, state.seconds = [], None, 0.0
-        state.stage, state.pool, state.verified, state.spikes, state.token_blocks = 0, None, [], [], 0
+        state.under_way = StepState()
         return record
+
+    def _record(self, position: int, after: float, token_forwards: float, seconds: float) -> SearchStep:
+        step, token = self.step, self.candidates[position]
+        assert step.objective_before is not None, "it comes before any candidate"
+        return SearchStep(
+            step=len(self.state.steps),
+            token_id=token,
+            token=self.lm.decode([token]),
+            objective_before=step.objective_before,
+            objective_after=after,
+            accepted=after <= self.config.tau * step.objective_before,
+            candidates=len(self.candidates),
+            token_forwards=token_forwards,
+            seconds=seconds,
+            verified=len(step.verified),
+        )
 
 
 def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:

@@ -44,7 +44,7 @@ def search(
 
 def comparable(state: SearchState) -> dict[str, Any]:
     record = state.to_dict()
-    for step in [*record["steps"], record]:
+    for step in [*record["steps"], record["under_way"]]:
         del step["seconds"]
     return record
 
@@ -142,7 +142,7 @@ def test_a_round_ranks_by_the_first_terms_of_the_objective(tiny: Tiny) -> None:
     config = SearchConfig(tau=1.0, max_length=1, scoring="pruned", rounds=[SearchRound(0.67, 5, 9, "start")])
     events = greedy_search(lm, config, texts, VOCABULARY, state)
     next(event for event in events if isinstance(event, Scored) and event.stage == 1)
-    assert state.pool == kept
+    assert state.under_way.pool == kept
     best = min(VOCABULARY, key=lambda c: (Objective(config)(lm, Prefix.empty(), rows_of([c], text), 1).item(), c))
     if best in kept:
         list(events)
@@ -279,6 +279,11 @@ def test_a_pruned_search_out_of_budget_in_a_round_has_its_best_reference(tiny: T
     assert state.steps[0].verified == 4
     nothing = search(lm, texts, "pruned", budget_token_forwards=5)
     assert (nothing.token_ids, nothing.steps, nothing.stop_reason) == ([], [], "budget")
+    assert nothing.token_forwards_done == 0
+    in_a_round = search(lm, texts, "pruned", rounds=[SearchRound(0.34, 4, 60, "start")], budget_token_forwards=100)
+    assert (in_a_round.steps, in_a_round.stop_reason) == ([], "budget")
+    assert 95 < in_a_round.token_forwards_done <= 100  # nothing was verified, but it was run
+    assert in_a_round.seconds_done > 0
 
 
 def test_steps_that_were_accepted_before_the_budget_ended_stay(tiny: Tiny) -> None:
