@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
@@ -143,3 +145,33 @@ def test_no_bit_depends_on_how_many_texts_are_worked_on_together(
     codes = (one_range.float() - offset) / scale
     error = torch.linalg.vector_norm(codes - codes.round(), dim=1)
     assert torch.equal(results[0], (error * scale[:, 0]).square())
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_judging_computes_the_linears_of_the_blocks_once_for_every_row(tiny: Tiny, length: int) -> None:
+    """Neither the prefix nor lm_head is among them, and a block that is not asked for is not either."""
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, [7] * length)
+    rows = torch.tensor([[candidate, 65, 66, 67] for candidate in range(5)])
+    of_block = sum(2 * linear.weight.numel() for name, linear in lm.linears().items() if ".0." in name)
+    for depth in (1, 3):
+        with FlopCounterMode(display=False) as counter:
+            Objective(SearchConfig()).judge(lm, prefix, rows, skip=1, depth=depth)
+        counts = counter.get_flop_counts()["Global"]
+        assert counts[torch.ops.aten.mm] == depth * of_block * rows.numel()
+
+
+def test_the_prefix_is_shared_by_all_rows(tiny: Tiny) -> None:
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, [7, 8])
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        seen.extend((layer.keys, layer.values) for layer in kwargs["past_key_values"].layers[len(seen) :])
+
+    lm.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    Objective(SearchConfig())(lm, prefix, torch.tensor([[candidate, 65, 66] for candidate in range(50)]), skip=1)
+    assert len(seen) == len(lm.blocks)
+    for pair in seen:
+        for tensor in pair:
+            assert tensor.shape[0] == 50 and tensor.stride(0) == 0  # views of one row
