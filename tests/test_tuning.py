@@ -191,9 +191,9 @@ def test_nothing_frozen_is_computed_twice(tiny: Tiny, quantizer: QuantizerConfig
     of_linears = {name: 2 * linear.weight.numel() for name, linear in lm.linears().items()}
     forwards = sum(of_linears.values()) + 2 * head.weight.numel()
     untouched = sum(of_linears[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
-    tokens, held_out = 12, some_texts(4, seed=1)
+    tokens, held_out, found = 12, some_texts(4, seed=1), Prefix.from_tokens(lm.model, TOKENS)
     with FlopCounterMode(display=False) as counter:
-        last(tuning(lm, settings(steps=4), quantizer=quantizer, held_out=held_out))
+        last(tuning(lm, settings(steps=4), quantizer=quantizer, held_out=held_out, found=found))
     steps = 4 * 3 * tokens * (2 * forwards - untouched)
     measurements = 3 * held_out.numel() * forwards  # before the first step, after the second and after the last
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == steps + measurements
