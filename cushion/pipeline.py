@@ -234,7 +234,7 @@ class _Run:
         """The prefix of the greedy search, or None where no candidate lowers the objective enough."""
         config = self.config.search
         state, found = self.steps.search(self._metadata())
-        seconds = sum(step.seconds for step in state.steps)
+        seconds = state.seconds_done
         self.result.search = {
             "method": config.method,
             "proposal": config.proposal,
@@ -245,7 +245,9 @@ class _Run:
             "token_ids": state.token_ids,
             "stop_reason": state.stop_reason,
             "steps": [asdict(step) for step in state.steps],
-            "token_forwards": sum(step.token_forwards for step in state.steps),
+            "proposal_token_forwards": state.proposal_token_forwards,
+            "proposal_seconds": state.proposal_seconds,
+            "token_forwards": state.token_forwards_done,
             "seconds": seconds,
         }
         self.result.timings["search"] = seconds

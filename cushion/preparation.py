@@ -101,6 +101,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
         for name, purpose in measured.items()
     }
     texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens))
+    _check_budget(config, texts)
     return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens)
 
 
@@ -184,6 +185,18 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
                 f"{key}={length} and a prefix of up to {longest} tokens do not fit the {lm.context_length} positions "
                 f"of {lm.label}: shorten the texts or the prefix"
             )
+
+
+def _check_budget(config: RunConfig, texts: Texts) -> None:
+    search, budget = config.search, config.search.budget_token_forwards
+    if search.method != "greedy" or search.proposal != "outlier" or texts.search is None or budget is None:
+        return
+    cost = texts.search.numel() + len(texts.search)  # one token stands in front of each
+    if cost >= budget:
+        raise ConfigError(
+            f"search.budget_token_forwards={budget} leaves nothing to search with: search.proposal=outlier runs the "
+            f"{len(texts.search)} texts of the search, {cost} token-forwards; raise it, or use another proposal"
+        )
 
 
 def _draw_texts(

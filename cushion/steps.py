@@ -20,12 +20,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cushion import activations, prefix, row, tuning
 from cushion import config as config_module
 from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs
 from cushion.artifacts import ArtifactStore, Workspace, read_json, reading, write_json
-from cushion.config import QuantizerConfig, RunConfig, to_dict
+from cushion.config import QuantizerConfig, RunConfig, SearchConfig, to_dict
 from cushion.data import Corpus
 from cushion.errors import ArtifactError, NotFiniteError, TuningError
 from cushion.evaluation import attention, harness, perplexity, tasks
@@ -53,11 +54,11 @@ from cushion.quantization.calibration import calibrate
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
-from cushion.search import blockwise, greedy, objective, prefixquant, proposals, qfep, rounds, scan
+from cushion.search import batching, blockwise, greedy, objective, prefixquant, proposals, qfep, rounds, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.prefixquant import PrefixQuantRecord, prefixquant_rule
-from cushion.search.proposals import propose
+from cushion.search.proposals import Proposal, propose
 from cushion.search.qfep import QfepRecord, qfep_search
 from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
@@ -66,7 +67,8 @@ _ROTATION = (hadamard, replacements, rotation)
 _QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
 _COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
-    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, greedy),
+    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, batching, greedy),
+    "proposal": (*_COMMON, activations, blockwise, objective, rounds, proposals),
     "qfep": (*_COMMON, activations, scan, qfep),
     "prefixquant": (*_COMMON, activations, scan, prefixquant),
     "calibration": (*_COMMON, *_ROTATION, activations, calibration),
@@ -151,8 +153,8 @@ class Steps:
         """
         config, texts = self._config.search, self._texts.search
         assert texts is not None
-        counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
-        candidates = propose(self._lm, config, counts, texts, self._config.search_seed)
+        proposal = self._propose(config, texts)
+        candidates = proposal.token_ids
         depends_on = self._depends_on(
             "search",
             config=_without(
@@ -172,7 +174,14 @@ class Steps:
 
         def make(workspace: Workspace) -> None:
             saved = workspace.checkpoint.load()
-            state = SearchState(list(self._start_tokens)) if saved is None else SearchState.from_dict(saved[0])
+            if saved is None:
+                state = SearchState(
+                    list(self._start_tokens),
+                    proposal_token_forwards=proposal.token_forwards,
+                    proposal_seconds=proposal.seconds,
+                )
+            else:
+                state = SearchState.from_dict(saved[0])
             for event in greedy_search(self._lm, config, texts, candidates, state):
                 if isinstance(event, Scored):
                     stage = f"search step {event.step + 1}"
@@ -195,6 +204,23 @@ class Steps:
         self._log_series("search", [asdict(step) for step in state.steps])
         text = self._lm.decode(state.token_ids)
         return state, replace(found, metadata={**metadata, "text": text})
+
+    def _propose(self, config: SearchConfig, texts: Tensor) -> Proposal:
+        """The candidates of the greedy search; an artifact of its own where the model is run to name them."""
+        counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
+        if config.proposal != "outlier":
+            return propose(self._lm, config, counts, texts, self._config.search_seed)
+        depends_on = self._depends_on("proposal", candidates=config.candidates, texts=tensor_digest([texts]))
+
+        def make(workspace: Workspace) -> None:
+            self._emit(Progress("outlier tokens", 0, 1, "pass"))
+            proposal = propose(self._lm, config, counts, texts, self._config.search_seed)
+            write_json(workspace.folder / "proposal.json", asdict(proposal))
+            self._emit(Progress("outlier tokens", 1, 1, "pass"))
+
+        folder, _ = self._store.get_or_make("proposal", depends_on, make)
+        with reading(folder):
+            return Proposal(**read_json(folder / "proposal.json"))
 
     def search_by_rule(self, metadata: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
         """Run QFeP or PrefixQuant's rule; its record, and the prefix found (empty where nothing was).

@@ -6,7 +6,8 @@
 Every OVERRIDE is one of the `cushion` command's, for example `model=llama2_7b data=wikitext2 eval.blocks=16`. A greedy
 search ends after one token (`--tokens`), whatever tau is. Exhaustive and exact scoring run over a sample of the
 vocabulary that holds what the other searches found; their cost is extrapolated to the whole vocabulary, and the table
-says so. Written are a table, `bench_search.json` and `bench_search.png`.
+says so. Each row is printed, and kept in `bench_search.json`, as soon as it is measured; the table of all of them and
+`bench_search.png` come at the end.
 
 `--shapes` times a search step of each scoring on randomly initialised models of the shapes of LLaMA-2-7B and LLaMA-3-8B
 in bfloat16: what a step costs does not depend on the weights.
@@ -33,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cushion import pipeline
 from cushion.cli import config_folder, register_schema, to_run_config
-from cushion.config import SEARCH_METHODS, RunConfig, SearchConfig
+from cushion.config import RunConfig, SearchConfig
 from cushion.models import LanguageModel
 from cushion.models.architectures import find_architecture
 from cushion.models.tiny import byte_tokenizer
@@ -43,12 +44,15 @@ from cushion.search.greedy import SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.rounds import rows_of
 
+_7B = {"hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32}
 SHAPES = {
-    "LLaMA-2-7B": {"num_hidden_layers": 32, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
-    "LLaMA-3-8B": {"num_hidden_layers": 32, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+    "LLaMA-2-7B": {**_7B, "intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "LLaMA-3-8B": {**_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
 }
 PUBLISHED_HOURS = {"LLaMA-2-7B": 2.68, "LLaMA-3-8B": 12.09}
 """Hours of the greedy search on four A6000 (CushionCache, Table 6)."""
+ROW_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Tokens of the batch whose operations per second are measured, by device type."""
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -106,9 +110,10 @@ def only_value(record: dict[str, float]) -> float:
 
 def bench(options: argparse.Namespace) -> None:
     output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
     common = [
         *options.overrides, "tracking=none", "tuning=none", f"paths.output_dir={output}",
-        f"search.text_length={options.length}",
+        f"search.text_length={options.length}", "eval.controls=false",
     ]  # fmt: skip
     greedy = [f"search.max_length={options.tokens}", "search.tau=1"]
     base = configured([*common, "search=greedy_pruned", *greedy])
@@ -116,41 +121,42 @@ def bench(options: argparse.Namespace) -> None:
     lm, texts = prepared.lm, prepared.texts.search
     assert texts is not None
     size = lm.vocabulary_size
-    names = {"pruned": ["search=greedy_pruned", *greedy], "sampled": ["search=greedy_sampled", *greedy]}
-    available = {path.stem for path in Path(config_folder(), "search").glob("*.yaml")}
-    others = [name for name in ("qfep", "prefixquant") if name in SEARCH_METHODS and name in available]
-    names |= {name: [f"search={name}"] for name in others}
-
+    of_texts = options.tokens * options.length  # L_q(t | p), once a step: what does not grow with the candidates
+    whole = of_texts + options.tokens * size * (options.length + 1)
+    record: dict[str, Any] = {"model": lm.label, "vocabulary": size, "length": options.length, "exhaustive": whole}
     rows: list[dict[str, Any]] = []
+    print(HEADER, flush=True)
 
-    def measure(name: str, overrides: list[str], sampled_of: int | None) -> dict[str, Any]:
-        result = pipeline.run(configured([*common, *overrides, "eval.controls=false"]))
-        search, found = result.search or {}, (result.prefix or {}).get("token_ids", [])
-        scale = 1.0 if sampled_of is None else size / sampled_of
-        error = Objective(SearchConfig())(lm, Prefix.from_tokens(lm.model, found), texts[:1], 0).item()
+    def measure(name: str, overrides: list[str], sampled_of: int | None = None) -> None:
+        result = pipeline.run(configured([*common, *overrides]))
+        search, found = (
+            result.search or {"token_forwards": 0, "seconds": 0.0},
+            (result.prefix or {}).get("token_ids", []),
+        )
+        scale, cost = 1.0 if sampled_of is None else size / sampled_of, search["token_forwards"]
+        cost = cost if sampled_of is None else of_texts + scale * (cost - of_texts)
         row = {
             "search": name,
             "extrapolated_from": sampled_of,
             "prefix": lm.decode(found),
             "token_ids": found,
-            "token_forwards": scale * search["token_forwards"] if "token_forwards" in search else None,
+            "token_forwards": cost,
+            "share_of_exhaustive": cost / whole,
             "seconds": scale * search["seconds"],
-            "quantization_error": error,
+            "quantization_error": Objective(SearchConfig())(
+                lm, Prefix.from_tokens(lm.model, found), texts[:1], 0
+            ).item(),
             "perplexity": only_value(result.metrics["perplexity"]),
         }
         rows.append(row)
-        return row
+        print(line(row), flush=True)
+        (output / "bench_search.json").write_text(json.dumps({**record, "rows": rows}, indent=2), encoding="utf-8")
 
-    none = pipeline.run(configured([*common, "search=none", "eval.controls=false"]))
-    rows.append(
-        {
-            "search": "none", "extrapolated_from": None, "prefix": "", "token_ids": [], "token_forwards": 0.0,
-            "seconds": 0.0, "perplexity": only_value(none.metrics["perplexity"]),
-            "quantization_error": Objective(SearchConfig())(lm, Prefix.empty(), texts[:1], 0).item(),
-        }
-    )  # fmt: skip
-    for name, overrides in names.items():
-        measure(name, overrides, None)
+    measure("none", ["search=none"])
+    measure("pruned", ["search=greedy_pruned", *greedy])
+    measure("sampled", ["search=greedy_sampled", *greedy])
+    measure("qfep", ["search=qfep"])
+    measure("prefixquant", ["search=prefixquant"])
     generator = torch.Generator().manual_seed(base.seed)
     drawn = torch.randperm(size, generator=generator).tolist()
     known = list(dict.fromkeys(token for row in rows for token in row["token_ids"][:1]))
@@ -161,15 +167,11 @@ def bench(options: argparse.Namespace) -> None:
         measure(name, [f"search=greedy_{name}", "search.proposal=user", own, *greedy], of)
 
     best = min(row["quantization_error"] for row in rows)
-    whole = next(row for row in rows if row["search"] == "exhaustive")["token_forwards"]
     for row in rows:
         row["ratio_to_best"] = row["quantization_error"] / best
-        row["share_of_exhaustive"] = None if row["token_forwards"] is None else row["token_forwards"] / whole
-    use = utilisation(lm, texts[0], max(1, (65536 if lm.device.type == "cuda" else 2048) // (options.length + 1)))
-    text = table(rows) + "\n\n" + utilisation_line(use)
-    print(text)
-    output.mkdir(parents=True, exist_ok=True)
-    record = {"model": lm.label, "vocabulary": size, "length": options.length, "rows": rows, "utilisation": use}
+    use = utilisation(lm, texts[0], max(1, ROW_TOKENS[lm.device.type] // (options.length + 1)))
+    print("\n" + table(rows) + "\n\n" + utilisation_line(use))
+    record |= {"rows": rows, "utilisation": use}
     (output / "bench_search.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
     figure(rows, output / "bench_search.png")
     print(output / "bench_search.png")
@@ -183,22 +185,25 @@ def utilisation_line(use: dict[str, float]) -> str:
     )
 
 
+HEADER = (
+    f"{'search':<34}{'token-forwards':>15}{'share':>9}{'seconds':>9}{'L_q':>11}{'L_q/best':>10}{'perplexity':>12}"
+    "  prefix"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as plain text; what was extrapolated is marked, and what cannot be known yet is left open."""
+    sample, ratio = row["extrapolated_from"], row.get("ratio_to_best")
+    name = row["search"] if sample is None else f"{row['search']} (cost from {sample} tokens)"
+    return (
+        f"{name:<34}{row['token_forwards']:>15.0f}{row['share_of_exhaustive']:>9.4f}{row['seconds']:>9.0f}"
+        f"{row['quantization_error']:>11.4g}{'' if ratio is None else f'{ratio:.3f}':>10}{row['perplexity']:>12.2f}"
+        f"  {row['prefix']!r}"
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as plain text; what was extrapolated is marked."""
-    lines = [
-        f"{'search':<34}{'token-forwards':>15}{'share':>9}{'seconds':>9}{'L_q':>11}{'L_q/best':>10}{'perplexity':>12}"
-        "  prefix"
-    ]
-    for row in rows:
-        sample = row["extrapolated_from"]
-        name = row["search"] if sample is None else f"{row['search']} (cost from {sample} tokens)"
-        cost = "-" if row["token_forwards"] is None else f"{row['token_forwards']:.0f}"
-        share = "-" if row["share_of_exhaustive"] is None else f"{row['share_of_exhaustive']:.4f}"
-        lines.append(
-            f"{name:<34}{cost:>15}{share:>9}{row['seconds']:>9.0f}{row['quantization_error']:>11.4g}"
-            f"{row['ratio_to_best']:>10.3f}{row['perplexity']:>12.2f}  {row['prefix']!r}"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEADER, *(line(row) for row in rows)])
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
@@ -219,18 +224,19 @@ def bench_shapes(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("--shapes needs a GPU: torch sees none here")
     for name, shape in SHAPES.items():
-        bench_shape(name, shape, options)
+        bench_shape(name, shape, options, torch.device("cuda"), torch.bfloat16)
         torch.cuda.empty_cache()
 
 
-def bench_shape(name: str, shape: dict[str, int], options: argparse.Namespace) -> None:
-    device, size = torch.device("cuda"), shape["vocab_size"]
-    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, max_position_embeddings=4096, **shape)
+def bench_shape(
+    name: str, shape: dict[str, int], options: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Time a step of each scoring on a random LLaMA of a shape, given as fields of its configuration."""
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(max_position_embeddings=4096, **shape), dtype=dtype)
     model.eval().requires_grad_(False)
-    lm = LanguageModel(model, byte_tokenizer(), find_architecture("llama", name), name, name)
-    generator = torch.Generator().manual_seed(0)
+    lm = LanguageModel(model, byte_tokenizer(), find_architecture(model.config, name), name, name)
+    size, generator = shape["vocab_size"], torch.Generator().manual_seed(0)
     texts = torch.randint(0, size, (1, options.length), generator=generator)
     sample = torch.randperm(size, generator=generator)[: options.sample].tolist()
 
@@ -243,11 +249,12 @@ def bench_shape(name: str, shape: dict[str, int], options: argparse.Namespace) -
         cost = state.steps[0].token_forwards * scale
         print(f"  {scoring:<8}{seconds * scale:>10.1f} s a step{cost:>14.0f} token-forwards{note}", flush=True)
 
-    print(f"{name}, n = {options.length}, bfloat16; published: {PUBLISHED_HOURS[name]} hours for the whole search")
+    published = f"; published: {PUBLISHED_HOURS[name]} hours for the whole search" if name in PUBLISHED_HOURS else ""
+    print(f"{name}, n = {options.length}, {str(dtype).removeprefix('torch.')}{published}", flush=True)
     step("full", sample)
     step("exact", sample)
     step("pruned", list(range(size)))
-    print(f"  {utilisation_line(utilisation(lm, texts[0], max(1, 65536 // (options.length + 1))))}")
+    print(f"  {utilisation_line(utilisation(lm, texts[0], max(1, ROW_TOKENS[device.type] // (options.length + 1))))}")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from cushion.search.greedy import Scored, SearchState, SearchStep, greedy_search
 def comparable(state: SearchState) -> dict[str, Any]:
     """Everything but the time it took."""
     record = state.to_dict()
-    for step in [*record["steps"], record]:
+    for step in [*record["steps"], record["under_way"]]:
         del step["seconds"]
     return record
 

@@ -145,6 +145,22 @@ def test_a_search_out_of_budget_says_so(text_file: Path, tmp_path: Path, budget:
     assert ("its budget ended before a candidate was verified" in " ".join(result.warnings)) == (not found)
 
 
+def test_an_outlier_proposal_is_counted_and_kept(text_file: Path, tmp_path: Path) -> None:
+    config, others = searching_config(text_file, tmp_path / "out"), searching_config(text_file, tmp_path / "out")
+    config.search.proposal = others.search.proposal = "outlier"
+    others.search.tau = 0.9
+    one, other = pipeline.run(config).search, pipeline.run(others).search
+    assert one is not None and other is not None
+    cost = 2 * (16 + 1)  # a text for each of two steps, behind one token
+    assert one["proposal_token_forwards"] == other["proposal_token_forwards"] == cost
+    assert one["token_forwards"] == cost + sum(step["token_forwards"] for step in one["steps"])
+    assert one["seconds"] == one["proposal_seconds"] + sum(step["seconds"] for step in one["steps"])
+    assert one["proposal_seconds"] == other["proposal_seconds"] > 0  # it was computed once
+    config.search.budget_token_forwards = cost
+    with pytest.raises(ConfigError, match=rf"search.budget_token_forwards={cost} leaves nothing.*raise it"):
+        pipeline.run(config)
+
+
 def test_a_pruned_search_finds_a_prefix_and_is_cached_by_its_rounds(text_file: Path, tmp_path: Path) -> None:
     seen = []
     for keep in (40, 40, 50):

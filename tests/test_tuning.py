@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from cushion import tuning as tuning_module
 from cushion.config import ActivationConfig, QuantizerConfig, SearchConfig, TuningConfig, WeightConfig
@@ -179,6 +180,23 @@ def test_loss_equals_the_formula_over_plain_tokens(tiny: Tiny, reduction: str, s
     assert actual[1].item() == pytest.approx(prediction, rel=1e-4)
     assert actual[2].item() == pytest.approx(error, rel=2e-3)
     assert actual[0].item() == pytest.approx(prediction + 0.5 * error, rel=2e-3)
+
+
+@pytest.mark.parametrize("quantizer", [NONE, QuantizerConfig(activations=ActivationConfig(range="dynamic"))])
+def test_nothing_frozen_is_computed_twice(tiny: Tiny, quantizer: QuantizerConfig) -> None:
+    """A step: every linear once forwards, and once backwards towards its input; none towards a weight, and none where
+    the prefix has had no influence yet (the first block's queries, keys and values). A measurement: once forwards."""
+    lm = tiny()
+    head = lm.model.get_output_embeddings()
+    of_linears = {name: 2 * linear.weight.numel() for name, linear in lm.linears().items()}
+    forwards = sum(of_linears.values()) + 2 * head.weight.numel()
+    untouched = sum(of_linears[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
+    tokens, held_out, found = 12, some_texts(4, seed=1), Prefix.from_tokens(lm.model, TOKENS)
+    with FlopCounterMode(display=False) as counter:
+        last(tuning(lm, settings(steps=4), quantizer=quantizer, held_out=held_out, found=found))
+    steps = 4 * 3 * tokens * (2 * forwards - untouched)
+    measurements = 3 * held_out.numel() * forwards  # before the first step, after the second and after the last
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == steps + measurements
 
 
 def test_prediction_runs_under_the_quantizer_with_dynamic_ranges_or_in_full_precision() -> None:

@@ -21,19 +21,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.search.batching import BatchSizer
 from cushion.search.objective import Objective
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
-
-TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 65536}
-"""Tokens of the first batch that is tried, by device type; halved for as long as memory runs out."""
 
 TIE = 1e-6
 """Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
@@ -61,32 +57,52 @@ class SearchStep:
 
 
 @dataclass
-class SearchState:
-    """How far a search is: what a killed search goes on from. Plain data, ready for JSON.
+class StepState:
+    """How far the step under way is. Candidates are named by their positions in the list of candidates."""
 
-    Candidates are named by their positions in the list of candidates.
-    """
-
-    token_ids: list[int]
-    steps: list[SearchStep] = field(default_factory=list)
     objective_before: float | None = None
-    scores: list[float | None] = field(default_factory=list)
-    """Objectives of the first `len(scores)` candidates of the pool under way; None where one is not finite, or where
-    the candidate was dropped."""
-    seconds: float = 0.0
-    """Time spent so far on the step under way."""
-    finished: bool = False
-    stop_reason: str = ""
+    spikes: list[int] = field(default_factory=list)
+    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
     stage: int = 0
     """Number of the stage under way: the rounds, the verification, the sweep."""
     pool: list[int] | None = None
     """The candidates of the stage under way; None for all."""
+    scores: list[float | None] = field(default_factory=list)
+    """Objectives of the first `len(scores)` candidates of that pool; None where one is not finite, or where the
+    candidate was dropped."""
     verified: list[tuple[int, float]] = field(default_factory=list)
     """Candidates that were judged by the whole objective before the stage under way, with their objectives."""
-    spikes: list[int] = field(default_factory=list)
-    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
     token_blocks: int = 0
-    """Tokens times blocks they went through, in the step under way."""
+    """Tokens times blocks they went through."""
+    seconds: float = 0.0
+
+
+@dataclass
+class SearchState:
+    """How far a search is: what a killed search goes on from. Plain data, ready for JSON."""
+
+    token_ids: list[int]
+    steps: list[SearchStep] = field(default_factory=list)
+    under_way: StepState = field(default_factory=StepState)
+    finished: bool = False
+    stop_reason: str = ""
+    proposal_token_forwards: int = 0
+    proposal_seconds: float = 0.0
+    """What it cost to name the candidates, before the first step."""
+    unrecorded_token_forwards: float = 0.0
+    unrecorded_seconds: float = 0.0
+    """What a last step cost that the budget ended before it had verified a candidate."""
+
+    @property
+    def token_forwards_done(self) -> float:
+        """What the proposal and all steps that have ended ran."""
+        others = self.proposal_token_forwards + self.unrecorded_token_forwards
+        return others + sum(step.token_forwards for step in self.steps)
+
+    @property
+    def seconds_done(self) -> float:
+        """What the proposal and all steps that have ended took."""
+        return self.proposal_seconds + self.unrecorded_seconds + sum(step.seconds for step in self.steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The state as plain data."""
@@ -95,12 +111,13 @@ class SearchState:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SearchState:
         """The state that `to_dict` described; a `KeyError` when a field is missing."""
-        missing = {f.name for f in fields(cls)} - set(record)
+        under_way = record["under_way"]
+        missing = {f.name for f in fields(cls)} - set(record) | {f.name for f in fields(StepState)} - set(under_way)
         if missing:
             raise KeyError(*sorted(missing))
         steps = [SearchStep(**step) for step in record["steps"]]
-        verified = [(int(position), float(score)) for position, score in record["verified"]]
-        return cls(**{**record, "steps": steps, "verified": verified})
+        verified = [(int(position), float(score)) for position, score in under_way["verified"]]
+        return cls(**{**record, "steps": steps, "under_way": StepState(**{**under_way, "verified": verified})})
 
 
 @dataclass(frozen=True)
@@ -123,15 +140,16 @@ def greedy_search(
 ) -> Iterator[Scored | SearchStep]:
     """Run Algorithm 1 from `state` on, updating `state` as it goes.
 
-    A search that reaches `search.budget_token_forwards` or `search.budget_seconds` ends the step with the best
-    candidate that it has verified by then, if there is one, and stops with the reason `budget`.
+    A search that reaches `search.budget_token_forwards` or `search.budget_seconds`, the proposal included, ends the
+    step with the best candidate that it has verified by then, if there is one, and stops with the reason `budget`.
 
     Args:
         config: tau, the maximum length, the objective, the scoring and its budget.
         texts: one fresh text per step, token ids of shape (at least max_length, n).
         candidates: token ids that every step tries; ties go to the one that comes first.
-        state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`; an old one, as saved
-            by a run that was killed, is continued. Its `token_ids` are the prompt found.
+        state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`, and what the
+            proposal cost; an old one, as saved by a run that was killed, is continued. Its `token_ids` are the prompt
+            found.
 
     Yields:
         `Scored` after every batch, and a `SearchStep` at the end of every step, also of the one that is rejected.
@@ -139,7 +157,7 @@ def greedy_search(
     """
     if len(state.token_ids) >= config.max_length:  # the start of the prompt fills it already
         state.finished, state.stop_reason = True, "max_length"
-    sizer = BatchSizer(lm, config)
+    sizer = BatchSizer({weight.device for weight in lm.model.parameters()}, config.batch_size)
     while not state.finished:
         yield from _Step(lm, config, texts[len(state.steps)], candidates, state, sizer).run()
 
@@ -161,76 +179,77 @@ class _Step:
         sizer: BatchSizer,
     ) -> None:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
-        self.state, self.sizer = state, sizer
+        self.state, self.step, self.sizer = state, state.under_way, sizer
         self.objective, self.blocks = Objective(config), len(lm.blocks)
+        self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
-        self.started = time.perf_counter() - state.seconds
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
-        state, out_of_budget = self.state, False
+        step, out_of_budget = self.step, False
         try:
             self._begin()
-            stages = plan_stages(self.config, self.blocks, self.text, state.spikes)
-            while state.stage < len(stages):
-                yield from self._score(stages[state.stage], len(stages))
-                self._close(stages[state.stage])
+            stages = plan_stages(self.config, self.blocks, self.text, step.spikes)
+            while step.stage < len(stages):
+                yield from self._score(stages[step.stage], len(stages))
+                self._close(stages[step.stage])
         except _OutOfBudgetError:
             out_of_budget = True
-            if state.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
-                state.verified += self._scored()
+            if step.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
+                step.verified += self._scored()
         record = self._finish(out_of_budget)
         if record is not None:
             yield record
 
     def _begin(self) -> None:
         """L_q(t | p), and where the text spikes."""
-        state, length = self.state, self.text.numel()
-        if state.objective_before is None:
+        step, length = self.step, self.text.numel()
+        if step.objective_before is None:
             self._afford(length * self.blocks)
             before = float(self.objective(self.lm, self.prefix, self.text[None], skip=0))
             if not math.isfinite(before):
                 raise NotFiniteError(
-                    f"the search objective of {self.lm.label} is {before} on text {len(state.steps)}: its activations "
-                    f"overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
+                    f"the search objective of {self.lm.label} is {before} on text {len(self.state.steps)}: its "
+                    f"activations overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
                 )
-            state.objective_before = before
-            state.token_blocks += length * self.blocks
-        if not state.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
+            step.objective_before = before
+            step.token_blocks += length * self.blocks
+        if not step.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
             references = reference_positions(len(self.candidates))
             cost = len(references) * (length + 1) * self.blocks
             self._afford(cost)
             tokens = [self.candidates[position] for position in references]
-            state.spikes, scores = find_spikes(self.objective, self.lm, self.prefix, self.text, tokens)
-            state.verified += [
+            step.spikes, scores = find_spikes(self.objective, self.lm, self.prefix, self.text, tokens)
+            step.verified += [
                 (position, score)
                 for position, score in zip(references, scores.tolist(), strict=True)
                 if math.isfinite(score)
             ]
-            state.token_blocks += cost
-        state.seconds = time.perf_counter() - self.started
+            step.token_blocks += cost
+        step.seconds = time.perf_counter() - self.started
 
     def _pool(self) -> list[int]:
-        return list(range(len(self.candidates))) if self.state.pool is None else self.state.pool
+        return list(range(len(self.candidates))) if self.step.pool is None else self.step.pool
 
     def _scored(self) -> list[tuple[int, float]]:
         """The candidates of the stage under way that have a score."""
-        scores = zip(self._pool(), self.state.scores, strict=False)
+        scores = zip(self._pool(), self.step.scores, strict=False)
         return [(position, score) for position, score in scores if score is not None]
 
     def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
         """Score the pool of one stage, batch by batch."""
-        state, pool = self.state, self._pool()
+        step, pool = self.step, self._pool()
         if stage.kind == "round" and len(pool) <= stage.keep:
             return  # nothing would be dropped
         row_cost = (stage.text.numel() + 1) * stage.depth
-        while len(state.scores) < len(pool):
-            start, size = len(state.scores), self.sizer.size(stage.text.numel() + 1)
+        while len(step.scores) < len(pool):
+            start, size = len(step.scores), self.sizer.size(stage.text.numel() + 1)
             batch = pool[start : start + min(size, self._afford(row_cost))]
             bound = math.inf
-            if stage.kind == "sweep" and (known := state.verified + self._scored()):
+            if stage.kind == "sweep" and (known := step.verified + self._scored()):
                 bound = min(score for _, score in known) * (1 + 2 * TIE)
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
+            self.sizer.begin()
             try:
                 judged = self.objective.judge(self.lm, self.prefix, rows, 1, stage.depth, bound)
             except Exception as error:
@@ -241,29 +260,28 @@ class _Step:
                 self.sizer.back_off(len(batch), rows.shape[1])
                 continue
             if len(batch) == size:
-                self.sizer.grow()
+                self.sizer.grow(*rows.shape)
             results = zip(judged.scores.tolist(), judged.complete.tolist(), strict=True)
-            state.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
-            state.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
-            state.seconds = time.perf_counter() - self.started
-            yield Scored(len(state.steps), len(state.scores), len(pool), state.stage, stages)
+            step.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
+            step.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)
+            step.seconds = time.perf_counter() - self.started
+            yield Scored(len(self.state.steps), len(step.scores), len(pool), step.stage, stages)
 
     def _close(self, stage: Stage) -> None:
         """Make the pool of the next stage."""
-        state, pool = self.state, self._pool()
+        step, pool = self.step, self._pool()
         if stage.kind == "round":
-            if state.scores:
+            if step.scores:  # otherwise it was not run
                 ranked = sorted((score, position) for position, score in self._scored())
                 pool = sorted(position for _, position in ranked[: stage.keep])
         else:
-            state.verified += self._scored()
-        state.scores, state.stage = [], state.stage + 1
-        done = {position for position, _ in state.verified}
-        last_round = state.stage == len(rounds_of(self.config))
-        if stage.kind == "verify":  # what remains for a sweep
-            state.pool = [position for position in range(len(self.candidates)) if position not in done]
-        else:
-            state.pool = [position for position in pool if not last_round or position not in done]
+            step.verified += self._scored()
+            pool = list(range(len(self.candidates)))  # a sweep is over all
+        step.scores, step.stage = [], step.stage + 1
+        if step.stage >= len(rounds_of(self.config)):  # no candidate is judged by the whole objective twice
+            verified = {position for position, _ in step.verified}
+            pool = [position for position in pool if position not in verified]
+        step.pool = pool
 
     def _afford(self, cost: int) -> int:
         """How many rows of `cost` tokens times blocks the budget has room for.
@@ -273,55 +291,58 @@ class _Step:
         """
         limit = self.config.budget_token_forwards
         seconds = self.config.budget_seconds
-        spent = sum(step.seconds for step in self.state.steps) + time.perf_counter() - self.started
+        spent = self.state.seconds_done + time.perf_counter() - self.started
         if seconds is not None and spent >= seconds:
             raise _OutOfBudgetError
         if limit is None:
             return len(self.candidates)
-        before = sum(round(step.token_forwards * self.blocks) for step in self.state.steps)
-        rows = int(limit * self.blocks - before - self.state.token_blocks) // cost
+        before = round(self.state.token_forwards_done * self.blocks)
+        rows = int(limit * self.blocks - before - self.step.token_blocks) // cost
         if rows < 1:
             raise _OutOfBudgetError
         return rows
 
     def _finish(self, out_of_budget: bool) -> SearchStep | None:
-        state, config = self.state, self.config
-        best = _best(state.verified)
-        if best is None and not out_of_budget:
+        """The record of the step, if any candidate was verified, and whether the search ends with it."""
+        state, step = self.state, self.step
+        record, spent = None, (step.token_blocks / self.blocks, step.seconds)
+        best = _best(step.verified)
+        if best is not None:
+            record = self._record(*best, *spent)
+            state.steps.append(record)
+            if record.accepted:
+                state.token_ids.append(record.token_id)
+        elif out_of_budget:
+            state.unrecorded_token_forwards, state.unrecorded_seconds = spent
+        else:
             raise NotFiniteError(
                 f"no candidate of search step {len(state.steps)} has a finite objective: the activations of "
                 f"{self.lm.label} overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
             )
-        record = None
-        if best is not None and state.objective_before is not None:
-            position, after = best
-            token = self.candidates[position]
-            accepted = after <= config.tau * state.objective_before
-            record = SearchStep(
-                step=len(state.steps),
-                token_id=token,
-                token=self.lm.decode([token]),
-                objective_before=state.objective_before,
-                objective_after=after,
-                accepted=accepted,
-                candidates=len(self.candidates),
-                token_forwards=state.token_blocks / self.blocks,
-                seconds=state.seconds,
-                verified=len(state.verified),
-            )
-            state.steps.append(record)
-            if accepted:
-                state.token_ids.append(token)
-        rejected = record is not None and not record.accepted
         if out_of_budget:
             state.finished, state.stop_reason = True, "budget"
-        elif rejected:
+        elif record is not None and not record.accepted:
             state.finished, state.stop_reason = True, "tau"
-        elif len(state.token_ids) >= config.max_length:
+        elif len(state.token_ids) >= self.config.max_length:
             state.finished, state.stop_reason = True, "max_length"
-        state.scores, state.objective_before, state.seconds = [], None, 0.0
-        state.stage, state.pool, state.verified, state.spikes, state.token_blocks = 0, None, [], [], 0
+        state.under_way = StepState()
         return record
+
+    def _record(self, position: int, after: float, token_forwards: float, seconds: float) -> SearchStep:
+        step, token = self.step, self.candidates[position]
+        assert step.objective_before is not None, "it comes before any candidate"
+        return SearchStep(
+            step=len(self.state.steps),
+            token_id=token,
+            token=self.lm.decode([token]),
+            objective_before=step.objective_before,
+            objective_after=after,
+            accepted=after <= self.config.tau * step.objective_before,
+            candidates=len(self.candidates),
+            token_forwards=token_forwards,
+            seconds=seconds,
+            verified=len(step.verified),
+        )
 
 
 def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:
@@ -330,39 +351,3 @@ def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:
         return None
     lowest = min(score for _, score in verified)
     return min((position, score) for position, score in verified if score <= lowest * (1 + TIE))
-
-
-class BatchSizer:
-    """How many candidates go through the model at once: as many as memory allows.
-
-    On a GPU the batch doubles for as long as twice the memory used so far is there; whenever memory runs out, it is
-    halved and stays so. A size that the user sets is only ever halved.
-    """
-
-    def __init__(self, lm: LanguageModel, config: SearchConfig) -> None:
-        self._device, self._fixed = lm.device, config.batch_size
-        self._tokens = TOKENS_PER_FORWARD.get(lm.device.type, TOKENS_PER_FORWARD["cpu"])
-        self._may_grow = lm.device.type == "cuda" and config.batch_size is None
-
-    def size(self, row_length: int) -> int:
-        """Rows of `row_length` tokens in the next batch."""
-        return self._fixed or max(1, self._tokens // row_length)
-
-    def can_back_off(self, error: Exception, rows: int) -> bool:
-        """Whether memory ran out and a smaller batch than this one is left to try."""
-        return rows > 1 and bool(should_reduce_batch_size(error))
-
-    def back_off(self, rows: int, row_length: int) -> None:
-        """Halve the batch, which was `rows` of `row_length` tokens, and give memory back."""
-        clear_device_cache(garbage_collection=True)
-        self._may_grow = False
-        self._tokens = rows * row_length // 2
-        self._fixed = None if self._fixed is None else max(1, rows // 2)
-
-    def grow(self) -> None:
-        """Double the batch where a GPU has room for it."""
-        if self._may_grow:
-            total = torch.cuda.get_device_properties(self._device).total_memory
-            self._may_grow = 2 * torch.cuda.max_memory_allocated(self._device) < 0.9 * total
-            if self._may_grow:
-                self._tokens *= 2

@@ -20,12 +20,16 @@ from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
 from cushion.search.blockwise import run_blocks
 
+ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Values of a block's output that are worked on together, by device type, at least those of one text: so few that on a
+CPU what lies between stays in its cache, and on a GPU takes little memory beside the model's own."""
+
 
 def quantization_error(values: Tensor, grid: Grid) -> Tensor:
     """`||X - q(X)||^2` of each text, with q's range taken from that text alone.
 
     No value lies outside of its own range, so q clamps nothing and the error is `s * (round(Y) - Y)` with
-    `Y = (X - z) / s`. Reductions are in float32, whatever the dtype of `values`.
+    `Y = (X - z) / s`. Whatever the dtype of `values`, that and its norm are computed in float32.
 
     Args:
         values: X, shape (texts, tokens, features).
@@ -34,12 +38,26 @@ def quantization_error(values: Tensor, grid: Grid) -> Tensor:
         float32, shape (texts,).
 
     """
-    flat = values.detach().flatten(1)
-    low, high = torch.aminmax(flat, dim=1, keepdim=True)
-    scale, offset = grid.parameters(low.float(), high.float())
-    codes = flat.float().sub(offset).div_(scale) if not grid.symmetric else flat.float().div(scale)
+    at_once = ELEMENTS_AT_ONCE.get(values.device.type, ELEMENTS_AT_ONCE["cpu"])
+    parts = values.detach().split(max(1, at_once // values[0].numel()))
+    return torch.cat([_quantization_error(part, grid) for part in parts])
+
+
+def _quantization_error(values: Tensor, grid: Grid) -> Tensor:
+    low, high = _extremes(values)
+    scale, offset = grid.parameters(low.float()[:, None, None], high.float()[:, None, None])
+    codes = values.div(scale) if grid.symmetric else values.sub(offset).div_(scale)
     error = codes.sub_(codes.round())
-    return (torch.linalg.vector_norm(error, dim=1) * scale[:, 0]).square()
+    return (torch.linalg.vector_norm(error.flatten(1), dim=1) * scale[:, 0, 0]).square()
+
+
+def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each text, shape (texts,), of `values`, (texts, tokens, features), in its dtype.
+
+    The last dimension goes first: the positions that are judged are a part of a block's output, and reducing over both
+    dimensions at once would copy them. `torch.aminmax` over a dimension has no vectorized kernel on the CPU.
+    """
+    return values.amin(-1).amin(1), values.amax(-1).amax(1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ class Objective:
             if self.name == "quantization_error":
                 total[at] += quantization_error(following, self.grid).double().to(total.device)
             else:
-                largest = torch.stack(torch.aminmax(following.flatten(1), dim=1)).abs().amax(0)
+                largest = torch.stack(_extremes(following)).abs().amax(0)
                 total[at] = torch.maximum(total[at], largest.double().to(total.device))
             blocks[alive] += 1
             if math.isinf(bound):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,8 +15,17 @@ from cushion.search.objective import Objective
 from cushion.search.rounds import spike_sizes
 
 
-def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts: Tensor, seed: int) -> list[int]:
-    """The candidate token ids of a search, distinct; ascending, but for the user's own order.
+@dataclass(frozen=True)
+class Proposal:
+    """The candidates of a search, as distinct token ids, and what it cost to name them."""
+
+    token_ids: list[int]
+    token_forwards: int = 0
+    seconds: float = 0.0
+
+
+def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts: Tensor, seed: int) -> Proposal:
+    """The candidates of a search: ascending, but for the user's own order. Only `outlier` runs the model.
 
     `vocabulary` is all of them, as in Algorithm 1. The others have at most `config.candidates` tokens: `frequent` the
     most frequent ones of the search text; `outlier` those that spike most in the search texts; `sampled` all special
@@ -27,6 +39,12 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts
         ConfigError: a token of the user's is outside the vocabulary.
 
     """
+    if config.proposal == "outlier":
+        return _propose_outliers(lm, config, texts)
+    return Proposal(_name_tokens(lm, config, token_counts, seed))
+
+
+def _name_tokens(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, seed: int) -> list[int]:
     size = lm.vocabulary_size
     if config.proposal == "user":
         tokens = list(dict.fromkeys(config.user_tokens or []))
@@ -34,8 +52,6 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts
         return tokens
     if config.proposal == "vocabulary" or (config.proposal == "sampled" and config.candidates >= size):
         return list(range(size))
-    if config.proposal == "outlier":
-        return sorted(_outlier_tokens(lm, config, texts)[: config.candidates])
     wanted = config.candidates if config.proposal == "frequent" else config.frequent
     ranked = torch.argsort(token_counts, descending=True, stable=True)[:wanted]
     frequent = ranked[token_counts[ranked] > 0].tolist()
@@ -51,11 +67,12 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts
     return sorted(chosen)
 
 
-def _outlier_tokens(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> list[int]:
+def _propose_outliers(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Proposal:
     """The tokens of the search texts by their largest spike behind one token from the middle of the vocabulary.
 
     Something has to stand in front: a text's first token spikes whatever it is.
     """
+    started = time.perf_counter()
     objective = Objective(config)
     largest: dict[int, float] = {}
     for text in texts:
@@ -63,4 +80,6 @@ def _outlier_tokens(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> l
         for token, spike in zip(text.tolist(), spikes.tolist(), strict=True):
             if token < lm.vocabulary_size:
                 largest[token] = max(spike, largest.get(token, 0.0))
-    return sorted(largest, key=lambda token: (-largest[token], token))
+    ranked = sorted(largest, key=lambda token: (-largest[token], token))
+    tokens = sorted(ranked[: config.candidates])
+    return Proposal(tokens, texts.numel() + len(texts), time.perf_counter() - started)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
-from cushion.search.greedy import Scored, SearchState, SearchStep, greedy_search
+from cushion.search.greedy import Scored, SearchState, SearchStep, StepState, greedy_search
 from cushion.search.objective import Judged, Objective
 
 Tiny = Callable[..., LanguageModel]
@@ -244,10 +244,10 @@ def test_batch_backs_off_when_memory_runs_out(tiny: Tiny, monkeypatch: pytest.Mo
 def test_memory_error_at_one_candidate_is_raised(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     fail_above(monkeypatch, 0, error)
     lm, texts = tiny(), some_texts()
-    state = SearchState([], objective_before=1.0)
+    state = SearchState([], under_way=StepState(objective_before=1.0))
     with pytest.raises(type(error), match="memory"):
         list(greedy_search(lm, SearchConfig(batch_size=8), texts, CANDIDATES, state))
-    assert state.scores == []
+    assert state.under_way.scores == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("memory"), KeyboardInterrupt()])

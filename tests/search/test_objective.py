@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
+from cushion.search import objective as objective_module
 from cushion.search.objective import Objective, quantization_error
 
 Tiny = Callable[..., LanguageModel]
@@ -112,3 +115,63 @@ def test_lm_head_is_not_run_and_no_hook_is_left(tiny: Tiny) -> None:
     lm.model.get_output_embeddings().register_forward_hook(fail)
     Objective(SearchConfig())(lm, Prefix.empty(), torch.tensor([[1, 2, 3]]), skip=0)
     assert not any(block._forward_hooks for block in lm.blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, symmetric: bool) -> None:
+    values = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+    values[:, 3, 5] = 20000.0  # a sum of squares that float16 cannot hold
+    actual = quantization_error(values, Grid(8, symmetric))
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, quantization_error(values.float(), Grid(8, symmetric)))
+    np.testing.assert_allclose(actual.numpy(), [squared_error(text, 8, symmetric) for text in values], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_no_bit_depends_on_how_many_texts_are_worked_on_together(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, skip: int
+) -> None:
+    values = torch.randn(9, 33, 48, generator=torch.Generator().manual_seed(0)).to(dtype)[:, skip:]
+    results = []
+    for at_once in (1, 4 * values[0].numel(), 2**30):
+        monkeypatch.setitem(objective_module.ELEMENTS_AT_ONCE, "cpu", at_once)
+        results.append(quantization_error(values, Grid(8, False)))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    one_range = values.flatten(1)  # all of a text in one row, as the definition has it
+    low, high = torch.aminmax(one_range, dim=1, keepdim=True)
+    scale, offset = Grid(8, False).parameters(low.float(), high.float())
+    codes = (one_range.float() - offset) / scale
+    error = torch.linalg.vector_norm(codes - codes.round(), dim=1)
+    assert torch.equal(results[0], (error * scale[:, 0]).square())
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_judging_computes_the_linears_of_the_blocks_once_for_every_row(tiny: Tiny, length: int) -> None:
+    """Neither the prefix nor lm_head is among them, and a block that is not asked for is not either."""
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, [7] * length)
+    rows = torch.tensor([[candidate, 65, 66, 67] for candidate in range(5)])
+    of_block = sum(2 * linear.weight.numel() for name, linear in lm.linears().items() if ".0." in name)
+    for depth in (1, 3):
+        with FlopCounterMode(display=False) as counter:
+            Objective(SearchConfig()).judge(lm, prefix, rows, skip=1, depth=depth)
+        counts = counter.get_flop_counts()["Global"]
+        assert counts[torch.ops.aten.mm] == depth * of_block * rows.numel()
+
+
+def test_the_prefix_is_shared_by_all_rows(tiny: Tiny) -> None:
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, [7, 8])
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        seen.extend((layer.keys, layer.values) for layer in kwargs["past_key_values"].layers[len(seen) :])
+
+    lm.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+    Objective(SearchConfig())(lm, prefix, torch.tensor([[candidate, 65, 66] for candidate in range(50)]), skip=1)
+    assert len(seen) == len(lm.blocks)
+    for pair in seen:
+        for tensor in pair:
+            assert tensor.shape[0] == 50 and tensor.stride(0) == 0  # views of one row

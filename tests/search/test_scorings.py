@@ -17,6 +17,7 @@ from cushion.config import SearchConfig, SearchRound
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.search import greedy as greedy_module
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.rounds import find_spikes, plan_stages, reference_positions, rows_of, spike_text
@@ -133,7 +134,7 @@ def test_a_round_ranks_by_the_first_terms_of_the_objective(tiny: Tiny) -> None:
     config = SearchConfig(tau=1.0, max_length=1, scoring="pruned", rounds=[SearchRound(0.67, 5, 9, "start")])
     events = greedy_search(lm, config, texts, VOCABULARY, state)
     next(event for event in events if isinstance(event, Scored) and event.stage == 1)
-    assert state.pool == kept
+    assert state.under_way.pool == kept
     best = min(VOCABULARY, key=lambda c: (Objective(config)(lm, Prefix.empty(), rows_of([c], text), 1).item(), c))
     if best in kept:
         list(events)
@@ -208,6 +209,28 @@ def test_token_forwards_of_a_pruned_step_by_hand(tiny: Tiny) -> None:
     assert 8 + 4 <= step.verified <= 12 + 4
 
 
+class Clock:
+    """Time that passes by one second with every pass of the model, and not otherwise."""
+
+    seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock, judge = Clock(), Objective.judge
+
+    def judge_for_a_second(*args: Any, **kwargs: Any) -> Any:
+        clock.seconds += 1
+        return judge(*args, **kwargs)
+
+    monkeypatch.setattr(Objective, "judge", judge_for_a_second)
+    monkeypatch.setattr(greedy_module, "time", clock)
+    return clock
+
+
 # ---- budgets --------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +271,11 @@ def test_a_pruned_search_out_of_budget_in_a_round_has_its_best_reference(tiny: T
     assert state.steps[0].verified == 4
     nothing = search(lm, texts, "pruned", budget_token_forwards=5)
     assert (nothing.token_ids, nothing.steps, nothing.stop_reason) == ([], [], "budget")
+    assert nothing.token_forwards_done == 0
+    in_a_round = search(lm, texts, "pruned", rounds=[SearchRound(0.34, 4, 60, "start")], budget_token_forwards=100)
+    assert (in_a_round.steps, in_a_round.stop_reason) == ([], "budget")
+    assert 95 < in_a_round.token_forwards_done <= 100  # nothing was verified, but it was run
+    assert in_a_round.seconds_done > 0
 
 
 def test_steps_that_were_accepted_before_the_budget_ended_stay(tiny: Tiny) -> None:
@@ -263,6 +291,55 @@ def test_a_budget_of_seconds_ends_the_search(tiny: Tiny) -> None:
     assert (state.token_ids, state.stop_reason) == ([], "budget")
     generous = search(tiny(), some_texts(), "full", budget_seconds=1e9)
     assert generous.stop_reason != "budget"
+
+
+def test_a_budget_of_seconds_ends_with_the_best_verified_by_then(tiny: Tiny, clock: Clock) -> None:
+    lm, texts = tiny(), some_texts()
+    state = search(lm, texts, "full", batch_size=20, budget_seconds=5)  # one for L_q(t | p), four for batches
+    first = search(lm, texts, "full", VOCABULARY[:80], max_length=1)
+    assert (state.token_ids, state.stop_reason) == (first.token_ids, "budget")
+    assert (state.steps[0].verified, state.steps[0].seconds) == (80, 5)
+
+
+@pytest.mark.parametrize(("tokens", "seconds", "verified"), [(10 + 45 * 11, 5, 45), (10 + 45 * 11, 3, 40)])
+def test_of_two_budgets_the_first_that_is_spent_ends_the_search(
+    tiny: Tiny, clock: Clock, tokens: int, seconds: int, verified: int
+) -> None:
+    options = {"batch_size": 20, "budget_token_forwards": tokens, "budget_seconds": seconds}
+    state = search(tiny(), some_texts(), "full", **options)
+    assert (state.steps[0].verified, state.stop_reason) == (verified, "budget")
+
+
+@pytest.mark.parametrize("scoring", ["full", "pruned", "exact"])
+@pytest.mark.parametrize("budget", [{"budget_token_forwards": 1200}, {"budget_seconds": 8}])
+def test_what_was_spent_before_a_kill_counts(tiny: Tiny, clock: Clock, scoring: str, budget: dict[str, int]) -> None:
+    lm, texts, pool = tiny(), some_texts(), VOCABULARY[::3]
+    config = SearchConfig(tau=1.0, max_length=3, batch_size=20, scoring=scoring, rounds=ROUNDS, **budget)
+    whole = SearchState([])
+    events = list(greedy_search(lm, config, texts, pool, whole))
+    assert whole.stop_reason == "budget"
+    assert whole.token_forwards_done <= 1200 or "budget_seconds" in budget
+    for stop in range(len(events)):
+        killed = SearchState([])
+        for _ in itertools.islice(greedy_search(lm, config, texts, pool, killed), stop):
+            pass
+        resumed = SearchState.from_dict(json.loads(json.dumps(killed.to_dict())))
+        clock.seconds += 1e6  # while nothing ran
+        list(greedy_search(lm, config, texts, pool, resumed))
+        assert comparable(resumed) == comparable(whole)
+        assert resumed.seconds_done == whole.seconds_done
+
+
+def test_what_the_proposal_cost_counts(tiny: Tiny, clock: Clock) -> None:
+    lm, texts = tiny(), some_texts()
+    for spent, budget in (
+        ({"proposal_token_forwards": 700}, {"budget_token_forwards": 700 + 10 + 40 * 11}),
+        ({"proposal_seconds": 100.0}, {"budget_seconds": 103}),
+    ):
+        state = SearchState([], **spent)
+        config = SearchConfig(tau=1.0, max_length=1, batch_size=20, **budget)
+        list(greedy_search(lm, config, texts, VOCABULARY, state))
+        assert (state.steps[0].verified, state.stop_reason) == (40, "budget")
 
 
 # ---- interruptions --------------------------------------------------------------------------------------------------
