@@ -422,6 +422,7 @@ def go(
             outcome = launched(way, starter, arguments(way), output)
         compare(whole, outcome)
         outcomes.append(outcome)
+        print(f"  {len(outcome.problems)} problems in {outcome.seconds:.0f} s", flush=True)
     return outcomes, skipped
 
 
