@@ -81,11 +81,12 @@ def sweep(text: Path, output: Path, seeds: int, more: list[str]) -> list[str]:
     return ["-m", *SWEEP, f"data.path={text}", f"seed={values}", f"paths.output_dir={output}", *more]
 
 
-def command(arguments: list[str], log: Path) -> None:
+def command(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """In a process of its own, leader of its group: the command `cushion`, with what it prints in `log`."""
     from cushion import cli
 
     os.setsid()
+    os.environ.update(environment)  # of now: the process that this one is forked from is as old as the first sweep
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -104,7 +105,7 @@ class Starter:
 
     def start(self, arguments: list[str], log: Path) -> BaseProcess:
         """Start `cushion` with these arguments."""
-        process = self._context.Process(target=command, args=(arguments, log))
+        process = self._context.Process(target=command, args=(arguments, log, dict(os.environ)))
         process.start()
         self._started.append(process)
         return process
@@ -170,6 +171,7 @@ def look(way: str, output: Path, seconds: float, status: int | None) -> Outcome:
     if status != 0:
         outcome.problems.append(f"exit status {status}")
     left = [path for path in output.rglob("*") if path.suffix == ".partial" or is_temporary(path)]
+    left = [path for path in left if ".submitit" not in path.parts]  # SLURM's own files
     outcome.problems += [f"left behind: {path.relative_to(output)}" for path in left]
     for place in results:
         kept, said = list((output / place).glob("wandb/offline-run-*")), output / place / "tracking.json"
@@ -258,12 +260,12 @@ def cluster(folder: Path) -> Iterator[None]:
             free.bind(("127.0.0.1", 0))
             os.environ[port] = str(free.getsockname()[1])
     script = str(ROOT / "scripts" / "slurm_one_node.sh")
-    os.environ["SLURM_CONF"] = str(folder / "slurm" / "slurm.conf")
+    os.environ["SLURM_CONF"] = str(folder / "cluster" / "slurm.conf")
     try:
-        subprocess.run([script, "start", str(folder / "slurm")], check=True, timeout=300)
+        subprocess.run([script, "start", str(folder / "cluster")], check=True, timeout=300)
         yield
     finally:
-        subprocess.run([script, "stop", str(folder / "slurm")], check=True, timeout=300)
+        subprocess.run([script, "stop", str(folder / "cluster")], check=True, timeout=300)
         del os.environ["SLURM_CONF"]
 
 
