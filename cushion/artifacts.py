@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -156,15 +158,32 @@ class ArtifactStore:
 
         """
         folder = self.folder(step, depends_on)
+        under_way = folder.with_name(folder.name + ".partial")
         if folder.is_dir():
+            if under_way.is_dir():  # a process was killed just after it had finished
+                shutil.rmtree(under_way, ignore_errors=True)
             return folder, True
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
             if folder.is_dir():  # another process made it while this one waited
                 return folder, True
-            checkpoint_folder = folder.with_name(folder.name + ".partial")
-            with whole_folder(folder) as temporary:
-                make(Workspace(temporary, Checkpoint(checkpoint_folder / "checkpoint.json")))
-                write_json(temporary / "depends_on.json", {"step": step, **depends_on})
-            shutil.rmtree(checkpoint_folder, ignore_errors=True)
+            attempts = _one_more_attempt(under_way / "attempts.json")
+            checkpoint = under_way / "checkpoint.json"
+            try:
+                with whole_folder(folder) as temporary:
+                    make(Workspace(temporary, Checkpoint(checkpoint)))
+                    write_json(temporary / "depends_on.json", {"step": step, **depends_on})
+                    write_json(temporary / "made.json", {"attempts": attempts})
+            finally:
+                if folder.is_dir() or not checkpoint.is_file():
+                    shutil.rmtree(under_way, ignore_errors=True)
         return folder, False
+
+
+def _one_more_attempt(path: Path) -> list[dict[str, Any]]:
+    """Note in `path` that this process sets about a step; all attempts so far, those that were killed included."""
+    attempts = read_json(path) if path.is_file() else []
+    started = datetime.now(UTC).isoformat(timespec="milliseconds")
+    attempts.append({"started": started, "host": socket.gethostname(), "process": os.getpid()})
+    write_json(path, attempts)
+    return list(attempts)

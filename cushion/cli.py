@@ -6,6 +6,7 @@ with one line on standard error and exit status 1; only a bug shows a traceback.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -61,7 +62,7 @@ def execute(config: RunConfig) -> Path:
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
-    from cushion.reporting.tables import comparison_table, task_table
+    from cushion.reporting.tables import comparison_table, metric_table, task_table
     from cushion.results import FILE_NAME
     from cushion.tracking import TRACKING_FILE, WandbTracker
 
@@ -77,22 +78,26 @@ def execute(config: RunConfig) -> Path:
             listeners.append(tracker)
         try:
             result = pipeline.run(config, listeners)
+            record = asdict(result)
+            draw_figures(record, folder)  # a run that was killed between its result and its figures
+            if tracker is not None:
+                prefix = folder / "prefix" if result.prefix else None
+                tracker.catch_up(RunFinished(folder, record, prefix), pipeline.run_name(config))
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
-    record = asdict(result)
-    draw_figures(record, folder)  # a run that was killed between its result and its figures
     print(comparison_table(record))
     print()
-    if tasks := task_table(record):
-        print(tasks)
-        print()
+    for table in (task_table(record), metric_table(record)):
+        if table:
+            print(table)
+            print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
     for figure in figures_of(record, folder).values():
         print(f"figure   {figure}")
     place = folder / TRACKING_FILE
-    print(f"W&B run  {read_json(place)['location'] if place.is_file() else 'none'}")
+    print(f"W&B run  {(read_json(place)['location'] if place.is_file() else None) or 'none'}")
     print("results")
     path = (folder / FILE_NAME).resolve()
     print(path, flush=True)
@@ -116,6 +121,7 @@ def _hydra_main(config: DictConfig) -> str:
 def _set_up() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("cushion").setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log file of W&B's on a full disk is no reason for a traceback a line
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
@@ -143,8 +149,17 @@ def report(error: BaseException) -> None:
     """Tell the user of an error on standard error: one line for a mistake, the whole traceback for a bug."""
     if isinstance(error, (CushionError, HydraException, OmegaConfBaseException)):
         print(f"cushion: error: {one_line(error)}", file=sys.stderr, flush=True)
+    elif _is_full_disk(error):
+        advice = "make room, and give the same command again: it goes on from here"
+        print(f"cushion: error: {one_line(error)}: {advice}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether something could not be written for want of room (safetensors has an error of its own for it)."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def main() -> None:

@@ -22,7 +22,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """A point of a series (`search`, `tuning` or `perplexity`): the step's number and its values as plain scalars."""
+    """A point of a series: the step's number and its values as plain scalars.
+
+    `search` and `tuning` by their steps; `perplexity` (`<corpus>/<row>`) and `accuracy` (`<task>/<row>`) by the rows.
+    """
 
     kind: str
     step: int

@@ -58,6 +58,11 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     return output / config.experiment / config.model.label / row / digest(identity, 12)
 
 
+def run_name(config: RunConfig) -> str:
+    """How a run is called in a tracker: what was chosen by name."""
+    return f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
+
+
 @lru_cache(maxsize=1)
 def _code_digest() -> str:
     """Hash of the package's source, but for the rooms that only show what was computed."""
@@ -97,6 +102,8 @@ def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
         return done
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
+            left_over.unlink()
         return finished_result(folder) or _run_locked(config, folder, listeners)  # another process may have done it
 
 
@@ -106,13 +113,13 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
             listener(event)
 
     device = choose_device(config)
-    name = f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     result = RunResult("failed", to_dict(config), {**environment(device), "seed": config.seed})
     started = time.perf_counter()
     is_started = False
     try:
         work = _Run(config, folder, device, emit, result)
-        emit(RunStarted(folder, name, result.config))  # what is refused before this leaves no trace in a tracker
+        # what is refused before this leaves no trace in a tracker
+        emit(RunStarted(folder, run_name(config), result.config))
         is_started = True
         work.execute()
         result.timings["total"] = time.perf_counter() - started
@@ -120,7 +127,10 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
         result.write(folder)
     except BaseException as error:
         result.status, result.error = "failed", {"type": type(error).__name__, "message": str(error)}
-        result.write(folder)
+        try:
+            result.write(folder)
+        except OSError as unwritten:  # on a full disk: it is the first error that counts
+            logger.warning("the failed run has no result.json: %s", unwritten)
         if is_started:
             emit(RunFailed(folder, f"{type(error).__name__}: {error}"))
         raise
@@ -351,10 +361,10 @@ class _Run:
         if any(truncated.values()):
             self._warn(_truncation_warning(truncated, label, len(stage.prefix)))
         for corpus, value in measured.perplexity.items():
-            self.emit(Record("perplexity", len(self.result.rows), {f"{label}/{corpus}": value}))
-        values = {f"{label}/{task}": found.value for task, found in measured.tasks.items()}
+            self.emit(Record("perplexity", len(self.result.rows), {f"{corpus}/{name}": value}))
+        values = {f"{task}/{name}": found.value for task, found in measured.tasks.items()}
         if values:
-            self.emit(Record("accuracy", len(self.result.rows), {**values, f"{label}/mean": mean and mean[0]}))
+            self.emit(Record("accuracy", len(self.result.rows), {**values, f"mean/{name}": mean and mean[0]}))
         return Row(
             name=name,
             label=label,

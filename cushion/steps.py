@@ -277,6 +277,7 @@ class Steps:
         def make(workspace: Workspace) -> None:
             saved = workspace.checkpoint.load()
             state = None if saved is None else TuningState.from_checkpoint(*saved, found)
+            self._log_series("tuning", [] if state is None else [asdict(step) for step in state.steps])
             started = time.perf_counter() - (0.0 if saved is None else saved[0]["seconds"])
             steps = tune_prefix(
                 self._lm,

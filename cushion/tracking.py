@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
+from filelock import FileLock, Timeout
 from requests.utils import get_netrc_auth
 
-from cushion.artifacts import write_json
-from cushion.config import TrackingConfig
+from cushion.artifacts import read_json, write_json
+from cushion.config import ModelConfig, TrackingConfig
+from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
-from cushion.hashing import digest
+from cushion.reporting.tables import other_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +34,19 @@ NETWORK_TIMEOUT = 3.0
 """Seconds to wait for an answer of the W&B server before going offline."""
 
 
+SERIES = {"search": "step", "tuning": "step", "activations": "block"}
+"""The curves of a run: what is logged as `<series>/...`, over `<series>/<its step>`."""
+
+
 class WandbTracker:
     """Logs a run to Weights & Biases: configuration, search and tuning steps, curves, metrics, prefix, figures.
 
     Offline when there is no key or no network (or when told so); the run is always closed. A failure in here is logged
-    as a warning and switches the tracker off.
+    as a warning and switches the tracker off. What it logs has the same keys in every run, so that the runs of a sweep
+    can be laid over each other there; docs/results.md lists them.
+
+    A run that is started again after it was killed or failed is the same W&B run: offline it is logged anew, and what
+    the process before left is removed unless it was sent; online, what the server has is not sent again.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
@@ -41,6 +54,8 @@ class WandbTracker:
         self._run: Any = None
         self._failed = False
         self._place = Path(TRACKING_FILE)
+        self._id: str | None = None
+        self._sent: dict[str, float] = {}
         self.location: str | None = None
         """Where the run can be seen: its address when online, its folder when offline."""
 
@@ -54,18 +69,44 @@ class WandbTracker:
             logger.warning("W&B logging failed and is switched off for this run: %s", error)
             self._failed = True
             self.location = None
-            self._place.unlink(missing_ok=True)
+            if self._id is not None:
+                with suppress(OSError):  # a full disk, say: what the file said before stays, and is as good
+                    self._note(ended=False)
             self.close(exit_code=1)
 
-    def close(self, exit_code: int = 0) -> None:
-        """End the W&B run if one is open; never raises."""
+    def catch_up(self, finished: RunFinished, name: str) -> None:
+        """Log a finished run whose W&B run never ended: its process was killed in between, or W&B failed. Never raises.
+
+        Nothing is done for a run that was not tracked, was logged to its end, or is being logged by another process.
+        """
+        place = finished.folder / TRACKING_FILE
+        try:
+            if self.location is not None or not _was_cut_short(place):
+                return
+            with FileLock(finished.folder / ".lock", blocking=False):
+                if not _was_cut_short(place):
+                    return
+                self(RunStarted(finished.folder, name, finished.result["config"]))
+                for kind in ("search", "tuning"):
+                    for step in (finished.result[kind] or {}).get("steps", []):
+                        self(Record(kind, step["step"], {key: value for key, value in step.items() if key != "step"}))
+                self(finished)
+        except Timeout:
+            return
+        except (OSError, ArtifactError) as error:
+            logger.warning("whether W&B has all of this run cannot be told: %s", error)
+
+    def close(self, exit_code: int = 0) -> bool:
+        """End the W&B run if one is open; never raises, and returns whether it ended well."""
         run, self._run = self._run, None
         if run is None:
-            return
+            return True
         try:
             run.finish(exit_code=exit_code)
         except Exception as error:  # noqa: BLE001
             logger.warning("closing the W&B run failed: %s", error)
+            return False
+        return True
 
     def _log(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -74,51 +115,81 @@ class WandbTracker:
             return
         elif isinstance(event, Record):
             values = {f"{event.kind}/{key}": value for key, value in event.values.items() if value is not None}
-            self._run.log({f"{event.kind}/step": event.step, **values})
+            if event.kind in SERIES:
+                self._log_point(event.kind, event.step, values)
+            elif values:
+                self._run.log(values)
         elif isinstance(event, RunFinished):
             self._finish(event)
-            self.close()
+            self._end()
         elif isinstance(event, RunFailed):
             self._run.summary["error"] = event.error
-            self.close(exit_code=1)
+            self._end(exit_code=1)
+
+    def _end(self, exit_code: int = 0) -> None:
+        """Close the run, and note that it was logged to its end."""
+        if self.close(exit_code):
+            self._note(ended=True)
+
+    def _note(self, *, ended: bool) -> None:
+        write_json(self._place, {"location": self.location, "id": self._id, "ended": ended})
 
     def _start(self, event: RunStarted) -> None:
         import wandb  # slow to import, and not needed with tracking=none
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
+        before = read_json(self._place) if self._place.is_file() else {}
+        self._id = before.get("id") or secrets.token_hex(8)
+        kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}"))
+        if any(list(left.glob("*.wandb.synced")) for left in kept):
+            self._id = secrets.token_hex(8)  # the server has what a try before this one logged
+        else:
+            for left in kept:
+                shutil.rmtree(left)
+        names = chosen(event.config)
+        self._note(ended=False)
         self._run = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
             group=self._config.group or event.config["experiment"],
+            job_type="tuning" if names["tuning"] != "none" else "search" if names["search"] != "none" else "evaluation",
             name=event.name,
-            id=digest(str(event.folder.resolve())),
+            id=self._id,
             resume="allow" if mode == "online" else None,
             mode=cast(Any, mode),
             dir=str(event.folder),
-            tags=self._config.tags or None,
-            config=event.config,
+            tags=list(dict.fromkeys([*self._config.tags, *(name[:64] for name in names.values() if name != "none")])),
+            config={**flatten(event.config), **names},
             settings=wandb.Settings(console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT),
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
-        write_json(self._place, {"location": self.location})
-        for kind in ("search", "tuning", "curve", "perplexity", "accuracy"):
-            self._run.define_metric(f"{kind}/step")
-            self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+        self._note(ended=False)
+        self._sent = {}
+        for series, step in SERIES.items():
+            self._run.define_metric(f"{series}/{step}", hidden=True)
+            self._run.define_metric(f"{series}/*", step_metric=f"{series}/{step}")
+            last = self._run.summary.get(f"{series}/{step}") if self._run.resumed else None
+            self._sent[series] = -1 if last is None else last
+
+    def _log_point(self, series: str, step: int, values: dict[str, Any]) -> None:
+        """Log one point of a curve, unless the server has it from before this process."""
+        if step > self._sent[series]:
+            self._run.log({f"{series}/{SERIES[series]}": step, **values})
 
     def _finish(self, event: RunFinished) -> None:
         import wandb
 
         result = event.result
         curves = result["activations"].get("curves", {})
-        for layer in range(len(next(iter(curves.values()))["top1"]) if curves else 0):
+        for block in range(len(next(iter(curves.values()))["top1"]) if curves else 0):
             point = {
-                f"curve/{stage}/{key}": values[layer]
+                f"activations/{stage}/{key}": values[block]
                 for stage, curve in curves.items()
                 for key, values in curve.items()
             }
-            self._run.log({"curve/step": layer, **point})
-        self._run.summary.update(flatten(result["metrics"]))
+            self._log_point("activations", block, point)
+        self._run.summary.update(summary(result))
         self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
             self._run.log({f"figures/{figure.stem}": wandb.Image(str(figure))})
@@ -129,22 +200,59 @@ class WandbTracker:
             self._run.log_artifact(artifact)
 
 
+def _was_cut_short(place: Path) -> bool:
+    """Whether a run was tracked, and not to the end."""
+    return place.is_file() and read_json(place).get("ended") is False
+
+
+def chosen(config: dict[str, Any]) -> dict[str, str]:
+    """What a user chose by name, for grouping and filtering: model, data, quantizer, search, tuning, eval."""
+    names = {group: str(config[group]["name"]) for group in ("data", "quantizer", "search", "tuning", "eval")}
+    return {"model": ModelConfig(path=config["model"]["path"]).label, **names}
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The final numbers of a run under keys that are the same in every run, whatever its quantizer and prefix are.
+
+    `perplexity/<corpus>/<row>`, `accuracy/<task>/<row>`, `tasks/<task>/<metric>/<row>` for what is no accuracy, and
+    `largest_activation/<row>`, `quantization_error/<row>`, `seconds/<row>`; `<row>` is the row's `name` in result.json.
+    The numbers of the run's own row besides without `/<row>`.
+    """
+    found = flatten(result["metrics"])
+    for row in result["rows"]:
+        name = row["name"]
+        found |= {f"perplexity/{corpus}/{name}": value for corpus, value in row["perplexity"].items()}
+        found |= {f"accuracy/{task}/{name}": score["value"] for task, score in row["tasks"].items()}
+        found |= {f"tasks/{task}/{metric}/{name}": value for task, metric, value in other_metrics(row)}
+        found |= {f"{key}/{name}": row[key] for key in ("largest_activation", "quantization_error", "seconds")}
+        found[f"accuracy/mean/{name}"] = row["accuracy"]
+    for kind in ("search", "tuning"):
+        record = result[kind] or {}
+        found |= {f"{kind}/total_{key}": record[key] for key in ("seconds", "token_forwards") if key in record}
+    prefix = result["prefix"] or {}
+    found |= {f"prefix/{key}": prefix[key] for key in ("text", "length", "tuned") if key in prefix}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _comparison(rows: list[dict[str, Any]]) -> Any:
     """The rows of a result as a W&B table."""
     import wandb
 
     corpora = list(rows[0]["perplexity"]) if rows else []
     tasks = list(rows[0]["tasks"]) if rows else []
+    others = list(dict.fromkeys((task, metric) for row in rows for task, metric, _ in other_metrics(row)))
     columns: list[str | int] = [
-        "row", "prefix", *(f"perplexity {corpus}" for corpus in corpora), *tasks, "accuracy", "accuracy_stderr",
+        "row", "label", "prefix", *(f"perplexity {corpus}" for corpus in corpora), *tasks,
+        *(f"{task} {metric}" for task, metric in others), "accuracy", "accuracy_stderr",
         "largest_activation", "quantization_error", "seconds",
     ]  # fmt: skip
     table = wandb.Table(columns=columns)
     for row in rows:
+        other = {(task, metric): value for task, metric, value in other_metrics(row)}
         table.add_data(
-            row["label"], row["prefix"], *(row["perplexity"][corpus] for corpus in corpora),
-            *(row["tasks"][task]["value"] for task in tasks), row["accuracy"], row["accuracy_stderr"],
-            row["largest_activation"], row["quantization_error"], row["seconds"],
+            row["name"], row["label"], row["prefix"], *(row["perplexity"][corpus] for corpus in corpora),
+            *(row["tasks"][task]["value"] for task in tasks), *(other.get(key) for key in others), row["accuracy"],
+            row["accuracy_stderr"], row["largest_activation"], row["quantization_error"], row["seconds"],
         )  # fmt: skip
     return table
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def test_an_exception_leaves_nothing_behind_and_the_next_try_succeeds(tmp_path: 
     assert names(tmp_path / "step") == []
     folder, was_there = store.get_or_make("step", {"a": 1}, counting(made))
     assert not was_there
-    assert names(folder) == ["depends_on.json", "value.json"]
+    assert names(folder) == ["depends_on.json", "made.json", "value.json"]
+    assert len(read_json(folder / "made.json")["attempts"]) == 1, "only what was killed counts as an attempt"
 
 
 def test_an_interrupted_step_finds_its_checkpoint_and_a_finished_one_drops_it(tmp_path: Path) -> None:
@@ -82,6 +85,33 @@ def test_an_interrupted_step_finds_its_checkpoint_and_a_finished_one_drops_it(tm
         store.get_or_make("step", {}, interrupted)
     folder, _ = store.get_or_make("step", {}, resumed)
     assert read_json(folder / "value.json") == 3
+    assert names(tmp_path / "step") == [folder.name]
+
+
+def killed_while_making(root: Path) -> None:
+    """In a process of its own: set about the artifact, and die without a word."""
+    ArtifactStore(root).get_or_make("step", {"a": 1}, lambda workspace: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_every_attempt_that_was_killed_stands_in_the_record(tmp_path: Path) -> None:
+    workers = []
+    for _ in range(2):
+        workers.append(processes().Process(target=killed_while_making, args=(tmp_path,)))
+        workers[-1].start()
+        workers[-1].join(120)
+        assert workers[-1].exitcode == -signal.SIGKILL
+    folder, was_there = ArtifactStore(tmp_path).get_or_make("step", {"a": 1}, counting([]))
+    assert not was_there
+    attempts = read_json(folder / "made.json")["attempts"]
+    assert [attempt["process"] for attempt in attempts] == [*(worker.pid for worker in workers), os.getpid()]
+    assert names(tmp_path / "step") == [folder.name]
+
+
+def test_what_a_kill_right_after_the_end_of_a_step_left_is_removed(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    folder, _ = store.get_or_make("step", {"a": 1}, counting([]))
+    Checkpoint(tmp_path / "step" / f"{folder.name}.partial" / "checkpoint.json").save({"done": 3})
+    assert store.get_or_make("step", {"a": 1}, counting([])) == (folder, True)
     assert names(tmp_path / "step") == [folder.name]
 
 

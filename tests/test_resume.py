@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import processes, tuning_config
+from tiny_run import processes, small_config, tuning_config
 
-from cushion import pipeline
+from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
 from cushion.events import Event, Progress
 from cushion.results import RunResult, finished_result
@@ -70,3 +72,39 @@ def test_a_killed_run_ends_with_the_result_of_an_unbroken_one(text_file: Path, t
     progress = [event for event in events if isinstance(event, Progress)]
     assert (progress[0].stage, progress[0].done) == (stage, KILLS[stage]), "nothing finished is done again"
     assert list((tmp_path / "broken" / "cache").rglob("*.partial")) == []
+
+
+def test_files_that_a_kill_cut_short_are_removed(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path)
+    folder = pipeline.run_folder(config)
+    folder.mkdir(parents=True)
+    (folder / ".result.json-x7").write_text('{"status": "comp')
+    pipeline.run(config)
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "result.json"]
+
+
+def test_a_run_on_a_full_disk_fails_with_its_own_error_and_goes_on_with_room(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unbroken = pipeline.run(tuning_config(text_file, tmp_path / "unbroken"))
+    config = tuning_config(text_file, tmp_path / "broken")
+    pipeline.run_folder(config)  # its code is hashed before files are limited
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            pipeline.run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    made = {path.parent for path in (tmp_path / "broken" / "cache").glob("*/*/depends_on.json")}
+    assert made, "the small steps before it are kept"
+    assert outcome(pipeline.run(config)) == outcome(unbroken)
+    left = [path for path in (tmp_path / "broken").rglob("*") if path.suffix in (".partial", ".part")]
+    assert left == []
+
+    cli.report(OSError(errno.ENOSPC, "No space left on device", "some file"))
+    assert capsys.readouterr().err.splitlines() == [
+        "cushion: error: [Errno 28] No space left on device: 'some file': make room, and give the same command again: "
+        "it goes on from here"
+    ]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
-from tiny_run import searching_config, small_config
+from offline_wandb import read_offline
+from tiny_run import processes, small_config, tuning_config
 
 from cushion import cli, pipeline
-from cushion.config import SearchConfig, TrackingConfig
+from cushion.artifacts import Checkpoint
+from cushion.config import RunConfig, SearchConfig, TrackingConfig, to_dict
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
 from cushion.reporting.figures import draw_figures
 from cushion.results import finished_result
-from cushion.tracking import WandbTracker, choose_mode, flatten
+from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, flatten, summary
 
 OFFLINE = TrackingConfig(mode="offline")
 
@@ -24,51 +31,158 @@ OFFLINE = TrackingConfig(mode="offline")
 # ---- a real run ---------------------------------------------------------------------------------------------------
 
 
+def drawn(event: Event) -> None:
+    if isinstance(event, RunFinished):
+        draw_figures(event.result, event.folder)
+
+
 def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(text_file: Path, tmp_path: Path) -> None:
-    config = searching_config(text_file, tmp_path / "out")
-    tracker = WandbTracker(OFFLINE)
-    logged: list[dict[str, Any]] = []
-    summaries: dict[str, Any] = {}
-
-    def watch(event: Event) -> None:
-        if isinstance(event, RunStarted):
-            assert wandb.run is not None
-            assert wandb.run.config.as_dict()["search"]["tau"] == 1.0
-            original: Callable[..., None] = wandb.run.log
-            wandb.run.log = lambda values: (logged.append(values), original(values))[1]  # type: ignore[method-assign, assignment]
-            finish = wandb.run.finish
-            live = wandb.run
-
-            def finished(exit_code: int) -> None:
-                summaries.update(dict(live.summary))
-                finish(exit_code=exit_code)
-
-            live.finish = finished  # type: ignore[method-assign, assignment]
-
-    def draw(event: Event) -> None:
-        if isinstance(event, RunFinished):
-            draw_figures(event.result, event.folder)
-
-    result = pipeline.run(config, [draw, tracker, watch])
+    config = tuning_config(text_file, tmp_path / "out")
+    config.experiment, config.tracking = "an_experiment", OFFLINE
+    config.tracking.tags = ["mine"]
+    tracker = WandbTracker(config.tracking)
+    result = pipeline.run(config, [drawn, tracker])
     folder = pipeline.run_folder(config)
     assert wandb.run is None, "the run is closed"
     assert tracker.location is not None
-    assert Path(tracker.location).is_dir()
     assert folder.resolve() in Path(tracker.location).resolve().parents
-    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    said = json.loads((folder / TRACKING_FILE).read_text())
+    assert (said["location"], said["ended"]) == (tracker.location, True)
 
-    assert result.search is not None
-    steps = [values for values in logged if "search/step" in values]
-    assert [values["search/objective_after"] for values in steps] == [
-        step["objective_after"] for step in result.search["steps"]
-    ]
-    curve = [values for values in logged if "curve/step" in values]
-    for key in ("top1", "top2", "top3", "top10_percent", "median"):
-        expected = result.activations["curves"]["found"][key]
-        assert [values[f"curve/found/{key}"] for values in curve] == expected
-    keys = {key for values in logged for key in values}
-    assert {"comparison", "figures/activation_curves"} <= keys
-    assert summaries["perplexity/text"] == result.metrics["perplexity"]["text"]
+    run = read_offline(folder)
+    assert run.exit_code == 0
+    assert (run.group, run.job_type) == ("an_experiment", "tuning")
+    assert run.tags == ["mine", "tiny_llama", "file", "per_tensor_static", "greedy_sampled", "short"]
+    names = ("model", "data", "quantizer", "search", "tuning")
+    assert [run.config[name] for name in names] == [*run.tags[1:]], "runs can be grouped by what was chosen"
+    assert run.config["search/tau"] == 1.0
+    assert run.config["quantizer/activations/bits"] == 8
+
+    assert result.search is not None and result.tuning is not None
+    for kind, steps, keys in (
+        ("search", result.search["steps"], ("objective_after", "token")),
+        ("tuning", result.tuning["steps"], ("loss", "error")),
+    ):
+        for key in keys:
+            expected = [(step["step"], step[key]) for step in steps]
+            assert run.series(f"{kind}/step", f"{kind}/{key}") == expected, "each step once, in order"
+    for stage, curve in result.activations["curves"].items():
+        for key in ("top1", "top2", "top3", "top10_percent", "median"):
+            assert run.series("activations/block", f"activations/{stage}/{key}") == list(enumerate(curve[key]))
+    assert run.step_metrics == {
+        "search/*": "search/step", "tuning/*": "tuning/step", "activations/*": "activations/block",
+    }  # fmt: skip
+
+    for row in result.rows:
+        assert run.summary[f"perplexity/text/{row.name}"] == row.perplexity["text"]
+        assert run.summary[f"largest_activation/{row.name}"] == row.largest_activation
+    assert run.summary["perplexity/text"] == result.metrics["perplexity"]["text"]
+    assert run.summary["tuning/total_seconds"] == result.tuning["seconds"]
+    assert {"comparison", "figures/activation_curves"} <= {
+        key.partition(".")[0] for values in run.history for key in values
+    }
+    table = next(folder.glob("wandb/offline-run-*/files/media/table/comparison*.json"))
+    assert [line[0] for line in json.loads(table.read_text())["data"]] == [row.name for row in result.rows]
+
+
+def test_runs_with_different_quantizers_have_the_same_keys(text_file: Path, tmp_path: Path) -> None:
+    one = asdict(pipeline.run(small_config(text_file, tmp_path / "out")))
+    other_config = small_config(text_file, tmp_path / "out")
+    other_config.quantizer.name, other_config.quantizer.weights.bits = "other", 4
+    other = asdict(pipeline.run(other_config))
+    assert summary(one).keys() == summary(other).keys()
+    assert summary(one)["perplexity/text/quantized"] != summary(other)["perplexity/text/quantized"]
+
+
+def scored(metric: str | None, **metrics: float | None) -> dict[str, Any]:
+    value = None if metric is None else metrics[metric]
+    return {"metric": metric, "value": value, "metrics": {k: {"value": v, "stderr": None} for k, v in metrics.items()}}
+
+
+def test_what_a_task_measures_that_is_no_accuracy_is_in_the_summary() -> None:
+    row = {
+        "name": "quantized", "label": "naive", "perplexity": {}, "largest_activation": 1.0, "quantization_error": 2.0,
+        "seconds": 3.0, "accuracy": 0.5,
+        "tasks": {"one": scored("acc", acc=0.5, f1=0.4), "two": scored(None, word_perplexity=12.5, overflown=None)},
+    }  # fmt: skip
+    found = summary({"rows": [row], "metrics": {}, "search": None, "tuning": None, "prefix": None})
+    tasks = {key: value for key, value in found.items() if key.startswith(("accuracy/", "tasks/"))}
+    assert tasks == {
+        "accuracy/one/quantized": 0.5, "accuracy/mean/quantized": 0.5, "tasks/two/word_perplexity/quantized": 12.5,
+    }  # fmt: skip
+
+
+# ---- a run that goes on -------------------------------------------------------------------------------------------
+
+
+def tracked_until_killed(text: Path, output: Path, stage: str, done: int) -> None:
+    """In a process of its own: a tracked run that dies without a word at a moment; `finished` is after its result."""
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ.pop("WANDB_SERVICE", None)  # W&B's own process is not shared with the test's process, which lives on
+    torch.set_num_threads(1)
+    Checkpoint.due = lambda self: True  # type: ignore[method-assign]
+
+    def kill(event: Event) -> None:
+        progress = (event.stage, event.done) if isinstance(event, Progress) else ("", 0)
+        if (progress == (stage, done)) or (stage == "finished" and isinstance(event, RunFinished)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline.run(tuning_config(text, output), [kill, WandbTracker(OFFLINE)])
+
+
+@pytest.mark.parametrize(("stage", "done"), [("tuning", 4), ("finished", 0)])
+def test_a_run_that_goes_on_after_a_kill_is_one_run_and_logs_nothing_twice(
+    text_file: Path, tmp_path: Path, stage: str, done: int
+) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.tracking = OFFLINE
+    folder = pipeline.run_folder(config)
+    worker = processes().Process(target=tracked_until_killed, args=(text_file, tmp_path / "out", stage, done))
+    worker.start()
+    worker.join(120)
+    assert worker.exitcode == -signal.SIGKILL
+    before = json.loads((folder / TRACKING_FILE).read_text())
+    assert before["ended"] is False
+
+    cli.execute(config)
+    after = json.loads((folder / TRACKING_FILE).read_text())
+    assert (after["id"], after["ended"]) == (before["id"], True)
+    assert after["location"] != before["location"]
+    run = read_offline(folder)
+    assert run.exit_code == 0
+    result = finished_result(folder)
+    assert result is not None and result.search is not None and result.tuning is not None
+    for kind, record in (("search", result.search), ("tuning", result.tuning)):
+        assert [row[f"{kind}/step"] for row in run.history if f"{kind}/step" in row] == list(
+            range(len(record["steps"]))
+        )
+    assert run.summary["perplexity/text"] == result.metrics["perplexity"]["text"]
+
+    cli.execute(config)
+    assert json.loads((folder / TRACKING_FILE).read_text()) == after, "what was logged to its end is left alone"
+
+
+def test_what_the_server_has_of_a_resumed_run_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    run = FailingRun("")
+    run.resumed, run.summary = True, {"search/step": 1}
+
+    def init(**keys: Any) -> FailingRun:
+        asked.append(keys)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / TRACKING_FILE).write_text('{"location": "there", "id": "abc", "ended": false}')
+    tracker = WandbTracker(TrackingConfig(mode="online"))
+    tracker(RunStarted(tmp_path, "name", to_dict(RunConfig())))
+    for kind, step in (("search", 0), ("search", 1), ("search", 2), ("tuning", 0)):
+        tracker(Record(kind, step, {"value": 1.0}))
+    assert (asked[0]["id"], asked[0]["resume"]) == ("abc", "allow")
+    assert [(key, values[key]) for values in run.logged for key in values if key.endswith("step")] == [
+        ("search/step", 2), ("tuning/step", 0),
+    ]  # fmt: skip
 
 
 def test_a_run_that_breaks_is_closed_all_the_same(text_file: Path, tmp_path: Path) -> None:
@@ -83,7 +197,20 @@ def test_a_run_that_breaks_is_closed_all_the_same(text_file: Path, tmp_path: Pat
     with pytest.raises(RuntimeError, match="in the middle"):
         pipeline.run(config, [tracker, fail])
     assert wandb.run is None
-    assert list(pipeline.run_folder(config).glob("wandb/offline-run-*"))
+    folder = pipeline.run_folder(config)
+    failed = read_offline(folder)
+    assert (failed.exit_code, failed.summary["error"]) == (1, "RuntimeError: in the middle")
+    pipeline.run(config, [WandbTracker(OFFLINE)])
+    mended = read_offline(folder)
+    assert mended.exit_code == 0, "tried again it is the same run, and the only one"
+    assert "error" not in mended.summary
+
+    (sent,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    sent.with_suffix(".wandb.synced").touch()
+    (folder / "result.json").unlink()
+    pipeline.run(config, [WandbTracker(OFFLINE)])
+    kept = {path.name for path in folder.glob("wandb/offline-run-*/run-*.wandb")}
+    assert len(kept) == 2 and sent.name in kept, "what the server has stays, and is not written over"
 
 
 # ---- failing trackers ---------------------------------------------------------------------------------------------
@@ -96,6 +223,8 @@ class FailingRun:
         self.failing, self.finished = failing, 0
         self.url, self.dir, self.id = "", "", "id"
         self.summary: dict[str, Any] = {}
+        self.resumed = False
+        self.logged: list[dict[str, Any]] = []
 
     def _call(self, name: str) -> None:
         if name == self.failing:
@@ -103,6 +232,7 @@ class FailingRun:
 
     def log(self, values: dict[str, Any]) -> None:
         self._call("log")
+        self.logged.append(values)
 
     def define_metric(self, *_: Any, **__: Any) -> None:
         self._call("define_metric")
@@ -136,6 +266,14 @@ def test_a_failing_tracker_warns_once_and_the_run_completes(
     assert len(warnings) == 1
     assert f"{failing} is out of order" in warnings[0].getMessage()
     assert run.finished == (0 if failing == "init" else 1)
+    said = json.loads((path.parent / TRACKING_FILE).read_text())
+    assert said["ended"] is False
+
+    monkeypatch.undo()
+    cli.execute(config)
+    again = json.loads((path.parent / TRACKING_FILE).read_text())
+    assert (again["id"], again["ended"]) == (said["id"], True), "the same command catches up on it"
+    assert read_offline(path.parent).exit_code == 0
 
 
 def test_a_tracker_that_failed_stays_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,7 +285,7 @@ def test_a_tracker_that_failed_stays_switched_off(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(wandb, "init", init)
     tracker = WandbTracker(OFFLINE)
-    started = RunStarted(tmp_path, "name", {"experiment": "x"})
+    started = RunStarted(tmp_path, "name", to_dict(RunConfig()))
     for event in (started, Record("search", 0, {"a": 1}), started, RunFailed(tmp_path, "error")):
         tracker(event)
     tracker.close()

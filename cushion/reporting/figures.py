@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from filelock import FileLock
 
 matplotlib.use("Agg")
 
@@ -36,10 +37,14 @@ def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def draw_figures(result: dict[str, Any], folder: Path) -> None:
-    """Draw every figure of a run that is not there yet."""
-    for name, path in figures_of(result, folder).items():
-        if not path.is_file():
-            FIGURES[name](result, path)
+    """Draw every figure of a run that is not there yet; two processes that ask at once draw it once."""
+    figures = figures_of(result, folder)
+    if all(path.is_file() for path in figures.values()):
+        return
+    with FileLock(folder / ".figures.lock"):
+        for name, path in figures.items():
+            if not path.is_file():
+                FIGURES[name](result, path)
 
 
 def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:

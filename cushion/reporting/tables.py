@@ -27,9 +27,9 @@ def comparison_table(result: dict[str, Any]) -> str:
 
 
 def task_table(result: dict[str, Any]) -> str:
-    """Accuracy of every row on every task, in per cent with its standard error; empty without tasks."""
+    """Accuracy of every row on every task, in per cent with its standard error; empty without such tasks."""
     rows = result["rows"]
-    names = list(rows[0]["tasks"]) if rows else []
+    names = [task for task, score in rows[0]["tasks"].items() if score["metric"] is not None] if rows else []
     if not names:
         return ""
     header = ["accuracy, %", *names, "mean"]
@@ -42,6 +42,29 @@ def task_table(result: dict[str, Any]) -> str:
         for row in rows
     ]
     return _aligned([header, *lines])
+
+
+def other_metrics(row: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """What lm-eval measured on the tasks that have no accuracy (word_perplexity, say): task, metric, value."""
+    return [
+        (task, metric, found["value"])
+        for task, score in row["tasks"].items()
+        if score["metric"] is None
+        for metric, found in score["metrics"].items()
+        if found["value"] is not None
+    ]
+
+
+def metric_table(result: dict[str, Any]) -> str:
+    """Every row on the tasks that have no accuracy; empty without any."""
+    names = list(dict.fromkeys((task, metric) for row in result["rows"] for task, metric, _ in other_metrics(row)))
+    if not names:
+        return ""
+    lines = []
+    for row in result["rows"]:
+        values = {(task, metric): value for task, metric, value in other_metrics(row)}
+        lines.append([row["label"], *(_plain(values[name]) if name in values else "-" for name in names)])
+    return _aligned([["", *(f"{task} {metric}" for task, metric in names)], *lines])
 
 
 def _aligned(lines: list[list[str]]) -> str:
@@ -58,6 +81,10 @@ def _share(value: float | None, stderr: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.6g}"
 
 
 def _number(value: float) -> str:

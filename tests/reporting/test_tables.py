@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cushion.reporting.tables import comparison_table, task_table
+from cushion.reporting.tables import comparison_table, metric_table, task_table
 
 
 def row(label: str, perplexity: dict[str, float]) -> dict[str, Any]:
@@ -40,24 +40,37 @@ def test_every_corpus_has_a_column() -> None:
 
 def test_accuracies_stand_in_per_cent_with_their_standard_errors() -> None:
     tasks = {
-        "piqa": {"value": 0.625, "stderr": 0.034},
-        "wikitext": {"value": None, "stderr": None},
-        "mmlu_stem": {"value": 0.25, "stderr": None},
+        "piqa": {"metric": "acc", "value": 0.625, "stderr": 0.034, "metrics": {}},
+        "mmlu_stem": {"metric": "acc", "value": 0.25, "stderr": None, "metrics": {}},
     }
     with_tasks = {**row("naive", {}), "tasks": tasks, "accuracy": 0.4375, "accuracy_stderr": 0.017}
     header, _, line = task_table({"rows": [with_tasks]}).splitlines()
-    assert header.split() == ["accuracy,", "%", "piqa", "wikitext", "mmlu_stem", "mean"]
+    assert header.split() == ["accuracy,", "%", "piqa", "mmlu_stem", "mean"]
     assert line.split("  ")[0] == "naive"
     assert [cell for cell in line.split("  ")[1:] if cell.strip()] and line.endswith("43.8 ± 1.7")
-    assert line.split() == ["naive", "62.5", "±", "3.4", "-", "25.0", "43.8", "±", "1.7"]
+    assert line.split() == ["naive", "62.5", "±", "3.4", "25.0", "43.8", "±", "1.7"]
     comparison = comparison_table({"rows": [with_tasks, row("without", {})]}).splitlines()
     assert "accuracy" in comparison[0]
     assert "43.8 ± 1.7" in comparison[2]
     assert comparison[3].split()[1] == "-"
 
 
+def test_what_a_task_measures_that_is_no_accuracy_has_a_table_of_its_own() -> None:
+    def tasks(word_perplexity: float | None) -> dict[str, Any]:
+        metrics = {"word_perplexity": {"value": word_perplexity, "stderr": None}, "bits": {"value": 0.5, "stderr": 0.1}}
+        return {"wikitext": {"metric": None, "value": None, "stderr": None, "metrics": metrics}}
+
+    rows = [{**row("full precision", {}), "tasks": tasks(21.25)}, {**row("naive", {}), "tasks": tasks(None)}]
+    assert task_table({"rows": rows}) == "", "none of it is an accuracy"
+    header, _, first, second = metric_table({"rows": rows}).splitlines()
+    assert header.split("  ")[-2:] == ["wikitext word_perplexity", "wikitext bits"]
+    assert first.split() == ["full", "precision", "21.25", "0.5"]
+    assert second.split() == ["naive", "-", "0.5"], "it overflowed"
+
+
 def test_there_is_no_table_of_tasks_without_tasks() -> None:
     assert task_table({"rows": [row("x", {"one": 1.0})]}) == ""
+    assert metric_table({"rows": [row("x", {"one": 1.0})]}) == ""
     assert task_table({"rows": []}) == ""
     assert "accuracy" not in comparison_table({"rows": [row("x", {"one": 1.0})]})
 

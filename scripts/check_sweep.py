@@ -1,0 +1,432 @@
+"""Proof that sweeps survive: one sweep of small runs, unbroken, and again in the ways that may go wrong.
+
+    python scripts/check_sweep.py                          # all of it, with 20 runs and five kills: some minutes
+    python scripts/check_sweep.py --runs 4 --kills 2 --only killed,joblib
+
+Every way has a folder of its own and must end with the results of the unbroken sweep, every step of it computed once:
+
+- `killed`: SIGKILL to all of its processes at random moments, and the same command again until it ends
+- `twice`: two processes with the same command on one folder, started at once
+- `joblib`: two processes at a time (hydra/launcher=joblib_local)
+- `slurm`: as jobs of SLURM, on the cluster that is there or one of this machine (scripts/slurm_one_node.sh)
+- `full`: on a full disk until it has failed, and again with room; needs root, for a small file system in memory
+
+A random LLaMA of three blocks, text made on the spot, no network. Exit status 0: no difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+for name, value in (
+    ("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("WANDB_MODE", "offline"), ("CUDA_VISIBLE_DEVICES", ""),
+):  # fmt: skip
+    os.environ[name] = value
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+WAYS = ("killed", "twice", "joblib", "slurm", "full")
+VARIANTS = 4
+"""Runs for each seed: two quantizers times two searches, which share the steps that they have in common."""
+
+SWEEP = [
+    "model=tiny", "data=file", "quantizer=per_tensor_static,smoothquant_o3", "search=greedy_sampled,newline",
+    "tuning=short", "tuning.steps=6", "tuning.sequences=6", "tuning.sequence_length=16", "tuning.batch_size=2",
+    "tuning.warmup_steps=1", "tuning.evaluate_every=2", "tuning.held_out_sequences=2", "search.candidates=24",
+    "search.frequent=8", "search.text_length=16", "search.max_length=2", "search.tau=1.0", "search.batch_size=4",
+    "quantizer.calibration.samples=2", "quantizer.calibration.length=16", "eval.block_length=32", "eval.blocks=4",
+    "eval.activation_blocks=2",
+]  # fmt: skip
+NOT_EXACT = ("seconds", "timings", "paths", "environment")
+"""What may differ: the clock, the folders, and (by its launcher's way of starting processes) nothing else."""
+
+
+@dataclass
+class Outcome:
+    """What a folder of results holds when a sweep has ended, and what was seen on the way."""
+
+    way: str
+    seconds: float
+    results: dict[str, Any]
+    attempts: dict[str, int]
+    kills: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+# ---- one sweep ----------------------------------------------------------------------------------------------------
+
+
+def sweep(text: Path, output: Path, seeds: int, more: list[str]) -> list[str]:
+    """The arguments of `cushion`."""
+    values = ",".join(map(str, range(seeds)))
+    return ["-m", *SWEEP, f"data.path={text}", f"seed={values}", f"paths.output_dir={output}", *more]
+
+
+def command(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    """In a process of its own, leader of its group: the command `cushion`, with what it prints in `log`."""
+    from cushion import cli
+
+    os.setsid()
+    os.environ.update(environment)  # of now: the process that this one is forked from is as old as the first sweep
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["cushion", *arguments]
+    os.chdir(log.parent)
+    cli.main()
+
+
+class Starter:
+    """Starts the command in processes that share one import of Cushion: a start costs no more than a run."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["cushion.cli", "cushion.pipeline", "cushion.reporting.figures", "wandb"])
+        self._started: list[BaseProcess] = []
+
+    def start(self, arguments: list[str], log: Path) -> BaseProcess:
+        """Start `cushion` with these arguments."""
+        process = self._context.Process(target=command, args=(arguments, log, dict(os.environ)))
+        process.start()
+        self._started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what is still at work."""
+        for process in self._started:
+            if process.is_alive() and process.pid is not None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_to_the_end(start: Callable[[], BaseProcess]) -> int:
+    """Start, wait, and return the exit status."""
+    process = start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+# ---- what a folder holds ------------------------------------------------------------------------------------------
+
+
+def artifacts(output: Path) -> dict[str, Path]:
+    """The finished steps, by `<step>/<key>`."""
+    found = output.glob("cache/*/*/depends_on.json")
+    return {f"{path.parent.parent.name}/{path.parent.name}": path for path in found if path.parent.name[0] != "."}
+
+
+def completed(output: Path) -> dict[str, Path]:
+    """The results of completed runs, by their folder."""
+    found = {path.parent.relative_to(output).as_posix(): path for path in output.glob("*/*/*/*/result.json")}
+    return {place: path for place, path in found.items() if json.loads(path.read_text())["status"] == "completed"}
+
+
+def written(output: Path) -> dict[str, tuple[int, int]]:
+    """Which file every finished step and run is: computed again, it would be another one."""
+    files = {**artifacts(output), **completed(output)}
+    return {key: (path.stat().st_ino, path.stat().st_mtime_ns) for key, path in files.items()}
+
+
+def exact(record: Any) -> Any:
+    """A result without what may differ."""
+    if isinstance(record, dict):
+        return {key: exact(value) for key, value in record.items() if key not in NOT_EXACT}
+    return [exact(value) for value in record] if isinstance(record, list) else record
+
+
+def numbers(record: Any) -> int:
+    """How many numbers a record holds."""
+    if isinstance(record, (dict, list)):
+        return sum(map(numbers, record.values() if isinstance(record, dict) else record))
+    return isinstance(record, (int, float)) and not isinstance(record, bool)
+
+
+def look(way: str, output: Path, seconds: float, status: int | None) -> Outcome:
+    """Read everything that a sweep left, and note what should not be there."""
+    results = {place: exact(json.loads(path.read_text())) for place, path in completed(output).items()}
+    attempts = {
+        key: len(json.loads(path.with_name("made.json").read_text())["attempts"])
+        for key, path in artifacts(output).items()
+    }
+    outcome = Outcome(way, seconds, results, attempts)
+    if status != 0:
+        outcome.problems.append(f"exit status {status}")
+    left = [path for path in output.rglob("*") if path.suffix == ".partial" or is_temporary(path)]
+    left = [path for path in left if ".submitit" not in path.parts]  # SLURM's own files
+    outcome.problems += [f"left behind: {path.relative_to(output)}" for path in left]
+    for place in results:
+        kept, said = list((output / place).glob("wandb/offline-run-*")), output / place / "tracking.json"
+        if len(kept) > 1 or (said.is_file() and len(kept) != 1):
+            outcome.problems.append(f"{len(kept)} W&B runs in {place}")
+        if said.is_file() and not json.loads(said.read_text())["ended"]:
+            outcome.problems.append(f"the W&B run of {place} was not ended")
+        if not list((output / place / "figures").glob("*.png")):
+            outcome.problems.append(f"no figure in {place}")
+    return outcome
+
+
+def is_temporary(path: Path) -> bool:
+    """A file or folder that was to be moved to its place when it is whole."""
+    known = (".lock", ".figures.lock", ".submitit")
+    return path.name.endswith(".part") or (path.name.startswith(".") and path.name not in known)
+
+
+# ---- the ways -----------------------------------------------------------------------------------------------------
+
+
+def killed(starter: Starter, arguments: list[str], output: Path, whole: Outcome, kills: int, seed: int) -> Outcome:
+    """Kill the sweep at random moments: after a number of finished steps, and a random part of a step's time."""
+    draw, log = random.Random(seed), output.with_suffix(".log")
+    steps, before, problems = len(whole.attempts), {}, []
+    started = time.perf_counter()
+    for number, moment in enumerate(sorted(draw.sample(range(int(0.95 * steps)), kills)), start=1):
+        process = starter.start(arguments, log)
+        while process.is_alive() and len(artifacts(output)) < moment:
+            time.sleep(0.05)
+        process.join(draw.uniform(0, 2 * whole.seconds / steps))
+        if process.is_alive():
+            assert process.pid is not None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        if process.exitcode != -signal.SIGKILL:
+            problems.append(f"was not killed for the {number}. time: it ended with status {process.exitcode} before")
+        now = written(output)
+        problems += again(before, now)
+        before = now
+        runs, done = len(completed(output)), len(artifacts(output))
+        print(f"  kill {number}: {runs} runs, {done} of {steps} steps done", flush=True)
+    status = run_to_the_end(lambda: starter.start(arguments, log))
+    problems += again(before, written(output))
+    outcome = look("killed", output, time.perf_counter() - started, status)
+    outcome.problems, outcome.kills = problems + outcome.problems, kills
+    return outcome
+
+
+def again(before: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -> list[str]:
+    """What was finished before and is another file now, or none."""
+    return [f"{key} was finished, and is {'written again' if key in now else 'gone'}"
+            for key, file in before.items() if now.get(key) != file]  # fmt: skip
+
+
+def twice(starter: Starter, arguments: list[str], output: Path) -> Outcome:
+    """The same command in two processes at once."""
+    started = time.perf_counter()
+    both = [starter.start(arguments, output.with_suffix(f".{number}.log")) for number in range(2)]
+    for process in both:
+        process.join()
+    status = max(abs(process.exitcode or 0) for process in both)
+    return look("twice", output, time.perf_counter() - started, status)
+
+
+def launched(way: str, starter: Starter, arguments: list[str], output: Path) -> Outcome:
+    """Through one of Hydra's launchers."""
+    more = {
+        "joblib": ["hydra/launcher=joblib_local", "hydra.launcher.n_jobs=2"],
+        "slurm": ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"],
+    }
+    started, log = time.perf_counter(), output.with_suffix(".log")
+    with cluster(output.parent) if way == "slurm" else contextlib.nullcontext():
+        status = run_to_the_end(lambda: starter.start([*arguments, *more[way]], log))
+    return look(way, output, time.perf_counter() - started, status)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[None]:
+    """SLURM: the one that answers, or one of this machine."""
+    if subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60).returncode == 0:
+        yield
+        return
+    for port in ("SLURMCTLD_PORT", "SLURMD_PORT"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ[port] = str(free.getsockname()[1])
+    script = str(ROOT / "scripts" / "slurm_one_node.sh")
+    os.environ["SLURM_CONF"] = str(folder / "cluster" / "slurm.conf")
+    try:
+        subprocess.run([script, "start", str(folder / "cluster")], check=True, timeout=300)
+        yield
+    finally:
+        subprocess.run([script, "stop", str(folder / "cluster")], check=True, timeout=300)
+        del os.environ["SLURM_CONF"]
+
+
+def full(starter: Starter, arguments: list[str], output: Path) -> Outcome:
+    """On a file system that fills up in the middle; then with room."""
+    log = output.with_suffix(".log")
+    output.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(output)], check=True)
+    started = time.perf_counter()
+    try:
+        status = run_to_the_end(lambda: starter.start(arguments, log))
+        problems = [] if status == 1 else [f"exit status {status} on a full disk"]
+        if "Traceback" in log.read_text(encoding="utf-8"):
+            problems.append("a traceback on a full disk")
+        before = written(output)
+        print(f"  full: {len(completed(output))} runs, {len(before) - len(completed(output))} steps done")
+        subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
+        status = run_to_the_end(lambda: starter.start(arguments, log))
+        problems += again(before, written(output))
+        outcome = look("full", output, time.perf_counter() - started, status)
+    finally:
+        subprocess.run(["umount", "--lazy", str(output)], check=True)
+    outcome.problems = problems + outcome.problems
+    return outcome
+
+
+def reason_to_skip(way: str) -> str | None:
+    """Why a way cannot be gone on this machine."""
+    plugin = {"joblib": "hydra_joblib_launcher", "slurm": "hydra_submitit_launcher"}.get(way)
+    if plugin is not None:
+        from importlib.util import find_spec
+
+        if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None:
+            return f"{plugin} is not installed: pip install 'cushion[launchers]'"
+    if way == "slurm":
+        absent = [name for name in ("sbatch", "srun", "sinfo") if shutil.which(name) is None]
+        if absent:
+            return f"SLURM is not installed ({', '.join(absent)}): apt-get install slurm-wlm munge"
+    if way == "full" and os.geteuid() != 0:
+        return "a small file system can be made by root only"
+    return None
+
+
+# ---- the comparison -----------------------------------------------------------------------------------------------
+
+
+def compare(whole: Outcome, other: Outcome) -> None:
+    """Note how a sweep differs from the unbroken one, and what it computed more than once."""
+    for place in sorted(whole.results.keys() | other.results.keys()):
+        if place not in other.results:
+            other.problems.append(f"{place} is missing")
+        elif place not in whole.results:
+            other.problems.append(f"{place} is more than was asked for")
+        elif whole.results[place] != other.results[place]:
+            fields = [key for key, value in whole.results[place].items() if other.results[place].get(key) != value]
+            other.problems.append(f"{place} differs in {', '.join(fields)}")
+    if whole.attempts.keys() != other.attempts.keys():
+        other.problems.append(f"{len(whole.attempts.keys() ^ other.attempts.keys())} steps are not those of the other")
+    if other.way != "full":  # there every attempt that failed for want of room may have been one
+        tried = sum(other.attempts.values()) - len(other.attempts)
+        if tried > other.kills:
+            other.problems.append(f"{tried} attempts at steps more than steps, with {other.kills} kills")
+
+
+def report(outcomes: list[Outcome], skipped: dict[str, str]) -> None:
+    """Print the table, and every problem."""
+    counts = Counter(key.split("/")[0] for key in outcomes[0].attempts)
+    print(f"\nsteps of the unbroken sweep: {', '.join(f'{number} {name}' for name, number in sorted(counts.items()))}")
+    print(f"numbers compared in every sweep: {numbers(outcomes[0].results)}\n")
+    line = "{:<10}{:>6}{:>7}{:>8}{:>14}{:>10}{:>11}"
+    print(line.format("", "kills", "runs", "steps", "interrupted", "seconds", "problems"))
+    for one in outcomes:
+        interrupted = sum(one.attempts.values()) - len(one.attempts)
+        values = (one.kills, len(one.results), len(one.attempts), interrupted, f"{one.seconds:.0f}", len(one.problems))
+        print(line.format(one.way, *values))
+    for way, reason in skipped.items():
+        print(f"{way:<10}skipped: {reason}")
+    for one in outcomes:
+        for problem in one.problems:
+            print(f"{one.way}: {problem}", file=sys.stderr)
+
+
+def make_text(path: Path) -> None:
+    """60 different documents: enough for every purpose of a tiny run."""
+    words = list("etaoinshrdlu")
+    documents = [
+        f"Document {index}. " + " ".join(words[(index * 7 + step * (index % 5 + 3)) % 11] * 3 for step in range(120))
+        for index in range(60)
+    ]
+    path.write_text("\n\n".join(documents), encoding="utf-8")
+
+
+def main() -> None:
+    """Run the sweeps, compare them, exit with 1 on any difference."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=20, help="runs of the sweep, a multiple of 4 (default: 20)")
+    parser.add_argument("--kills", type=int, default=5, help="how often it is killed (default: 5)")
+    parser.add_argument("--only", default=",".join(WAYS), metavar="WAYS", help=f"of {', '.join(WAYS)} (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--folder", type=Path, help="keep everything there; it must be new (default: a temporary one)")
+    parser.add_argument("--without-wandb", action="store_true", help="run with tracking=none")
+    given = parser.parse_args()
+    ways = given.only.split(",")
+    if given.runs < VARIANTS or given.runs % VARIANTS:
+        parser.error(f"--runs {given.runs}: a multiple of {VARIANTS}")
+    if unknown := set(ways) - set(WAYS):
+        parser.error(f"--only {', '.join(sorted(unknown))}: of {', '.join(WAYS)}")
+    folder: Path = given.folder or Path(tempfile.mkdtemp(prefix="cushion-check-"))
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=given.folder is None)
+    make_text(folder / "text.txt")
+
+    starter = Starter()
+    try:
+        outcomes, skipped = go(starter, folder, ways, given)
+    finally:
+        starter.stop()
+    report(outcomes, skipped)
+    if any(one.problems for one in outcomes):
+        print(f"what was printed and found is kept in {folder}", file=sys.stderr)
+        sys.exit(1)
+    if given.folder is None:
+        shutil.rmtree(folder)
+
+
+def go(
+    starter: Starter, folder: Path, ways: list[str], given: argparse.Namespace
+) -> tuple[list[Outcome], dict[str, str]]:
+    """The unbroken sweep and the others; what came of them, and what was skipped for which reason."""
+    skipped: dict[str, str] = {}
+    more = ["tracking=none"] if given.without_wandb else []
+
+    def arguments(way: str) -> list[str]:
+        return sweep(folder / "text.txt", folder / way, given.runs // VARIANTS, more)
+
+    print(f"unbroken: {given.runs} runs in {folder}", flush=True)
+    started = time.perf_counter()
+    status = run_to_the_end(lambda: starter.start(arguments("unbroken"), folder / "unbroken.log"))
+    whole = look("unbroken", folder / "unbroken", time.perf_counter() - started, status)
+    if len(whole.results) != given.runs:
+        whole.problems.append(f"{len(whole.results)} runs were completed of {given.runs}; see {folder}/unbroken.log")
+    outcomes = [whole]
+    for way in ways if len(whole.results) == given.runs else ():
+        if reason := reason_to_skip(way):
+            skipped[way] = reason
+            continue
+        print(f"{way}:", flush=True)
+        output = folder / way
+        if way == "killed":
+            outcome = killed(starter, arguments(way), output, whole, given.kills, given.seed)
+        elif way == "twice":
+            outcome = twice(starter, arguments(way), output)
+        elif way == "full":
+            outcome = full(starter, arguments(way), output)
+        else:
+            outcome = launched(way, starter, arguments(way), output)
+        compare(whole, outcome)
+        outcomes.append(outcome)
+        print(f"  {len(outcome.problems)} problems in {outcome.seconds:.0f} s", flush=True)
+    return outcomes, skipped
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""scripts/check_sweep.py: a killed sweep ends with the results of an unbroken one, and what differs is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "check_sweep.py"
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
+        monkeypatch.setenv(name, "")  # the script sets them, and they are set back after the test
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("check_sweep", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "check_sweep", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_sweep_that_is_killed_twice_ends_with_the_same_results_each_step_computed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "check"
+    command = [sys.executable, str(SCRIPT), "--runs", "4", "--kills", "2", "--only", "killed", "--without-wandb"]
+    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if re.match(r"(un|k)\w+ +\d", line)}
+    assert table["unbroken"][:2] == ["0", "4"]
+    assert table["killed"][:2] == ["2", "4"]
+    assert table["unbroken"][2] == table["killed"][2], "as many steps"
+    assert table["unbroken"][3] == "0"
+    results = list((folder / "killed").glob("default/*/*/*/result.json"))
+    assert len(results) == 4
+    made = [json.loads(path.read_text()) for path in (folder / "killed").glob("cache/*/*/made.json")]
+    assert len(made) == int(table["killed"][2])
+    assert {key for record in made for attempt in record["attempts"] for key in attempt} == {
+        "started", "host", "process",
+    }  # fmt: skip
+
+
+def outcome(check: ModuleType, value: float, **attempts: int) -> object:
+    return check.Outcome("some", 1.0, {"run": {"status": "completed", "metrics": {"perplexity": value}}}, attempts)
+
+
+def test_what_differs_from_the_unbroken_sweep_is_told(check: ModuleType) -> None:
+    whole, same = outcome(check, 1.0, a=1, b=1), outcome(check, 1.0, a=1, b=1)
+    check.compare(whole, same)
+    assert same.problems == []
+    for other, expected in (
+        (outcome(check, 1.0 + 1e-15, a=1, b=1), "run differs in metrics"),
+        (outcome(check, 1.0, a=2, b=1), "1 attempts at steps more than steps, with 0 kills"),
+        (outcome(check, 1.0, a=1, c=1), "2 steps are not those of the other"),
+        (check.Outcome("some", 1.0, {}, {"a": 1, "b": 1}), "run is missing"),
+    ):
+        check.compare(whole, other)
+        assert other.problems == [expected]
+    assert check.again({"a": (1, 2), "b": (3, 4), "c": (5, 6)}, {"a": (1, 2), "b": (3, 5)}) == [
+        "b was finished, and is written again", "c was finished, and is gone",
+    ]  # fmt: skip
+
+
+def test_what_a_kill_left_behind_is_told(check: ModuleType, tmp_path: Path) -> None:
+    run, step = tmp_path / "default" / "m" / "q-s-t" / "hash", tmp_path / "cache" / "search" / "key"
+    for folder, files in ((run / "figures", ["a.png"]), (run, [".lock", ".figures.lock"]), (step, ["depends_on.json"])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (folder / name).touch()
+    (run / "result.json").write_text('{"status": "completed", "metrics": {"perplexity": 1.5}, "timings": {"total": 2}}')
+    (step / "made.json").write_text('{"attempts": [{}, {}]}')
+    clean = check.look("some", tmp_path, 1.0, 0)
+    assert clean.problems == []
+    assert clean.attempts == {"search/key": 2}
+    assert check.numbers(clean.results) == 1, "seconds are not compared"
+    for name in (".result.json-abc", "prefix.safetensors.part"):
+        (run / name).touch()
+    (tmp_path / "cache" / "search" / "other.partial").mkdir()
+    left = check.look("some", tmp_path, 1.0, 1).problems
+    assert left[0] == "exit status 1"
+    assert {line.rpartition("/")[2] for line in left[1:]} == {
+        ".result.json-abc", "prefix.safetensors.part", "other.partial",
+    }  # fmt: skip
