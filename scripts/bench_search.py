@@ -16,6 +16,7 @@ in bfloat16: what a step costs does not depend on the weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -207,15 +208,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """L_q against token-forwards, both logarithmic."""
+    """L_q against token-forwards."""
     shown = [row for row in rows if row["token_forwards"]]
-    _, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for row in shown:
-        extrapolated = row["extrapolated_from"] is not None
-        axes.scatter(row["token_forwards"], row["ratio_to_best"], marker="x" if extrapolated else "o", color="#2166ac")
-        label = row["search"] + (" (sample)" if extrapolated else "")
-        axes.annotate(label, (row["token_forwards"], row["ratio_to_best"]), textcoords="offset points", xytext=(5, 5))
+    _, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for row, marker in zip(shown, itertools.cycle("osD^vPX*"), strict=False):
+        sample = row["extrapolated_from"]
+        label = row["search"] + ("" if sample is None else f" ({sample} tokens, cost scaled)")
+        axes.scatter(row["token_forwards"], row["ratio_to_best"], s=70, alpha=0.7, marker=marker, label=label)
     axes.set(xscale="log", xlabel="token-forwards", ylabel="L_q over the lowest found")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     pyplot.savefig(path, dpi=150)
     pyplot.close()
 
