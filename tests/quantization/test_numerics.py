@@ -344,3 +344,29 @@ def test_a_range_of_one_value_is_reproduced_with_an_integer_zero_point(value: fl
     result, scale, _ = quantize_to_range(torch.full((4,), value), grid)
     torch.testing.assert_close(result, torch.full((4,), value))
     assert scale > 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "values"),
+    [
+        (Grid(4, False, zero_point="integer"), torch.tensor([-7.5, 0.0, 7.5])),  # 7.5 steps become 8
+        (Grid(8, True), torch.tensor([100.0, 180.0]) * 2**-149),  # the step 180 / 127 is not a subnormal number, 1 is
+    ],
+)
+def test_a_dynamic_range_needs_the_clamp_too_where_the_step_or_zero_is_rounded(grid: Grid, values: Tensor) -> None:
+    result, scale, offset = quantize_to_range(values, grid)
+    _, high = grid.bounds
+    assert torch.round((values - offset) / scale).max() > high
+    assert torch.round((result - offset) / scale).max() == high
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 33), (1, 1), (4, 1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranges_are_those_of_one_pass_for_both_ends_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = draw(*shape).to(dtype)
+    for dim in range(-len(shape), len(shape)):
+        low, high = torch.aminmax(values, dim=dim, keepdim=True)
+        found = dynamic_range(values, (dim,))
+        assert torch.equal(found[0], low) and torch.equal(found[1], high)
+    values[..., 0] = torch.nan
+    assert all(end.isnan().all() for end in dynamic_range(values, (-1,))), "what is not a number stays visible"
