@@ -92,7 +92,13 @@ def command(arguments: list[str], log: Path, environment: dict[str, str]) -> Non
         os.dup2(file.fileno(), 2)
     sys.argv = ["cushion", *arguments]
     os.chdir(log.parent)
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        if "joblib" in sys.modules:  # its workers end with a process's interpreter, and a forked one has no such end
+            from joblib.externals.loky import get_reusable_executor
+
+            get_reusable_executor().shutdown(wait=True)
 
 
 class Starter:
