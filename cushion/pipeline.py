@@ -262,9 +262,12 @@ class _Run:
         }
         self.result.timings["search"] = seconds
         if state.stop_reason == "budget":
+            outcome = (
+                "the prefix is the best that was verified by then" if state.token_ids else "none was verified by then"
+            )
             self._warn(
                 f"the search ran out of its budget (search.budget_token_forwards={config.budget_token_forwards}, "
-                f"search.budget_seconds={config.budget_seconds}): the prefix is the best that was verified by then"
+                f"search.budget_seconds={config.budget_seconds}): {outcome}"
             )
         if not state.token_ids:
             reason = (
@@ -359,7 +362,7 @@ class _Run:
             for asked in self.tasks.asked
         }
         if any(truncated.values()):
-            self._warn(_truncation_warning(truncated, label, len(stage.prefix)))
+            self._warn(_truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         for corpus, value in measured.perplexity.items():
             self.emit(Record("perplexity", len(self.result.rows), {f"{corpus}/{name}": value}))
         values = {f"{task}/{name}": found.value for task, found in measured.tasks.items()}
@@ -477,12 +480,16 @@ def _task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     return found
 
 
-def _truncation_warning(truncated: dict[str, int], label: str, length: int) -> str:
+def _truncation_warning(truncated: dict[str, int], label: str, length: int, shots: int | None) -> str:
     """What was cut in a row: requests by entry of `eval.tasks`, behind a prefix of `length` tokens."""
     counts = " and ".join(f"{count} requests of {task}" for task, count in truncated.items() if count)
     room = f"the model's context leaves behind a prefix of {length} tokens" if length else "the model's context holds"
-    way_out = "shorten the prefix, or lower eval.shots" if length else "lower eval.shots"
-    return f"{counts} of eval.tasks lost the start of their context ({label}): they are longer than {room}; {way_out}"
+    ways_out = [*(["shorten the prefix"] if length else []), *(["lower eval.shots"] if shots != 0 else [])]
+    way_out = f"; {' or '.join(ways_out)}" if ways_out else ""
+    return (
+        f"{counts} of eval.tasks lost the start of their context ({label}): with the answer they are longer "
+        f"than {room}{way_out}"
+    )
 
 
 def _scheme(quantizer: QuantizerConfig) -> str:

@@ -5,12 +5,12 @@
 
 Every OVERRIDE is one of the `cushion` command's, for example `model=llama2_7b data=wikitext2 eval.blocks=16`. A greedy
 search ends after one token (`--tokens`), whatever tau is. Exhaustive and exact scoring run over a sample of the
-vocabulary that holds what the other searches found; their cost is extrapolated to the whole vocabulary, and the table
-says so. Each row is printed, and kept in `bench_search.json`, as soon as it is measured; the table of all of them and
-`bench_search.png` come at the end.
+vocabulary that holds the first tokens that the other searches found, and others at random; the table says so. What
+exhaustive scoring costs over the whole vocabulary is counted. Each row is printed, and kept in `bench_search.json`, as
+soon as it is measured; the table of all of them and `bench_search.png` come at the end.
 
-`--shapes` times a search step of each scoring on randomly initialised models of the shapes of LLaMA-2-7B and LLaMA-3-8B
-in bfloat16: what a step costs does not depend on the weights.
+`--shapes` times an exhaustive and a pruned step on randomly initialised models of the shapes of LLaMA-2-7B and
+LLaMA-3-8B in bfloat16: what these cost does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,31 +123,25 @@ def bench(options: argparse.Namespace) -> None:
     lm, texts = prepared.lm, prepared.texts.search
     assert texts is not None
     size = lm.vocabulary_size
-    of_texts = options.tokens * options.length  # L_q(t | p), once a step: what does not grow with the candidates
-    whole = of_texts + options.tokens * size * (options.length + 1)
+    objective = Objective(replace(base.search, objective="quantization_error"))
+    whole = options.tokens * (options.length + size * (options.length + 1))  # with L_q(t | p), once a step
     record: dict[str, Any] = {"model": lm.label, "vocabulary": size, "length": options.length, "exhaustive": whole}
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)
 
-    def measure(name: str, overrides: list[str], sampled_of: int | None = None) -> None:
+    def measure(name: str, overrides: list[str], sample_size: int | None = None) -> None:
         result = pipeline.run(configured([*common, *overrides]))
-        search, found = (
-            result.search or {"token_forwards": 0, "seconds": 0.0},
-            (result.prefix or {}).get("token_ids", []),
-        )
-        scale, cost = 1.0 if sampled_of is None else size / sampled_of, search["token_forwards"]
-        cost = cost if sampled_of is None else of_texts + scale * (cost - of_texts)
+        search = result.search or {"token_forwards": 0, "seconds": 0.0}
+        found = (result.prefix or {}).get("token_ids", [])
         row = {
             "search": name,
-            "extrapolated_from": sampled_of,
+            "sample": sample_size,
             "prefix": lm.decode(found),
             "token_ids": found,
-            "token_forwards": cost,
-            "share_of_exhaustive": cost / whole,
-            "seconds": scale * search["seconds"],
-            "quantization_error": Objective(SearchConfig())(
-                lm, Prefix.from_tokens(lm.model, found), texts[:1], 0
-            ).item(),
+            "token_forwards": search["token_forwards"],
+            "share_of_exhaustive": search["token_forwards"] / whole,
+            "seconds": search["seconds"],
+            "quantization_error": objective(lm, Prefix.from_tokens(lm.model, found), texts[:1], 0).item(),
             "perplexity": only_value(result.metrics["perplexity"]),
         }
         rows.append(row)
@@ -161,7 +156,7 @@ def bench(options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(base.seed)
     drawn = torch.randperm(size, generator=generator).tolist()
     known = list(dict.fromkeys(token for row in rows for token in row["token_ids"][:1]))
-    sample = sorted(dict.fromkeys([*known, *drawn][: options.sample]))
+    sample = sorted(list(dict.fromkeys([*known, *drawn]))[: options.sample])
     own = f"search.user_tokens={json.dumps(sample).replace(' ', '')}"
     of = None if len(sample) == size else len(sample)
     for name in ("exhaustive", "exact"):
@@ -171,11 +166,18 @@ def bench(options: argparse.Namespace) -> None:
     for row in rows:
         row["ratio_to_best"] = row["quantization_error"] / best
     use = utilisation(lm, texts[0], max(1, ROW_TOKENS[lm.device.type] // (options.length + 1)))
-    print("\n" + table(rows) + "\n\n" + utilisation_line(use))
+    print("\n" + table(rows) + "\n\n" + whole_line(rows, size, whole) + "\n" + utilisation_line(use))
     record |= {"rows": rows, "utilisation": use}
     (output / "bench_search.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    figure(rows, output / "bench_search.png")
+    figure(rows, whole, output / "bench_search.png")
     print(output / "bench_search.png")
+
+
+def whole_line(rows: list[dict[str, Any]], size: int, whole: int) -> str:
+    """What exhaustive scoring costs over the whole vocabulary: tokens by counting, seconds from those of the sample."""
+    measured = next(row for row in rows if row["search"] == "exhaustive")
+    seconds = measured["seconds"] / measured["share_of_exhaustive"]
+    return f"exhaustive, all {size} tokens: {whole} token-forwards (counted), about {seconds:.0f} s (from the sample's)"
 
 
 def utilisation_line(use: dict[str, float]) -> str:
@@ -192,12 +194,15 @@ HEADER = (
 )
 
 
+def named(row: dict[str, Any]) -> str:
+    return row["search"] if row["sample"] is None else f"{row['search']} (of {row['sample']} tokens)"
+
+
 def line(row: dict[str, Any]) -> str:
-    """A row as plain text; what was extrapolated is marked, and what cannot be known yet is left open."""
-    sample, ratio = row["extrapolated_from"], row.get("ratio_to_best")
-    name = row["search"] if sample is None else f"{row['search']} (cost from {sample} tokens)"
+    """A row as plain text; what ran over a sample is marked, and what cannot be known yet is left open."""
+    ratio = row.get("ratio_to_best")
     return (
-        f"{name:<34}{row['token_forwards']:>15.0f}{row['share_of_exhaustive']:>9.4f}{row['seconds']:>9.0f}"
+        f"{named(row):<34}{row['token_forwards']:>15.0f}{row['share_of_exhaustive']:>9.4f}{row['seconds']:>9.0f}"
         f"{row['quantization_error']:>11.4g}{'' if ratio is None else f'{ratio:.3f}':>10}{row['perplexity']:>12.2f}"
         f"  {row['prefix']!r}"
     )
@@ -207,14 +212,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([HEADER, *(line(row) for row in rows)])
 
 
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """L_q against token-forwards."""
+def figure(rows: list[dict[str, Any]], whole: int, path: Path) -> None:
+    """L_q against token-forwards; `whole`: those of an exhaustive search of the whole vocabulary."""
     shown = [row for row in rows if row["token_forwards"]]
     _, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for row, marker in zip(shown, itertools.cycle("osD^vPX*"), strict=False):
-        sample = row["extrapolated_from"]
-        label = row["search"] + ("" if sample is None else f" ({sample} tokens, cost scaled)")
-        axes.scatter(row["token_forwards"], row["ratio_to_best"], s=70, alpha=0.7, marker=marker, label=label)
+        axes.scatter(row["token_forwards"], row["ratio_to_best"], s=70, alpha=0.7, marker=marker, label=named(row))
+    axes.axvline(whole, linestyle="--", color="grey", label="exhaustive (all tokens, counted)")
     axes.set(xscale="log", xlabel="token-forwards", ylabel="L_q over the lowest found")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -233,7 +237,7 @@ def bench_shapes(options: argparse.Namespace) -> None:
 def bench_shape(
     name: str, shape: dict[str, int], options: argparse.Namespace, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Time a step of each scoring on a random LLaMA of a shape, given as fields of its configuration."""
+    """Time an exhaustive and a pruned step on a random LLaMA of a shape, given as fields of its configuration."""
     with device:
         model = AutoModelForCausalLM.from_config(LlamaConfig(max_position_embeddings=4096, **shape), dtype=dtype)
     model.eval().requires_grad_(False)
@@ -242,19 +246,22 @@ def bench_shape(
     texts = torch.randint(0, size, (1, options.length), generator=generator)
     sample = torch.randperm(size, generator=generator)[: options.sample].tolist()
 
-    def step(scoring: str, pool: list[int]) -> None:
+    def step(scoring: str, pool: list[int], show: bool = True) -> None:
         search = SearchConfig(method="greedy", scoring=scoring, max_length=1, text_length=options.length)
         state = SearchState([])
         seconds = timed(lambda: list(greedy_search(lm, search, texts, pool, state)), device)
         scale = size / len(pool)
         note = "" if scale == 1 else f" (extrapolated from {len(pool)} candidates)"
-        cost = state.steps[0].token_forwards * scale
+        of_text = options.length  # L_q(t | p), which does not grow with the candidates
+        cost = of_text + (state.steps[0].token_forwards - of_text) * scale
+        if not show:
+            return
         print(f"  {scoring:<8}{seconds * scale:>10.1f} s a step{cost:>14.0f} token-forwards{note}", flush=True)
 
     published = f"; published: {PUBLISHED_HOURS[name]} hours for the whole search" if name in PUBLISHED_HOURS else ""
     print(f"{name}, n = {options.length}, {str(dtype).removeprefix('torch.')}{published}", flush=True)
+    step("full", sample[: len(sample) // 4], show=False)  # kernels are chosen and memory is reserved
     step("full", sample)
-    step("exact", sample)
     step("pruned", list(range(size)))
     print(f"  {utilisation_line(utilisation(lm, texts[0], max(1, ROW_TOKENS[device.type] // (options.length + 1))))}")
 

@@ -67,14 +67,14 @@ def test_every_row_is_measured_and_kept_at_once(
         {**row, "ratio_to_best": rows[row["search"]]["ratio_to_best"]} for row in kept["rows"]
     ]
     assert record["exhaustive"] == 16 + 260 * 17
-    assert rows["exhaustive"]["token_forwards"] == pytest.approx(record["exhaustive"])
+    assert rows["exhaustive"]["token_forwards"] == 16 + 40 * 17
     assert rows["sampled"]["share_of_exhaustive"] == 1  # a sample as large as this vocabulary
     assert rows["exact"]["token_ids"] == rows["exhaustive"]["token_ids"]
     assert min(row["ratio_to_best"] for row in rows.values()) == 1
     assert all(row["perplexity"] > 1 for row in rows.values())
-    assert (
-        len(re.findall(r"^exact \(cost from 40 tokens\) ", printed, re.MULTILINE)) == 2
-    )  # when measured, and in the end
+    assert rows["exact"]["sample"] == rows["exhaustive"]["sample"] == 40
+    assert len(re.findall(r"^exact \(of 40 tokens\) ", printed, re.MULTILINE)) == 2  # when measured, and in the end
+    assert f"exhaustive, all 260 tokens: {16 + 260 * 17} token-forwards (counted)" in printed
     assert 0 < record["utilisation"]["share_of_ceiling"] < 10
     assert (tmp_path / "bench_search.png").stat().st_size > 0
 
@@ -88,7 +88,7 @@ def test_steps_are_timed_on_a_shape(script: ModuleType, capsys: pytest.CaptureFi
     script.bench_shape("LLaMA-2-7B", shape, options, torch.device("cpu"), torch.bfloat16)
     printed = capsys.readouterr().out
     assert "n = 12, bfloat16; published: 2.68 hours" in printed
-    cost = (12 + 20 * 13) * 400 / 20
+    cost = 12 + 400 * 13
     assert re.search(rf"full +\d+\.\d s a step +{cost:.0f} token-forwards \(extrapolated from 20 candidates\)", printed)
     assert re.search(r"pruned +\d+\.\d s a step +\d+ token-forwards$", printed, re.MULTILINE)
     assert "in a large matrix product" in printed

@@ -73,10 +73,12 @@ class PrefixedModel(HFLM):
         room = self.max_length
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > room:
-            raise ConfigError(
-                f"eval.tasks has an answer of {longest} tokens, and a prefix of {len(self._prefix)} tokens leaves room "
-                f"for {room}: shorten the prefix, or leave the task out"
+            length = len(self._prefix)
+            holds = (
+                f"a prefix of {length} tokens leaves room for {room}" if length else f"the model's context holds {room}"
             )
+            way_out = "shorten the prefix, or leave the task out" if length else "leave the task out"
+            raise ConfigError(f"eval.tasks has an answer of {longest} tokens, and {holds}: {way_out}")
         self.truncated += sum(len(context) + len(continuation) - 1 > room for _, context, continuation in requests)
         scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
         return scored

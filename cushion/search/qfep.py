@@ -55,7 +55,7 @@ class QfepRecord:
     ratios: dict[str, float]
     tokens: list[SpikeToken]
     contexts: int
-    token_forwards: int
+    token_forwards: float
     """Tokens run through the blocks: all of them for the texts, only those down to `module` for the rows of five."""
     seconds: float
 
@@ -95,13 +95,14 @@ def qfep_search(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> Itera
         context = contexts[best]
         tokens.append(SpikeToken(token, lm.decode([token]), scale, context, lm.decode([context]), scores[best]))
     winner = max(tokens, key=lambda spike: spike.score)  # ties: the token with the larger scale
+    depth = (block_of(lm, module) + 1) / len(lm.blocks)
     yield QfepRecord(
         token_ids=[lm.bos_token_id, winner.context_id, winner.token_id],
         module=module,
         ratios={name: min(means[name], torch.finfo(torch.float32).max) for name in ranked[:REPORTED_RATIOS]},
         tokens=tokens,
         contexts=len(contexts),
-        token_forwards=with_bos.numel() + 5 * len(contexts) * len(tokens),
+        token_forwards=with_bos.numel() + 5 * len(contexts) * len(tokens) * depth,
         seconds=time.perf_counter() - started,
     )
 
