@@ -119,7 +119,7 @@ def _hydra_main(config: DictConfig) -> str:
 def _set_up() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("cushion").setLevel(logging.INFO)
-    logging.Handler.handleError = _logging_failed  # type: ignore[method-assign]
+    logging.Handler.handleError = _logging_failed  # type: ignore[method-assign, assignment]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 

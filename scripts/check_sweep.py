@@ -100,7 +100,7 @@ class Processes:
 
     def start(self, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start it with these arguments; what it prints is added to `log`."""
-        command = [sys.executable, "-m", "cushion.cli", *arguments]
+        command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments]  # as the installed one
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command, start_new_session=True, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT
