@@ -9,6 +9,7 @@ run loses at most a few seconds.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -28,6 +29,8 @@ from torch import Tensor
 from cushion.errors import ArtifactError
 from cushion.hashing import digest
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT_SECONDS = 10.0
 """How much work, in seconds, a kill may cost at most."""
 
@@ -44,8 +47,10 @@ def write_json(path: Path, record: Any) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # what writing raises names no file: that of a full disk, for one
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -167,9 +172,9 @@ class ArtifactStore:
         with FileLock(str(folder) + ".lock"):
             if folder.is_dir():  # another process made it while this one waited
                 return folder, True
-            attempts = _one_more_attempt(under_way / "attempts.json")
             checkpoint = under_way / "checkpoint.json"
             try:
+                attempts = _one_more_attempt(under_way / "attempts.json")
                 with whole_folder(folder) as temporary:
                     make(Workspace(temporary, Checkpoint(checkpoint)))
                     write_json(temporary / "depends_on.json", {"step": step, **depends_on})
@@ -182,8 +187,12 @@ class ArtifactStore:
 
 def _one_more_attempt(path: Path) -> list[dict[str, Any]]:
     """Note in `path` that this process sets about a step; all attempts so far, those that were killed included."""
-    attempts = read_json(path) if path.is_file() else []
+    try:
+        attempts = list(read_json(path)) if path.is_file() else []
+    except (ArtifactError, TypeError) as error:
+        logger.warning("earlier attempts at this step are not counted: %s", error)
+        attempts = []
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     attempts.append({"started": started, "host": socket.gethostname(), "process": os.getpid()})
     write_json(path, attempts)
-    return list(attempts)
+    return attempts

@@ -58,13 +58,12 @@ def to_run_config(config: DictConfig) -> RunConfig:
 def execute(config: RunConfig) -> Path:
     """Do one run with progress bars and the configured tracker, print its table, return the path of result.json."""
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
-    from cushion.artifacts import read_json
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table, metric_table, task_table
     from cushion.results import FILE_NAME
-    from cushion.tracking import TRACKING_FILE, WandbTracker
+    from cushion.tracking import TRACKING_FILE, WandbTracker, noted
 
     def draw(event: Event) -> None:
         if isinstance(event, RunFinished):
@@ -96,8 +95,7 @@ def execute(config: RunConfig) -> Path:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
     for figure in figures_of(record, folder).values():
         print(f"figure   {figure}")
-    place = folder / TRACKING_FILE
-    print(f"W&B run  {(read_json(place)['location'] if place.is_file() else None) or 'none'}")
+    print(f"W&B run  {noted(folder / TRACKING_FILE).get('location') or 'none'}")
     print("results")
     path = (folder / FILE_NAME).resolve()
     print(path, flush=True)
@@ -121,8 +119,18 @@ def _hydra_main(config: DictConfig) -> str:
 def _set_up() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("cushion").setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a log file of W&B's on a full disk is no reason for a traceback a line
+    logging.Handler.handleError = _logging_failed  # type: ignore[method-assign, assignment]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+_HANDLE_ERROR = logging.Handler.handleError
+
+
+def _logging_failed(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """As `logging` does, but for a full disk: W&B's own log file there is no reason for a traceback a line."""
+    error = sys.exc_info()[1]
+    if error is None or not _is_full_disk(error):
+        _HANDLE_ERROR(handler, record)
 
 
 def _place() -> AbstractContextManager[object]:

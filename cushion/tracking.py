@@ -1,4 +1,7 @@
-"""Where a run is logged. A tracker listens to the run's events; when it fails, it says so and the run goes on."""
+"""Where a run is logged. A tracker listens to the run's events; when it fails, it says so and the run goes on.
+
+What W&B gets of a run, and what becomes of it when the run is started again: docs/reports.md.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +46,11 @@ class WandbTracker:
 
     Offline when there is no key or no network (or when told so); the run is always closed. A failure in here is logged
     as a warning and switches the tracker off. What it logs has the same keys in every run, so that the runs of a sweep
-    can be laid over each other there; docs/results.md lists them.
+    can be laid over each other there; docs/reports.md lists them.
 
     A run that is started again after it was killed or failed is the same W&B run: offline it is logged anew, and what
-    the process before left is removed unless it was sent; online, what the server has is not sent again.
+    the process before left is removed; online, what the server has is not sent again. It is a new W&B run where the
+    server has what an offline one would log anew: the offline run was sent meanwhile, or the run was online before.
     """
 
     def __init__(self, config: TrackingConfig) -> None:
@@ -55,6 +59,7 @@ class WandbTracker:
         self._failed = False
         self._place = Path(TRACKING_FILE)
         self._id: str | None = None
+        self._mode: str | None = None
         self._sent: dict[str, float] = {}
         self.location: str | None = None
         """Where the run can be seen: its address when online, its folder when offline."""
@@ -71,20 +76,20 @@ class WandbTracker:
             self.location = None
             if self._id is not None:
                 with suppress(OSError):  # a full disk, say: what the file said before stays, and is as good
-                    self._note(ended=False)
+                    self._note()
             self.close(exit_code=1)
 
     def catch_up(self, finished: RunFinished, name: str) -> None:
-        """Log a finished run whose W&B run never ended: its process was killed in between, or W&B failed. Never raises.
+        """Log a finished run whose W&B run did not end well: it was killed, failed before, or W&B did. Never raises.
 
         Nothing is done for a run that was not tracked, was logged to its end, or is being logged by another process.
         """
         place = finished.folder / TRACKING_FILE
         try:
-            if self.location is not None or not _was_cut_short(place):
+            if self.location is not None or not _is_incomplete(noted(place)):
                 return
-            with FileLock(finished.folder / ".lock", blocking=False):
-                if not _was_cut_short(place):
+            with FileLock(finished.folder / ".lock", timeout=1):
+                if not _is_incomplete(noted(place)):
                     return
                 self(RunStarted(finished.folder, name, finished.result["config"]))
                 for kind in ("search", "tuning"):
@@ -93,7 +98,7 @@ class WandbTracker:
                 self(finished)
         except Timeout:
             return
-        except (OSError, ArtifactError) as error:
+        except OSError as error:
             logger.warning("whether W&B has all of this run cannot be told: %s", error)
 
     def close(self, exit_code: int = 0) -> bool:
@@ -118,7 +123,7 @@ class WandbTracker:
             if event.kind in SERIES:
                 self._log_point(event.kind, event.step, values)
             elif values:
-                self._run.log(values)
+                self._run.summary.update(values)  # and not as a point: a run that goes on says them again
         elif isinstance(event, RunFinished):
             self._finish(event)
             self._end()
@@ -129,26 +134,28 @@ class WandbTracker:
     def _end(self, exit_code: int = 0) -> None:
         """Close the run, and note that it was logged to its end."""
         if self.close(exit_code):
-            self._note(ended=True)
+            self._note(exit_code)
 
-    def _note(self, *, ended: bool) -> None:
-        write_json(self._place, {"location": self.location, "id": self._id, "ended": ended})
+    def _note(self, exit_code: int | None = None) -> None:
+        """Write down where the W&B run is and, if it was logged to its end, how that was."""
+        record = {"location": self.location, "id": self._id, "mode": self._mode}
+        write_json(self._place, {**record, "ended": exit_code is not None, "exit_code": exit_code})
 
     def _start(self, event: RunStarted) -> None:
         import wandb  # slow to import, and not needed with tracking=none
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
-        before = read_json(self._place) if self._place.is_file() else {}
+        before = noted(self._place)
         self._id = before.get("id") or secrets.token_hex(8)
         kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}"))
         if any(list(left.glob("*.wandb.synced")) for left in kept):
-            self._id = secrets.token_hex(8)  # the server has what a try before this one logged
-        else:
-            for left in kept:
-                shutil.rmtree(left)
+            self._id, kept = secrets.token_hex(8), []  # the server has what a try before this one logged
+        elif mode == "offline" and before.get("mode") == "online":
+            self._id = secrets.token_hex(8)  # the server has a part, and would get it again
+        self._mode = mode
         names = chosen(event.config)
-        self._note(ended=False)
+        self._note()
         self._run = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
@@ -161,10 +168,17 @@ class WandbTracker:
             dir=str(event.folder),
             tags=list(dict.fromkeys([*self._config.tags, *(name[:64] for name in names.values() if name != "none")])),
             config={**flatten(event.config), **names},
-            settings=wandb.Settings(console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT),
+            settings=wandb.Settings(
+                console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
+            ),
         )
         self.location = self._run.url if mode == "online" else str(Path(self._run.dir).parent)
-        self._note(ended=False)
+        self._note()
+        for left in kept:
+            if left.resolve() != Path(self._run.dir).parent.resolve():
+                _remove(left)
+        if self._run.resumed and "error" in self._run.summary.keys():  # noqa: SIM118 - W&B's summary has no `in`
+            del self._run.summary["error"]
         self._sent = {}
         for series, step in SERIES.items():
             self._run.define_metric(f"{series}/{step}", hidden=True)
@@ -190,9 +204,11 @@ class WandbTracker:
             }
             self._log_point("activations", block, point)
         self._run.summary.update(summary(result))
-        self._run.log({"comparison": _comparison(result["rows"])})
+        if self._run.summary.get("comparison") is None:
+            self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
-            self._run.log({f"figures/{figure.stem}": wandb.Image(str(figure))})
+            if self._run.summary.get(key := f"figures/{figure.stem}") is None:
+                self._run.log({key: wandb.Image(str(figure))})
         if event.prefix is not None:
             artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")
             for suffix in (".safetensors", ".json"):
@@ -200,9 +216,29 @@ class WandbTracker:
             self._run.log_artifact(artifact)
 
 
-def _was_cut_short(place: Path) -> bool:
-    """Whether a run was tracked, and not to the end."""
-    return place.is_file() and read_json(place).get("ended") is False
+def noted(place: Path) -> dict[str, Any]:
+    """What a run's `tracking.json` says; nothing if it is not there, or (with a warning) if it cannot be read."""
+    try:
+        said = read_json(place) if place.is_file() else {}
+        if not isinstance(said, dict):
+            raise ArtifactError(f"{place} is damaged: it holds no object")
+    except (OSError, ArtifactError) as error:
+        logger.warning("where this run is in W&B is not known: %s", error)
+        return {}
+    return said
+
+
+def _is_incomplete(said: dict[str, Any]) -> bool:
+    """Whether a run was tracked, and not to a good end."""
+    return said.get("ended") is False or bool(said.get("exit_code"))
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier process logged; once more if W&B's process of that one was just writing there."""
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        logger.warning("%s is of an earlier try and could not be removed", folder)
 
 
 def chosen(config: dict[str, Any]) -> dict[str, str]:

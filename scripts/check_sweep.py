@@ -5,11 +5,12 @@
 
 Every way has a folder of its own and must end with the results of the unbroken sweep, every step of it computed once:
 
-- `killed`: SIGKILL to all of its processes at random moments, and the same command again until it ends
+- `killed`: SIGKILL to its process group at random moments, and the same command again until it ends
 - `twice`: two processes with the same command on one folder, started at once
 - `joblib`: two processes at a time (hydra/launcher=joblib_local)
 - `slurm`: as jobs of SLURM, on the cluster that is there or one of this machine (scripts/slurm_one_node.sh)
-- `full`: on a full disk until it has failed, and again with room; needs root, for a small file system in memory
+- `full`: on a full disk until it has failed, and again with room; needs root, for a small file system in
+  memory, so that only the log of it is kept
 
 A random LLaMA of three blocks, text made on the spot, no network. Exit status 0: no difference.
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -30,14 +30,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 for name, value in (
     ("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("WANDB_MODE", "offline"), ("CUDA_VISIBLE_DEVICES", ""),
 ):  # fmt: skip
@@ -45,11 +43,11 @@ for name, value in (
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 WAYS = ("killed", "twice", "joblib", "slurm", "full")
-VARIANTS = 4
-"""Runs for each seed: two quantizers times two searches, which share the steps that they have in common."""
+QUANTIZERS, SEARCHES = ("per_tensor_static", "smoothquant_o3"), ("greedy_sampled", "newline")
+"""Of each seed all four, which share the steps that they have in common; one search where there are fewer runs."""
 
 SWEEP = [
-    "model=tiny", "data=file", "quantizer=per_tensor_static,smoothquant_o3", "search=greedy_sampled,newline",
+    "model=tiny", "data=file", f"quantizer={','.join(QUANTIZERS)}",
     "tuning=short", "tuning.steps=6", "tuning.sequences=6", "tuning.sequence_length=16", "tuning.batch_size=2",
     "tuning.warmup_steps=1", "tuning.evaluate_every=2", "tuning.held_out_sequences=2", "search.candidates=24",
     "search.frequent=8", "search.text_length=16", "search.max_length=2", "search.tau=1.0", "search.batch_size=4",
@@ -57,7 +55,10 @@ SWEEP = [
     "eval.activation_blocks=2",
 ]  # fmt: skip
 NOT_EXACT = ("seconds", "timings", "paths", "environment")
-"""What may differ: the clock, the folders, and (by its launcher's way of starting processes) nothing else."""
+"""What is not compared: the clock, the folders, and the record of versions, git's state and device."""
+
+DEADLINE = 3600.0
+"""Seconds that a way may take; then it is ended, and said to hang."""
 
 
 @dataclass
@@ -75,60 +76,61 @@ class Outcome:
 # ---- one sweep ----------------------------------------------------------------------------------------------------
 
 
-def sweep(text: Path, output: Path, seeds: int, more: list[str]) -> list[str]:
+def sweep(text: Path, output: Path, runs: int, more: list[str]) -> list[str]:
     """The arguments of `cushion`."""
-    values = ",".join(map(str, range(seeds)))
-    return ["-m", *SWEEP, f"data.path={text}", f"seed={values}", f"paths.output_dir={output}", *more]
+    searches = SEARCHES[: 2 - runs // len(QUANTIZERS) % 2]
+    seeds = ",".join(map(str, range(runs // len(QUANTIZERS) // len(searches))))
+    values = [f"search={','.join(searches)}", f"data.path={text}", f"seed={seeds}", f"paths.output_dir={output}"]
+    return ["-m", *SWEEP, *values, *more]
 
 
-def command(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """In a process of its own, leader of its group: the command `cushion`, with what it prints in `log`."""
-    from cushion import cli
+class Processes:
+    """The command `cushion`, each time as the leader of a process group; all are over at the end of the block."""
 
-    os.setsid()
-    os.environ.update(environment)  # of now: the process that this one is forked from is as old as the first sweep
-    with log.open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = ["cushion", *arguments]
-    os.chdir(log.parent)
-    try:
-        cli.main()
-    finally:
-        if "joblib" in sys.modules:  # its workers end with a process's interpreter, and a forked one has no such end
-            from joblib.externals.loky import get_reusable_executor
+    def __init__(self, deadline: float) -> None:
+        self._until = time.monotonic() + deadline
+        self._started: list[subprocess.Popen[bytes]] = []
 
-            get_reusable_executor().shutdown(wait=True)
+    def __enter__(self) -> Processes:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        for process in self._started:
+            kill(process)
 
-class Starter:
-    """Starts the command in processes that share one import of Cushion: a start costs no more than a run."""
-
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["cushion.cli", "cushion.pipeline", "cushion.reporting.figures", "wandb"])
-        self._started: list[BaseProcess] = []
-
-    def start(self, arguments: list[str], log: Path) -> BaseProcess:
-        """Start `cushion` with these arguments."""
-        process = self._context.Process(target=command, args=(arguments, log, dict(os.environ)))
-        process.start()
+    def start(self, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start it with these arguments; what it prints is added to `log`."""
+        command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments]  # as the installed one
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command, start_new_session=True, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT
+            )
         self._started.append(process)
         return process
 
-    def stop(self) -> None:
-        """End what is still at work."""
-        for process in self._started:
-            if process.is_alive() and process.pid is not None:
-                os.killpg(process.pid, signal.SIGKILL)
+    def check_time(self) -> None:
+        """Raise a `TimeoutError` when the time is up."""
+        if time.monotonic() > self._until:
+            raise TimeoutError("hangs: it was not at its end when the time was up")
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for its end, and return the exit status."""
+        while process.poll() is None:
+            self.check_time()
+            time.sleep(0.1)
+        return process.returncode
+
+    def run(self, arguments: list[str], log: Path) -> int:
+        """Start, wait, and return the exit status."""
+        return self.wait(self.start(arguments, log))
 
 
-def run_to_the_end(start: Callable[[], BaseProcess]) -> int:
-    """Start, wait, and return the exit status."""
-    process = start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to its process group, if it is not over."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 # ---- what a folder holds ------------------------------------------------------------------------------------------
@@ -199,31 +201,32 @@ def is_temporary(path: Path) -> bool:
 # ---- the ways -----------------------------------------------------------------------------------------------------
 
 
-def killed(starter: Starter, arguments: list[str], output: Path, whole: Outcome, kills: int, seed: int) -> Outcome:
+def killed(processes: Processes, arguments: list[str], output: Path, whole: Outcome, kills: int, seed: int) -> Outcome:
     """Kill the sweep at random moments: after a number of finished steps, and a random part of a step's time."""
     draw, log = random.Random(seed), output.with_suffix(".log")
-    steps, before, problems = len(whole.attempts), {}, []
+    steps, before, problems, done = len(whole.attempts), {}, [], 0
     started = time.perf_counter()
     for number, moment in enumerate(sorted(draw.sample(range(int(0.95 * steps)), kills)), start=1):
-        process = starter.start(arguments, log)
-        while process.is_alive() and len(artifacts(output)) < moment:
+        process = processes.start(arguments, log)
+        while process.poll() is None and len(artifacts(output)) < moment:
+            processes.check_time()
             time.sleep(0.05)
-        process.join(draw.uniform(0, 2 * whole.seconds / steps))
-        if process.is_alive():
-            assert process.pid is not None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-        if process.exitcode != -signal.SIGKILL:
-            problems.append(f"was not killed for the {number}. time: it ended with status {process.exitcode} before")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0, 2 * whole.seconds / steps))
+        kill(process)
+        if process.returncode == -signal.SIGKILL:
+            done += 1
+        elif process.returncode != 0:
+            problems.append(f"exit status {process.returncode} before it was killed for the {number}. time")
         now = written(output)
         problems += again(before, now)
         before = now
-        runs, done = len(completed(output)), len(artifacts(output))
-        print(f"  kill {number}: {runs} runs, {done} of {steps} steps done", flush=True)
-    status = run_to_the_end(lambda: starter.start(arguments, log))
+        what = f"kill {number}" if process.returncode == -signal.SIGKILL else f"at its end before kill {number}"
+        print(f"  {what}: {len(completed(output))} runs, {len(artifacts(output))} of {steps} steps done", flush=True)
+    status = processes.run(arguments, log)
     problems += again(before, written(output))
     outcome = look("killed", output, time.perf_counter() - started, status)
-    outcome.problems, outcome.kills = problems + outcome.problems, kills
+    outcome.problems, outcome.kills = problems + outcome.problems, done
     return outcome
 
 
@@ -233,17 +236,15 @@ def again(before: dict[str, tuple[int, int]], now: dict[str, tuple[int, int]]) -
             for key, file in before.items() if now.get(key) != file]  # fmt: skip
 
 
-def twice(starter: Starter, arguments: list[str], output: Path) -> Outcome:
+def twice(processes: Processes, arguments: list[str], output: Path) -> Outcome:
     """The same command in two processes at once."""
     started = time.perf_counter()
-    both = [starter.start(arguments, output.with_suffix(f".{number}.log")) for number in range(2)]
-    for process in both:
-        process.join()
-    status = max(abs(process.exitcode or 0) for process in both)
+    both = [processes.start(arguments, output.with_suffix(f".{number}.log")) for number in range(2)]
+    status = max(abs(processes.wait(process)) for process in both)
     return look("twice", output, time.perf_counter() - started, status)
 
 
-def launched(way: str, starter: Starter, arguments: list[str], output: Path) -> Outcome:
+def launched(way: str, processes: Processes, arguments: list[str], output: Path) -> Outcome:
     """Through one of Hydra's launchers."""
     more = {
         "joblib": ["hydra/launcher=joblib_local", "hydra.launcher.n_jobs=2"],
@@ -251,7 +252,7 @@ def launched(way: str, starter: Starter, arguments: list[str], output: Path) -> 
     }
     started, log = time.perf_counter(), output.with_suffix(".log")
     with cluster(output.parent) if way == "slurm" else contextlib.nullcontext():
-        status = run_to_the_end(lambda: starter.start([*arguments, *more[way]], log))
+        status = processes.run([*arguments, *more[way]], log)
     return look(way, output, time.perf_counter() - started, status)
 
 
@@ -261,35 +262,38 @@ def cluster(folder: Path) -> Iterator[None]:
     if subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=60).returncode == 0:
         yield
         return
-    for port in ("SLURMCTLD_PORT", "SLURMD_PORT"):
-        with socket.socket() as free:
+    before = dict(os.environ)
+    with socket.socket() as one, socket.socket() as other:  # both open at once, so that they differ
+        for name, free in (("SLURMCTLD_PORT", one), ("SLURMD_PORT", other)):
             free.bind(("127.0.0.1", 0))
-            os.environ[port] = str(free.getsockname()[1])
+            os.environ[name] = str(free.getsockname()[1])
     script = str(ROOT / "scripts" / "slurm_one_node.sh")
     os.environ["SLURM_CONF"] = str(folder / "cluster" / "slurm.conf")
     try:
         subprocess.run([script, "start", str(folder / "cluster")], check=True, timeout=300)
         yield
     finally:
-        subprocess.run([script, "stop", str(folder / "cluster")], check=True, timeout=300)
-        del os.environ["SLURM_CONF"]
+        subprocess.run([script, "stop", str(folder / "cluster")], check=False, timeout=300)
+        for name in ("SLURMCTLD_PORT", "SLURMD_PORT", "SLURM_CONF"):
+            del os.environ[name]
+            os.environ |= {name: before[name]} if name in before else {}
 
 
-def full(starter: Starter, arguments: list[str], output: Path) -> Outcome:
+def full(processes: Processes, arguments: list[str], output: Path) -> Outcome:
     """On a file system that fills up in the middle; then with room."""
     log = output.with_suffix(".log")
     output.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(output)], check=True)
     started = time.perf_counter()
     try:
-        status = run_to_the_end(lambda: starter.start(arguments, log))
+        status = processes.run(arguments, log)
         problems = [] if status == 1 else [f"exit status {status} on a full disk"]
         if "Traceback" in log.read_text(encoding="utf-8"):
             problems.append("a traceback on a full disk")
         before = written(output)
         print(f"  full: {len(completed(output))} runs, {len(before) - len(completed(output))} steps done")
         subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
-        status = run_to_the_end(lambda: starter.start(arguments, log))
+        status = processes.run(arguments, log)
         problems += again(before, written(output))
         outcome = look("full", output, time.perf_counter() - started, status)
     finally:
@@ -367,16 +371,18 @@ def make_text(path: Path) -> None:
 def main() -> None:
     """Run the sweeps, compare them, exit with 1 on any difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=20, help="runs of the sweep, a multiple of 4 (default: 20)")
+    parser.add_argument("--runs", type=int, default=20, help="runs of the sweep, an even number (default: 20)")
     parser.add_argument("--kills", type=int, default=5, help="how often it is killed (default: 5)")
     parser.add_argument("--only", default=",".join(WAYS), metavar="WAYS", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
     parser.add_argument("--folder", type=Path, help="keep everything there; it must be new (default: a temporary one)")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, metavar="SECONDS",
+                        help=f"for each way (default: {DEADLINE:.0f})")  # fmt: skip
     parser.add_argument("--without-wandb", action="store_true", help="run with tracking=none")
     given = parser.parse_args()
     ways = given.only.split(",")
-    if given.runs < VARIANTS or given.runs % VARIANTS:
-        parser.error(f"--runs {given.runs}: a multiple of {VARIANTS}")
+    if given.runs < len(QUANTIZERS) or given.runs % len(QUANTIZERS):
+        parser.error(f"--runs {given.runs}: a multiple of {len(QUANTIZERS)}, one for each quantizer")
     if unknown := set(ways) - set(WAYS):
         parser.error(f"--only {', '.join(sorted(unknown))}: of {', '.join(WAYS)}")
     folder: Path = given.folder or Path(tempfile.mkdtemp(prefix="cushion-check-"))
@@ -384,33 +390,20 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=given.folder is None)
     make_text(folder / "text.txt")
 
-    starter = Starter()
-    try:
-        outcomes, skipped = go(starter, folder, ways, given)
-    finally:
-        starter.stop()
+    outcomes, skipped = go(folder, ways, given)
     report(outcomes, skipped)
     if any(one.problems for one in outcomes):
-        print(f"what was printed and found is kept in {folder}", file=sys.stderr)
+        print(f"what was printed and found is kept in {folder} (of `full` what was printed)", file=sys.stderr)
         sys.exit(1)
     if given.folder is None:
         shutil.rmtree(folder)
 
 
-def go(
-    starter: Starter, folder: Path, ways: list[str], given: argparse.Namespace
-) -> tuple[list[Outcome], dict[str, str]]:
+def go(folder: Path, ways: list[str], given: argparse.Namespace) -> tuple[list[Outcome], dict[str, str]]:
     """The unbroken sweep and the others; what came of them, and what was skipped for which reason."""
     skipped: dict[str, str] = {}
-    more = ["tracking=none"] if given.without_wandb else []
-
-    def arguments(way: str) -> list[str]:
-        return sweep(folder / "text.txt", folder / way, given.runs // VARIANTS, more)
-
     print(f"unbroken: {given.runs} runs in {folder}", flush=True)
-    started = time.perf_counter()
-    status = run_to_the_end(lambda: starter.start(arguments("unbroken"), folder / "unbroken.log"))
-    whole = look("unbroken", folder / "unbroken", time.perf_counter() - started, status)
+    whole = one_way("unbroken", folder, given, None)
     if len(whole.results) != given.runs:
         whole.problems.append(f"{len(whole.results)} runs were completed of {given.runs}; see {folder}/unbroken.log")
     outcomes = [whole]
@@ -419,19 +412,33 @@ def go(
             skipped[way] = reason
             continue
         print(f"{way}:", flush=True)
-        output = folder / way
-        if way == "killed":
-            outcome = killed(starter, arguments(way), output, whole, given.kills, given.seed)
-        elif way == "twice":
-            outcome = twice(starter, arguments(way), output)
-        elif way == "full":
-            outcome = full(starter, arguments(way), output)
-        else:
-            outcome = launched(way, starter, arguments(way), output)
-        compare(whole, outcome)
-        outcomes.append(outcome)
-        print(f"  {len(outcome.problems)} problems in {outcome.seconds:.0f} s", flush=True)
+        outcomes.append(one_way(way, folder, given, whole))
+        print(f"  {len(outcomes[-1].problems)} problems in {outcomes[-1].seconds:.0f} s", flush=True)
     return outcomes, skipped
+
+
+def one_way(way: str, folder: Path, given: argparse.Namespace, whole: Outcome | None) -> Outcome:
+    """Go one way and compare it with the unbroken sweep; what goes wrong on it is a problem, and ends it alone."""
+    output, started = folder / way, time.perf_counter()
+    arguments = sweep(folder / "text.txt", output, given.runs, ["tracking=none"] if given.without_wandb else [])
+    try:
+        with Processes(given.deadline) as processes:
+            if whole is None:
+                status = processes.run(arguments, output.with_suffix(".log"))
+                return look(way, output, time.perf_counter() - started, status)
+            if way == "killed":
+                outcome = killed(processes, arguments, output, whole, given.kills, given.seed)
+            elif way == "twice":
+                outcome = twice(processes, arguments, output)
+            elif way == "full":
+                outcome = full(processes, arguments, output)
+            else:
+                outcome = launched(way, processes, arguments, output)
+        compare(whole, outcome)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told in the table, and the other ways are gone
+        problem = str(error) if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+        return Outcome(way, time.perf_counter() - started, {}, {}, problems=[problem])
+    return outcome
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +107,36 @@ def test_every_attempt_that_was_killed_stands_in_the_record(tmp_path: Path) -> N
     attempts = read_json(folder / "made.json")["attempts"]
     assert [attempt["process"] for attempt in attempts] == [*(worker.pid for worker in workers), os.getpid()]
     assert names(tmp_path / "step") == [folder.name]
+
+
+@pytest.mark.parametrize("damaged", ["[{", "7"])
+def test_a_damaged_list_of_attempts_stops_no_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    store = ArtifactStore(tmp_path)
+    under_way = store.folder("step", {"a": 1}).with_suffix(".partial")
+    under_way.mkdir(parents=True)
+    (under_way / "attempts.json").write_text(damaged)
+    with caplog.at_level(logging.WARNING):
+        folder, _ = store.get_or_make("step", {"a": 1}, counting([]))
+    assert "earlier attempts at this step are not counted" in caplog.text
+    assert len(read_json(folder / "made.json")["attempts"]) == 1
+    assert names(tmp_path / "step") == [folder.name]
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, "old")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            write_json(path, "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read_json(path) == "old"
+    assert names(tmp_path) == ["value.json"]
 
 
 def test_what_a_kill_right_after_the_end_of_a_step_left_is_removed(tmp_path: Path) -> None:

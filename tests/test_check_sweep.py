@@ -28,23 +28,61 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_sweep_that_is_killed_twice_ends_with_the_same_results_each_step_computed_once(tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_ends_with_the_same_results_each_step_computed_once(tmp_path: Path) -> None:
     folder = tmp_path / "check"
-    command = [sys.executable, str(SCRIPT), "--runs", "4", "--kills", "2", "--only", "killed", "--without-wandb"]
+    command = [sys.executable, str(SCRIPT), "--runs", "2", "--kills", "1", "--only", "killed", "--without-wandb"]
     done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if re.match(r"(un|k)\w+ +\d", line)}
-    assert table["unbroken"][:2] == ["0", "4"]
-    assert table["killed"][:2] == ["2", "4"]
+    assert table["unbroken"][:2] == ["0", "2"]
+    assert table["killed"][:2] == ["1", "2"]
     assert table["unbroken"][2] == table["killed"][2], "as many steps"
     assert table["unbroken"][3] == "0"
     results = list((folder / "killed").glob("default/*/*/*/result.json"))
-    assert len(results) == 4
+    assert len(results) == 2
     made = [json.loads(path.read_text()) for path in (folder / "killed").glob("cache/*/*/made.json")]
     assert len(made) == int(table["killed"][2])
     assert {key for record in made for attempt in record["attempts"] for key in attempt} == {
         "started", "host", "process",
     }  # fmt: skip
+
+
+def test_a_sweep_that_hangs_is_ended_and_stands_in_the_table(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho $$ > "$0.pid"\nsleep 600 &\nwait\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(
+        sys, "argv", ["check_sweep.py", "--runs", "2", "--deadline", "3", "--folder", str(tmp_path / "check")]
+    )
+    with pytest.raises(SystemExit, match="1"):
+        check.main()
+    printed = capsys.readouterr()
+    assert re.search(r"^unbroken +0 +0 +0 .* 2$", printed.out, re.MULTILINE)
+    assert "unbroken: hangs" in printed.err
+    group = int((tmp_path / "python.pid").read_text())
+    left = [path for path in Path("/proc").glob("[0-9]*/stat") if in_group(path, group)]
+    assert left == [], "nothing of it is at work any more"
+
+
+def in_group(stat: Path, group: int) -> bool:
+    """Whether a process is of a group and alive, by its `/proc/<id>/stat`."""
+    try:
+        state, _, its = stat.read_text().rpartition(") ")[2].split()[:3]
+    except OSError:
+        return False
+    return int(its) == group and state != "Z"
+
+
+@pytest.mark.parametrize(("runs", "searches", "seeds"), [(2, 1, 1), (4, 2, 1), (6, 1, 3), (20, 2, 5)])
+def test_a_sweep_has_as_many_runs_as_asked_for(
+    check: ModuleType, tmp_path: Path, runs: int, searches: int, seeds: int
+) -> None:
+    values = dict(argument.split("=") for argument in check.sweep(tmp_path, tmp_path, runs, [])[1:])
+    assert (values["search"].count(",") + 1, values["seed"].count(",") + 1) == (searches, seeds)
+    assert 2 * searches * seeds == runs
 
 
 def outcome(check: ModuleType, value: float, **attempts: int) -> object:

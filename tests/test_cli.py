@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -312,3 +313,16 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
     assert len([line for line in outcome.err.splitlines() if expected[failure] in line]) == 3
     assert living == [before] * 3, "each job starts with the memory of the one before"
     assert living_models() == before
+
+
+def test_a_log_file_on_a_full_disk_is_no_traceback_and_any_other_fault_of_logging_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.Handler, "handleError", logging.Handler.handleError)  # set back after the test
+    cli._set_up()
+    full = logging.FileHandler("/dev/full")
+    full.handle(logging.makeLogRecord({"msg": "lost"}))
+    assert capsys.readouterr().err == ""
+    full.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    assert "--- Logging error ---" in capsys.readouterr().err
+    full.stream = None  # what it holds could not be written on closing either

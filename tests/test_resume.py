@@ -84,7 +84,7 @@ def test_files_that_a_kill_cut_short_are_removed(text_file: Path, tmp_path: Path
 
 
 def test_a_run_on_a_full_disk_fails_with_its_own_error_and_goes_on_with_room(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unbroken = pipeline.run(tuning_config(text_file, tmp_path / "unbroken"))
     config = tuning_config(text_file, tmp_path / "broken")
@@ -97,6 +97,7 @@ def test_a_run_on_a_full_disk_fails_with_its_own_error_and_goes_on_with_room(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+    assert "the failed run has no result.json" in caplog.text, "the second error; the first one is raised"
     made = {path.parent for path in (tmp_path / "broken" / "cache").glob("*/*/depends_on.json")}
     assert made, "the small steps before it are kept"
     assert outcome(pipeline.run(config)) == outcome(unbroken)

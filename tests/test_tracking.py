@@ -47,7 +47,7 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     assert tracker.location is not None
     assert folder.resolve() in Path(tracker.location).resolve().parents
     said = json.loads((folder / TRACKING_FILE).read_text())
-    assert (said["location"], said["ended"]) == (tracker.location, True)
+    assert (said["location"], said["ended"], said["exit_code"]) == (tracker.location, True, 0)
 
     run = read_offline(folder)
     assert run.exit_code == 0
@@ -77,6 +77,7 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
         assert run.summary[f"perplexity/text/{row.name}"] == row.perplexity["text"]
         assert run.summary[f"largest_activation/{row.name}"] == row.largest_activation
     assert run.summary["perplexity/text"] == result.metrics["perplexity"]["text"]
+    assert not any(key.startswith("perplexity/") for values in run.history for key in values), "numbers, not curves"
     assert run.summary["tuning/total_seconds"] == result.tuning["seconds"]
     assert {"comparison", "figures/activation_curves"} <= {
         key.partition(".")[0] for values in run.history for key in values
@@ -167,22 +168,83 @@ def test_what_the_server_has_of_a_resumed_run_is_not_sent_again(
 ) -> None:
     asked: list[dict[str, Any]] = []
     run = FailingRun("")
-    run.resumed, run.summary = True, {"search/step": 1}
+    run.resumed, run.summary = True, {"search/step": 1, "error": "no room", "comparison": {"_type": "table-file"}}
 
     def init(**keys: Any) -> FailingRun:
         asked.append(keys)
         return run
 
     monkeypatch.setattr(wandb, "init", init)
-    (tmp_path / TRACKING_FILE).write_text('{"location": "there", "id": "abc", "ended": false}')
+    (tmp_path / TRACKING_FILE).write_text('{"location": "there", "id": "abc", "mode": "online", "ended": false}')
     tracker = WandbTracker(TrackingConfig(mode="online"))
     tracker(RunStarted(tmp_path, "name", to_dict(RunConfig())))
+    assert "error" not in run.summary, "it may end well now"
     for kind, step in (("search", 0), ("search", 1), ("search", 2), ("tuning", 0)):
         tracker(Record(kind, step, {"value": 1.0}))
     assert (asked[0]["id"], asked[0]["resume"]) == ("abc", "allow")
+    assert asked[0]["settings"].finish_timeout_raises, "else a run that was not sent to its end would count as ended"
     assert [(key, values[key]) for values in run.logged for key in values if key.endswith("step")] == [
         ("search/step", 2), ("tuning/step", 0),
     ]  # fmt: skip
+    result = {"rows": [], "metrics": {}, "search": None, "tuning": None, "prefix": None, "activations": {}}
+    tracker(RunFinished(tmp_path, result, None))
+    assert run.finished == 1
+    assert not any("comparison" in values for values in run.logged)
+    del run.summary["comparison"]
+    tracker(RunStarted(tmp_path, "name", to_dict(RunConfig())))
+    tracker(RunFinished(tmp_path, result, None))
+    assert "comparison" in run.logged[-1]
+
+    tracker = WandbTracker(OFFLINE)
+    tracker(RunStarted(tmp_path, "name", to_dict(RunConfig())))
+    assert asked[1]["id"] == "abc" != asked[2]["id"], "offline all is logged anew: not under what the server knows"
+
+
+def test_what_was_logged_before_is_removed_once_there_is_a_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / TRACKING_FILE).write_text('{"location": "x", "id": "abc", "mode": "offline", "ended": false}')
+    old, new = (tmp_path / "wandb" / f"offline-run-{number}-abc" for number in (1, 2))
+    old.mkdir(parents=True)
+    run = FailingRun("init")
+    run.dir = str(new / "files")
+
+    def init(**_: Any) -> FailingRun:
+        run._call("init")
+        Path(run.dir).mkdir(parents=True)
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    started = RunStarted(tmp_path, "name", to_dict(RunConfig()))
+    WandbTracker(OFFLINE)(started)
+    assert old.is_dir(), "W&B did not start: all that there is of the run"
+    run.failing = ""
+    WandbTracker(OFFLINE)(started)
+    assert [path.name for path in (tmp_path / "wandb").iterdir()] == [new.name]
+
+
+def test_a_finished_run_is_logged_again_only_if_its_wandb_run_ended_badly(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.tracking = OFFLINE
+    place = cli.execute(config).parent / TRACKING_FILE
+    said = json.loads(place.read_text())
+    place.write_text(json.dumps({**said, "exit_code": 1}))
+    cli.execute(config)
+    after = json.loads(place.read_text())
+    assert (after["id"], after["exit_code"]) == (said["id"], 0)
+    assert after["location"] != said["location"]
+
+    for damaged in ('{"location": ', "[]"):
+        place.write_text(damaged)
+        capsys.readouterr()
+        with caplog.at_level(logging.WARNING):
+            cli.execute(config)
+        assert f"{place} is damaged" in caplog.text
+        caplog.clear()
+        assert "W&B run  none" in capsys.readouterr().out.splitlines()
+        assert place.read_text() == damaged
 
 
 def test_a_run_that_breaks_is_closed_all_the_same(text_file: Path, tmp_path: Path) -> None:
@@ -200,6 +262,8 @@ def test_a_run_that_breaks_is_closed_all_the_same(text_file: Path, tmp_path: Pat
     folder = pipeline.run_folder(config)
     failed = read_offline(folder)
     assert (failed.exit_code, failed.summary["error"]) == (1, "RuntimeError: in the middle")
+    said = json.loads((folder / TRACKING_FILE).read_text())
+    assert (said["ended"], said["exit_code"]) == (True, 1)
     pipeline.run(config, [WandbTracker(OFFLINE)])
     mended = read_offline(folder)
     assert mended.exit_code == 0, "tried again it is the same run, and the only one"
