@@ -148,7 +148,7 @@ class WandbTracker:
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
         before = noted(self._place)
         self._id = before.get("id") or secrets.token_hex(8)
-        kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}"))
+        kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}*"))  # W&B adds "-1" within a second
         if any(list(left.glob("*.wandb.synced")) for left in kept):
             self._id, kept = secrets.token_hex(8), []  # the server has what a try before this one logged
         elif mode == "offline" and before.get("mode") == "online":
