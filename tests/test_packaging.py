@@ -34,24 +34,19 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_carries_every_configuration_file_as_it_is(wheel: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "known"), [("conf", "config.yaml"), ("experiments", "cushioncache_table1/published.csv")]
+)
+def test_the_wheel_carries_configuration_and_published_numbers_as_they_are(
+    wheel: Path, folder: str, known: str
+) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        carried = {name: archive.read(name) for name in archive.namelist() if name.startswith("cushion/conf/")}
-    files = [path for path in (ROOT / "conf").rglob("*") if path.is_file()]
+        carried = {name: archive.read(name) for name in archive.namelist() if name.startswith(f"cushion/{folder}/")}
+    files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert carried == {
-        f"cushion/conf/{path.relative_to(ROOT / 'conf').as_posix()}": path.read_bytes() for path in files
+        f"cushion/{folder}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes() for path in files
     }
-    assert "cushion/conf/config.yaml" in carried
-
-
-def test_the_wheel_carries_the_published_numbers_as_they_are(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        carried = {name: archive.read(name) for name in archive.namelist() if name.startswith("cushion/experiments/")}
-    files = [path for path in (ROOT / "experiments").rglob("*") if path.is_file()]
-    assert carried == {
-        f"cushion/experiments/{path.relative_to(ROOT / 'experiments').as_posix()}": path.read_bytes() for path in files
-    }
-    assert "cushion/experiments/cushioncache_table1/published.csv" in carried
+    assert f"cushion/{folder}/{known}" in carried
 
 
 def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: Path) -> None:

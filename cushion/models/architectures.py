@@ -151,21 +151,16 @@ _ENTRIES = (
         down_projection="mlp.down_proj",
         residual=_RESIDUAL,
     ),
-    Architecture(
-        "gemma2",
-        "model.layers",
-        _GEMMA2_SMOOTHING,
-        norm_offset=1.0,
-        down_projection="mlp.down_proj",
-        residual=_GEMMA2_RESIDUAL,
-    ),
-    Architecture(
-        "gemma3_text",
-        "model.layers",
-        _GEMMA2_SMOOTHING,
-        norm_offset=1.0,
-        down_projection="mlp.down_proj",
-        residual=_GEMMA2_RESIDUAL,
+    *(
+        Architecture(
+            model_type,
+            "model.layers",
+            _GEMMA2_SMOOTHING,
+            norm_offset=1.0,
+            down_projection="mlp.down_proj",
+            residual=_GEMMA2_RESIDUAL,
+        )
+        for model_type in ("gemma2", "gemma3_text")
     ),
     Architecture(
         "phi3",
