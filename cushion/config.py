@@ -31,7 +31,7 @@ RULES = ("qfep", "prefixquant")
 """The search methods that read the prefix off the token scales of the search text."""
 PROPOSALS = ("vocabulary", "sampled", "frequent", "outlier", "user")
 SCORINGS = ("full", "exact", "pruned")
-ROUND_TEXTS = ("spikes", "start")
+ROUND_TEXTS = ("first", "spikes", "start")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
 TUNING_METHODS = ("none", "prefix")
@@ -301,16 +301,20 @@ class SearchRound:
 
     def __post_init__(self) -> None:
         require(0 < self.depth <= 1, "search.rounds.depth", self.depth, "a share of the blocks, above 0, at most 1")
-        at_least("search.rounds.tokens", self.tokens, 2)
-        at_least("search.rounds.keep", self.keep, 1)
         one_of("search.rounds.text", self.text, ROUND_TEXTS)
+        if self.text == "first":
+            require(self.tokens == 1, "search.rounds.tokens", self.tokens, "1, because text=first is one token")
+        else:
+            at_least("search.rounds.tokens", self.tokens, 2)
+        at_least("search.rounds.keep", self.keep, 1)
 
 
 def default_rounds() -> list[SearchRound]:
     """The rounds of a pruned or exact search that names none."""
     return [
+        SearchRound(0.1, 1, 12288, "first"),
         SearchRound(0.1, 5, 1024, "spikes"),
-        SearchRound(0.14, 16, 192, "spikes"),
+        SearchRound(0.14, 16, 96, "spikes"),
         SearchRound(0.4, 128, 16, "start"),
     ]
 

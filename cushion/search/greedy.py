@@ -189,7 +189,7 @@ class _Step:
         step, out_of_budget = self.step, False
         try:
             self._begin()
-            stages = plan_stages(self.config, self.blocks, self.text, step.spikes)
+            stages = plan_stages(self.config, self.blocks, len(self.prefix), self.text, step.spikes)
             while step.stage < len(stages):
                 yield from self._score(stages[step.stage], len(stages))
                 self._close(stages[step.stage])
@@ -239,7 +239,7 @@ class _Step:
     def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
         """Score the pool of one stage, batch by batch."""
         step, pool = self.step, self._pool()
-        if stage.kind == "round" and len(pool) <= stage.keep:
+        if stage.kind == "round" and (stage.keep is None or len(pool) <= stage.keep):
             return  # nothing would be dropped
         row_cost = (stage.text.numel() + 1) * stage.depth
         while len(step.scores) < len(pool):

@@ -7,6 +7,10 @@ here two resources grow together, the length of the text and the depth in the mo
 Which tokens a short text has decides whether it ranks at all: the range of a block's output, and with it L_q, is set by
 the few positions of the text whose activations spike. A text cut to its first tokens may hold none of them. A round
 with `text=spikes` therefore reads the spiking tokens themselves, each with the token before it, behind the first token.
+
+The first token of a text spikes whatever it is, unless what stands in front takes that over. So from an empty prompt a
+round with `text=first` can drop most candidates by that token alone; behind a prompt it would tell nothing, and keeps
+all.
 """
 
 from __future__ import annotations
@@ -34,14 +38,14 @@ class Stage:
             candidates that the rounds dropped).
         depth: how many of the first decoder blocks are run.
         text: the token ids behind each candidate, shape (tokens,).
-        keep: how many candidates go on from a round.
+        keep: how many candidates go on from a round; None for all, because this step has no use for the round.
 
     """
 
     kind: str
     depth: int
     text: Tensor
-    keep: int = 0
+    keep: int | None = 0
 
 
 def rounds_of(config: SearchConfig) -> list[SearchRound]:
@@ -49,11 +53,12 @@ def rounds_of(config: SearchConfig) -> list[SearchRound]:
     return [] if config.scoring == "full" else config.rounds
 
 
-def plan_stages(config: SearchConfig, blocks: int, text: Tensor, spikes: list[int]) -> list[Stage]:
+def plan_stages(config: SearchConfig, blocks: int, prompt: int, text: Tensor, spikes: list[int]) -> list[Stage]:
     """The stages of a step, in order.
 
     Args:
         blocks: how many decoder blocks the model has.
+        prompt: how many tokens stand in front of the candidates.
         text: token ids of the step's text, shape (n,).
         spikes: positions of `text`, the one with the largest spike first.
 
@@ -61,7 +66,8 @@ def plan_stages(config: SearchConfig, blocks: int, text: Tensor, spikes: list[in
     stages = []
     for item in rounds_of(config):
         short = spike_text(text, spikes, item.tokens) if item.text == "spikes" else text[: item.tokens]
-        stages.append(Stage("round", max(1, round(item.depth * blocks)), short, item.keep))
+        keep = None if item.text == "first" and prompt else item.keep
+        stages.append(Stage("round", max(1, round(item.depth * blocks)), short, keep))
     stages.append(Stage("verify", blocks, text))
     if config.scoring == "exact":
         stages.append(Stage("sweep", blocks, text))

@@ -382,11 +382,27 @@ def test_spike_text_keeps_the_order_and_the_length() -> None:
 
 def test_stages_scale_with_the_model(tiny: Tiny) -> None:
     config = SearchConfig(scoring="exact", rounds=[SearchRound(0.1, 4, 9, "start"), SearchRound(1.0, 99, 3, "start")])
-    stages = plan_stages(config, 30, torch.arange(16), [])
+    stages = plan_stages(config, 30, 0, torch.arange(16), [])
     assert [(stage.kind, stage.depth, len(stage.text), stage.keep) for stage in stages] == [
         ("round", 3, 4, 9), ("round", 30, 16, 3), ("verify", 30, 16, 0), ("sweep", 30, 16, 0),
     ]  # fmt: skip
-    assert plan_stages(config, 3, torch.arange(16), [])[0].depth == 1
+    assert plan_stages(config, 3, 0, torch.arange(16), [])[0].depth == 1
+
+
+def test_the_first_token_judges_from_an_empty_prompt_alone(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts()
+    rounds = [SearchRound(0.67, 1, 40, "first"), SearchRound(1.0, 5, 9, "start")]
+    state = search(lm, texts, "pruned", rounds=rounds)
+    rows = torch.tensor([[token, int(texts[0, 0])] for token in VOCABULARY])
+    scores = Objective(SearchConfig()).judge(lm, Prefix.empty(), rows, 1, depth=2).scores
+    kept = torch.argsort(scores)[:40].tolist()
+    longer = torch.cat([torch.tensor(kept)[:, None], texts[:1, :5].expand(40, -1)], dim=1)
+    finalists = torch.argsort(Objective(SearchConfig())(lm, Prefix.empty(), longer, 1))[:9].tolist()
+    whole = Objective(SearchConfig())(lm, Prefix.empty(), rows_of([kept[i] for i in finalists], texts[0]), 1)
+    assert state.token_ids[0] == kept[finalists[int(whole.argmin())]]
+    one, two = state.steps
+    assert one.token_forwards == pytest.approx(10 + 260 * 2 * 2 / 3 + 40 * 6 + 9 * 11)
+    assert two.token_forwards == pytest.approx(10 + 260 * 6 + 9 * 11)  # behind a prompt that round is not run
 
 
 @pytest.mark.parametrize(
@@ -400,6 +416,7 @@ def test_stages_scale_with_the_model(tiny: Tiny) -> None:
         ({"proposal": "user", "user_tokens": [3, -1]}, "not negative"),
         ({"rounds": [{"depth": 1.5}]}, "search.rounds.depth=1.5"),
         ({"rounds": [{"tokens": 1}]}, "search.rounds.tokens=1"),
+        ({"rounds": [{"text": "first", "tokens": 8}]}, "search.rounds.tokens=8.*text=first"),
         ({"rounds": [{"keep": 0}]}, "search.rounds.keep=0"),
         ({"rounds": [{"text": "spike"}]}, "mean 'spikes'"),
     ],
