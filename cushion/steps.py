@@ -207,20 +207,25 @@ class Steps:
 
     def _propose(self, config: SearchConfig, texts: Tensor) -> Proposal:
         """The candidates of the greedy search; an artifact of its own where the model is run to name them."""
-        counts = self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
+
+        def name_tokens() -> Proposal:
+            return propose(self._lm, config, self._count_search_tokens, texts, self._config.search_seed)
+
         if config.proposal != "outlier":
-            return propose(self._lm, config, counts, texts, self._config.search_seed)
+            return name_tokens()
         depends_on = self._depends_on("proposal", candidates=config.candidates, texts=tensor_digest([texts]))
 
         def make(workspace: Workspace) -> None:
             self._emit(Progress("outlier tokens", 0, 1, "pass"))
-            proposal = propose(self._lm, config, counts, texts, self._config.search_seed)
-            write_json(workspace.folder / "proposal.json", asdict(proposal))
+            write_json(workspace.folder / "proposal.json", asdict(name_tokens()))
             self._emit(Progress("outlier tokens", 1, 1, "pass"))
 
         folder, _ = self._store.get_or_make("proposal", depends_on, make)
         with reading(folder):
             return Proposal(**read_json(folder / "proposal.json"))
+
+    def _count_search_tokens(self) -> Tensor:
+        return self._corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
 
     def search_by_rule(self, metadata: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
         """Run QFeP or PrefixQuant's rule; its record, and the prefix found (empty where nothing was).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,9 @@ class Proposal:
     seconds: float = 0.0
 
 
-def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts: Tensor, seed: int) -> Proposal:
+def propose(
+    lm: LanguageModel, config: SearchConfig, count_tokens: Callable[[], Tensor], texts: Tensor, seed: int
+) -> Proposal:
     """The candidates of a search: ascending, but for the user's own order. Only `outlier` runs the model.
 
     `vocabulary` is all of them, as in Algorithm 1. The others have at most `config.candidates` tokens: `frequent` the
@@ -32,7 +35,8 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts
     tokens, the `config.frequent` most frequent ones, and a seeded draw of the others. `user` is `config.user_tokens`.
 
     Args:
-        token_counts: occurrences of each token in the search text, shape (vocabulary,).
+        count_tokens: called where it is needed, gives the occurrences of each token in the search text, shape
+            (vocabulary,).
         texts: the texts of the search steps, shape (steps, tokens).
 
     Raises:
@@ -41,10 +45,10 @@ def propose(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, texts
     """
     if config.proposal == "outlier":
         return _propose_outliers(lm, config, texts)
-    return Proposal(_name_tokens(lm, config, token_counts, seed))
+    return Proposal(_name_tokens(lm, config, count_tokens, seed))
 
 
-def _name_tokens(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, seed: int) -> list[int]:
+def _name_tokens(lm: LanguageModel, config: SearchConfig, count_tokens: Callable[[], Tensor], seed: int) -> list[int]:
     size = lm.vocabulary_size
     if config.proposal == "user":
         tokens = list(dict.fromkeys(config.user_tokens or []))
@@ -52,6 +56,7 @@ def _name_tokens(lm: LanguageModel, config: SearchConfig, token_counts: Tensor, 
         return tokens
     if config.proposal == "vocabulary" or (config.proposal == "sampled" and config.candidates >= size):
         return list(range(size))
+    token_counts = count_tokens()
     wanted = config.candidates if config.proposal == "frequent" else config.frequent
     ranked = torch.argsort(token_counts, descending=True, stable=True)[:wanted]
     frequent = ranked[token_counts[ranked] > 0].tolist()
