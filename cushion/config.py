@@ -345,6 +345,7 @@ class SearchConfig:
     symmetric: bool = False
     levels: str = "full"
     batch_size: int | None = None
+    replicas: int | None = 1
     texts: int = 64
     contexts: int = 200
     outlier_tokens: int = 3
@@ -370,6 +371,7 @@ class SearchConfig:
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)
+        at_least("search.replicas", self.replicas, 1)
         for key in ("texts", "contexts", "outlier_tokens"):
             at_least(f"search.{key}", getattr(self, key), 1)
         reason = "it must be finite and at least 1"

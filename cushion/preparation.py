@@ -16,6 +16,7 @@ from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.tasks import TaskSet, check_tasks, load_tasks
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.simulate import check_quantizer
+from cushion.search.replicas import check_replicas
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     Raises:
         CushionError: a source is missing or too short, the model cannot be loaded, or a size does not fit it.
     """
+    check_replicas(config.search, config.model, device)
     check_model(config.model)
     measured = measured_corpora(config)
     corpora = load_corpora(config.data, config.paths, _needed(config, measured))

@@ -54,7 +54,7 @@ from cushion.quantization.calibration import calibrate
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
-from cushion.search import batching, blockwise, greedy, objective, prefixquant, proposals, qfep, rounds, scan
+from cushion.search import batching, blockwise, greedy, objective, prefixquant, proposals, qfep, replicas, rounds, scan
 from cushion.search.greedy import Scored, SearchState, greedy_search
 from cushion.search.objective import Objective
 from cushion.search.prefixquant import PrefixQuantRecord, prefixquant_rule
@@ -67,7 +67,7 @@ _ROTATION = (hadamard, replacements, rotation)
 _QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
 _COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
-    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, batching, greedy),
+    "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, batching, replicas, greedy),
     "proposal": (*_COMMON, activations, blockwise, objective, rounds, proposals),
     "qfep": (*_COMMON, activations, scan, qfep),
     "prefixquant": (*_COMMON, activations, scan, prefixquant),
@@ -167,6 +167,7 @@ class Steps:
                 "candidates",
                 "frequent",
                 "user_tokens",
+                "replicas",
             ),
             candidates=digest(candidates),
             texts=tensor_digest([texts]),

@@ -29,6 +29,7 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.batching import BatchSizer
 from cushion.search.objective import Objective
+from cushion.search.replicas import Replicas, replica_devices, replicated
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
 
 TIE = 1e-6
@@ -157,9 +158,12 @@ def greedy_search(
     """
     if len(state.token_ids) >= config.max_length:  # the start of the prompt fills it already
         state.finished, state.stop_reason = True, "max_length"
-    sizer = BatchSizer({weight.device for weight in lm.model.parameters()}, config.batch_size)
-    while not state.finished:
-        yield from _Step(lm, config, texts[len(state.steps)], candidates, state, sizer).run()
+    if state.finished:
+        return
+    with replicated(lm, Objective(config), replica_devices(config.replicas, lm.device)) as replicas:
+        sizer = BatchSizer(replicas.devices, config.batch_size)
+        while not state.finished:
+            yield from _Step(lm, config, texts[len(state.steps)], candidates, state, replicas, sizer).run()
 
 
 class _OutOfBudgetError(Exception):
@@ -176,10 +180,11 @@ class _Step:
         text: Tensor,
         candidates: list[int],
         state: SearchState,
+        replicas: Replicas,
         sizer: BatchSizer,
     ) -> None:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
-        self.state, self.step, self.sizer = state, state.under_way, sizer
+        self.state, self.step, self.replicas, self.sizer = state, state.under_way, replicas, sizer
         self.objective, self.blocks = Objective(config), len(lm.blocks)
         self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
@@ -243,7 +248,7 @@ class _Step:
             return  # nothing would be dropped
         row_cost = (stage.text.numel() + 1) * stage.depth
         while len(step.scores) < len(pool):
-            start, size = len(step.scores), self.sizer.size(stage.text.numel() + 1)
+            start, size = len(step.scores), len(self.replicas) * self.sizer.size(stage.text.numel() + 1)
             batch = pool[start : start + min(size, self._afford(row_cost))]
             bound = math.inf
             if stage.kind == "sweep" and (known := step.verified + self._scored()):
@@ -251,16 +256,16 @@ class _Step:
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
             self.sizer.begin()
             try:
-                judged = self.objective.judge(self.lm, self.prefix, rows, 1, stage.depth, bound)
+                judged = self.replicas.judge(self.prefix, rows, stage.depth, bound)
             except Exception as error:
-                if not self.sizer.can_back_off(error, len(batch)):
+                if not self.sizer.can_back_off(error, self.replicas.share(len(batch))):
                     raise
                 judged = None
             if judged is None:  # outside of the handler, where nothing of the failed pass is held any more
-                self.sizer.back_off(len(batch), rows.shape[1])
+                self.sizer.back_off(self.replicas.share(len(batch)), rows.shape[1])
                 continue
             if len(batch) == size:
-                self.sizer.grow(*rows.shape)
+                self.sizer.grow(self.replicas.share(len(batch)), rows.shape[1])
             results = zip(judged.scores.tolist(), judged.complete.tolist(), strict=True)
             step.scores.extend(score if complete and math.isfinite(score) else None for score, complete in results)
             step.token_blocks += int(judged.blocks.sum()) * (stage.text.numel() + 1)

@@ -1,0 +1,111 @@
+"""Copies of a model on several GPUs of one machine, among which the candidates of a batch are shared out.
+
+Each copy is driven by a thread: a forward pass hands its work to a GPU and goes on, so the threads of one process keep
+several of them busy. That needs no launcher and no communication but the scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cushion.config import ModelConfig, SearchConfig
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.search.objective import Judged, Objective
+
+
+def check_replicas(config: SearchConfig, model: ModelConfig, device: str) -> None:
+    """Refuse more copies than there are GPUs for them.
+
+    Raises:
+        ConfigError: fewer GPUs than `search.replicas`, or a model that is spread over several.
+
+    """
+    if config.method != "greedy" or config.replicas == 1:
+        return
+    if model.device_map is not None:
+        raise ConfigError(
+            f"search.replicas={config.replicas} puts a copy of the model on each GPU, and model.device_map="
+            f"{model.device_map!r} spreads one copy over all: use search.replicas=1, or model.device_map=null"
+        )
+    gpus = torch.cuda.device_count() if torch.device(device).type == "cuda" else 0
+    if config.replicas is not None and config.replicas > gpus:
+        raise ConfigError(
+            f"search.replicas={config.replicas} needs as many GPUs, and this run has {gpus}: use search.replicas=1, "
+            "or null for as many as there are"
+        )
+
+
+def replica_devices(count: int | None, first: torch.device) -> list[torch.device]:
+    """Where `count` copies go (None: one on each GPU), the model itself, which is on `first`, among them."""
+    if first.type != "cuda":
+        return [first]
+    own = first.index or 0
+    others = [index for index in range(torch.cuda.device_count()) if index != own]
+    return [first, *(torch.device("cuda", index) for index in others)][:count]
+
+
+@contextmanager
+def replicated(lm: LanguageModel, objective: Objective, devices: list[torch.device]) -> Iterator[Replicas]:
+    """Within the block there is a copy of the model on each of `devices`; the model itself is the first."""
+    with ThreadPoolExecutor(len(devices)) as threads:
+        yield Replicas([lm, *(_copy_to(lm, device) for device in devices[1:])], objective, threads)
+
+
+class Replicas:
+    """A model and its copies, judging the rows of a batch at the same time."""
+
+    def __init__(self, lms: list[LanguageModel], objective: Objective, threads: ThreadPoolExecutor) -> None:
+        self._lms, self._objective, self._threads = lms, objective, threads
+
+    def __len__(self) -> int:
+        """How many there are, the model itself included."""
+        return len(self._lms)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the weights of all of them are."""
+        return {weight.device for lm in self._lms for weight in lm.model.parameters()}
+
+    def share(self, rows: int) -> int:
+        """The rows of the largest part of a batch of `rows`."""
+        return -(-rows // len(self))
+
+    def judge(self, prefix: Prefix, rows: Tensor, depth: int, bound: float = math.inf) -> Judged:
+        """`Objective.judge` of `rows`, a candidate in front of a text each, shared out evenly.
+
+        An error of one copy is raised when all have ended.
+        """
+        if len(self) == 1:
+            return self._objective.judge(self._lms[0], prefix, rows, 1, depth, bound)
+        parts = [part for part in rows.tensor_split(len(self)) if len(part)]
+        tasks = [
+            self._threads.submit(self._objective.judge, lm, prefix, part, 1, depth, bound)
+            for lm, part in zip(self._lms, parts, strict=False)
+        ]
+        wait(tasks)
+        judged = [task.result() for task in tasks]
+        return Judged(
+            torch.cat([part.scores for part in judged]),
+            torch.cat([part.blocks for part in judged]),
+            torch.cat([part.complete for part in judged]),
+        )
+
+
+def _copy_to(lm: LanguageModel, device: torch.device) -> LanguageModel:
+    """The model once more on `device`; tensor by tensor, so that its own device holds no second copy on the way."""
+    copies: dict[int, object] = {
+        id(weight): nn.Parameter(weight.detach().to(device, copy=True), requires_grad=False)
+        for weight in lm.model.parameters()
+    }
+    copies |= {id(buffer): buffer.to(device, copy=True) for buffer in lm.model.buffers()}
+    return replace(lm, model=copy.deepcopy(lm.model, copies))
