@@ -296,7 +296,7 @@ class SearchRound:
 
     depth: float = 1.0
     tokens: int = 8
-    keep: int = 1
+    keep: int | float = 1
     text: str = "spikes"
 
     def __post_init__(self) -> None:
@@ -306,13 +306,14 @@ class SearchRound:
             require(self.tokens == 1, "search.rounds.tokens", self.tokens, "1, because text=first is one token")
         else:
             at_least("search.rounds.tokens", self.tokens, 2)
-        at_least("search.rounds.keep", self.keep, 1)
+        fits = 0 < self.keep < 1 or (self.keep >= 1 and self.keep == int(self.keep))
+        require(fits, "search.rounds.keep", self.keep, "a number of candidates, or a share of them below 1")
 
 
 def default_rounds() -> list[SearchRound]:
     """The rounds of a pruned or exact search that names none."""
     return [
-        SearchRound(0.1, 1, 12288, "first"),
+        SearchRound(0.1, 1, 0.25, "first"),
         SearchRound(0.1, 5, 1024, "spikes"),
         SearchRound(0.14, 16, 96, "spikes"),
         SearchRound(0.4, 128, 16, "start"),
@@ -383,6 +384,8 @@ class SearchConfig:
         self.rounds = [SearchRound(**item) if isinstance(item, dict) else item for item in self.rounds]
         if self.scoring != "full":
             require(len(self.rounds) > 0, "search.rounds", self.rounds, "name at least one, or use search.scoring=full")
+            reason = "text=first is for steps from an empty prompt: name a round of another text behind it"
+            require(any(item.text != "first" for item in self.rounds), "search.rounds", self.rounds, reason)
         if self.proposal == "user":
             reason = "search.proposal=user needs a list of token ids"
             require(bool(self.user_tokens), "search.user_tokens", self.user_tokens, reason)
@@ -558,6 +561,12 @@ class RunConfig:
             raise ConfigError(
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
+            )
+        if self.search.method == "greedy" and self.search.replicas != 1 and self.model.device_map is not None:
+            replicas = "null" if self.search.replicas is None else self.search.replicas
+            raise ConfigError(
+                f"search.replicas={replicas} puts a copy of the model on each GPU, and model.device_map="
+                f"{self.model.device_map!r} places the model otherwise: use search.replicas=1, or model.device_map=null"
             )
 
     @property

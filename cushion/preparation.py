@@ -90,7 +90,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     Raises:
         CushionError: a source is missing or too short, the model cannot be loaded, or a size does not fit it.
     """
-    check_replicas(config.search, config.model, device)
+    check_replicas(config.search, device)
     check_model(config.model)
     measured = measured_corpora(config)
     corpora = load_corpora(config.data, config.paths, _needed(config, measured))

@@ -167,7 +167,7 @@ class Steps:
                 "candidates",
                 "frequent",
                 "user_tokens",
-                "replicas",
+                *(() if config.budget_seconds else ("replicas",)),  # they decide how far a search gets in its seconds
             ),
             candidates=digest(candidates),
             texts=tensor_digest([texts]),

@@ -11,6 +11,9 @@ FIRST_TOKENS = {"cpu": 2048, "cuda": 8192}
 GROWTH = 8
 """A batch has at most this many times the tokens of the one before: what it takes is foretold from that."""
 
+MOST_ROWS = 32768
+"""A batch has at most this many rows: kernels of attention give each a place in a grid of fewer than 65,536."""
+
 MEMORY_SHARE = 0.8
 """The part of a GPU's free memory that a batch may take; the rest is for what lies between the pieces in use."""
 
@@ -54,7 +57,7 @@ class BatchSizer:
 
     def size(self, row_length: int) -> int:
         """Rows of `row_length` tokens in the next batch."""
-        return self._fixed or max(1, self._tokens // row_length)
+        return min(MOST_ROWS, self._fixed or max(1, self._tokens // row_length))
 
     def begin(self) -> None:
         """Call it before a batch: from here on its memory is measured."""

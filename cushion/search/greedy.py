@@ -55,6 +55,8 @@ class SearchStep:
     seconds: float
     verified: int = 0
     """How many of the candidates were judged by the whole objective."""
+    replicas: int = 1
+    """GPUs (or copies of the model) that worked on it at the end."""
 
 
 @dataclass
@@ -160,7 +162,9 @@ def greedy_search(
         state.finished, state.stop_reason = True, "max_length"
     if state.finished:
         return
+    started = time.perf_counter()
     with replicated(lm, Objective(config), replica_devices(config.replicas, lm.device)) as replicas:
+        state.under_way.seconds += time.perf_counter() - started
         sizer = BatchSizer(replicas.devices, config.batch_size)
         while not state.finished:
             yield from _Step(lm, config, texts[len(state.steps)], candidates, state, replicas, sizer).run()
@@ -188,13 +192,15 @@ class _Step:
         self.objective, self.blocks = Objective(config), len(lm.blocks)
         self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
+        self.prefixes = replicas.place(self.prefix)
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
         step, out_of_budget = self.step, False
         try:
             self._begin()
-            stages = plan_stages(self.config, self.blocks, len(self.prefix), self.text, step.spikes)
+            prompt, candidates = len(self.prefix), len(self.candidates)
+            stages = plan_stages(self.config, self.blocks, prompt, candidates, self.text, step.spikes)
             while step.stage < len(stages):
                 yield from self._score(stages[step.stage], len(stages))
                 self._close(stages[step.stage])
@@ -244,7 +250,7 @@ class _Step:
     def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
         """Score the pool of one stage, batch by batch."""
         step, pool = self.step, self._pool()
-        if stage.kind == "round" and (stage.keep is None or len(pool) <= stage.keep):
+        if stage.kind == "round" and (stage.skipped or len(pool) <= stage.keep):
             return  # nothing would be dropped
         row_cost = (stage.text.numel() + 1) * stage.depth
         while len(step.scores) < len(pool):
@@ -256,7 +262,7 @@ class _Step:
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
             self.sizer.begin()
             try:
-                judged = self.replicas.judge(self.prefix, rows, stage.depth, bound)
+                judged = self.replicas.judge(self.prefixes, rows, stage.depth, bound)
             except Exception as error:
                 if not self.sizer.can_back_off(error, self.replicas.share(len(batch))):
                     raise
@@ -347,6 +353,7 @@ class _Step:
             token_forwards=token_forwards,
             seconds=seconds,
             verified=len(step.verified),
+            replicas=len(self.replicas),
         )
 
 

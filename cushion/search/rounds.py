@@ -38,14 +38,16 @@ class Stage:
             candidates that the rounds dropped).
         depth: how many of the first decoder blocks are run.
         text: the token ids behind each candidate, shape (tokens,).
-        keep: how many candidates go on from a round; None for all, because this step has no use for the round.
+        keep: how many candidates go on from a round.
+        skipped: whether this step has no use for the round, so that all go on.
 
     """
 
     kind: str
     depth: int
     text: Tensor
-    keep: int | None = 0
+    keep: int = 0
+    skipped: bool = False
 
 
 def rounds_of(config: SearchConfig) -> list[SearchRound]:
@@ -53,12 +55,15 @@ def rounds_of(config: SearchConfig) -> list[SearchRound]:
     return [] if config.scoring == "full" else config.rounds
 
 
-def plan_stages(config: SearchConfig, blocks: int, prompt: int, text: Tensor, spikes: list[int]) -> list[Stage]:
+def plan_stages(
+    config: SearchConfig, blocks: int, prompt: int, candidates: int, text: Tensor, spikes: list[int]
+) -> list[Stage]:
     """The stages of a step, in order.
 
     Args:
         blocks: how many decoder blocks the model has.
         prompt: how many tokens stand in front of the candidates.
+        candidates: how many there are; a round may keep a share of them.
         text: token ids of the step's text, shape (n,).
         spikes: positions of `text`, the one with the largest spike first.
 
@@ -66,8 +71,9 @@ def plan_stages(config: SearchConfig, blocks: int, prompt: int, text: Tensor, sp
     stages = []
     for item in rounds_of(config):
         short = spike_text(text, spikes, item.tokens) if item.text == "spikes" else text[: item.tokens]
-        keep = None if item.text == "first" and prompt else item.keep
-        stages.append(Stage("round", max(1, round(item.depth * blocks)), short, keep))
+        keep = int(item.keep) if item.keep >= 1 else max(1, round(item.keep * candidates))
+        skipped = item.text == "first" and prompt > 0
+        stages.append(Stage("round", max(1, round(item.depth * blocks)), short, keep, skipped))
     stages.append(Stage("verify", blocks, text))
     if config.scoring == "exact":
         stages.append(Stage("sweep", blocks, text))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cushion.search.batching import FIRST_TOKENS, GROWTH, MEMORY_SHARE, BatchSizer, tokens_that_fit
+from cushion.search.batching import FIRST_TOKENS, GROWTH, MEMORY_SHARE, MOST_ROWS, BatchSizer, tokens_that_fit
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 MIB = 2**20
@@ -75,6 +75,12 @@ def test_a_batch_grows_into_the_free_memory_and_never_beyond(gpus: dict[torch.de
     assert sizes == sorted(sizes)
     taken = sizes[-1] * 513 * (MIB // 10) / (66_000 * MIB)
     assert MEMORY_SHARE - 0.01 < taken <= MEMORY_SHARE
+
+
+def test_a_batch_of_short_rows_fits_the_grids_of_kernels(gpus: dict[torch.device, Memory]) -> None:
+    gpus[FIRST] = Memory(total=80_000 * MIB, held=14_000 * MIB, per_token=MIB // 10)
+    assert settle(BatchSizer({FIRST}, None), gpus, 2)[-1] == MOST_ROWS < 65_536
+    assert BatchSizer({FIRST}, 100_000).size(2) == MOST_ROWS
 
 
 def test_the_fullest_of_several_gpus_decides(gpus: dict[torch.device, Memory]) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import FAMILIES
 from torch import Tensor
 
-from cushion.config import ModelConfig, SearchConfig, SearchRound
+from cushion.config import ModelConfig, RunConfig, SearchConfig, SearchRound
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -45,17 +45,18 @@ def test_copies_judge_as_one_model_does(tiny: Tiny, family: str) -> None:
     prefix, rows = Prefix.from_tokens(lm.model, [7, 8]), rows_of(list(range(40, 63)), some_texts()[0])
     objective = Objective(SearchConfig())
     alone = objective.judge(lm, prefix, rows, 1, 3)
-    bound = float(alone.scores.median())
+    bound = float(alone.scores.sort().values[10:12].mean())  # no row's own score
     dropped = objective.judge(lm, prefix, rows, 1, 3, bound)
     assert not dropped.complete.all()
     with replicated(lm, objective, [CPU] * 3) as replicas:
+        prefixes = replicas.place(prefix)
         assert (len(replicas), replicas.share(23)) == (3, 8)
         for expected, limit in ((alone, float("inf")), (dropped, bound)):
-            judged = replicas.judge(prefix, rows, 3, limit)
+            judged = replicas.judge(prefixes, rows, 3, limit)
             torch.testing.assert_close(judged.scores, expected.scores, rtol=1e-5, atol=0)
             assert judged.blocks.tolist() == expected.blocks.tolist()
             assert judged.complete.tolist() == expected.complete.tolist()
-        few = replicas.judge(prefix, rows[:2], 3)  # fewer rows than copies
+        few = replicas.judge(prefixes, rows[:2], 3)  # fewer rows than copies
         torch.testing.assert_close(few.scores, alone.scores[:2], rtol=1e-5, atol=0)
 
 
@@ -73,6 +74,33 @@ def test_a_copy_shares_nothing_and_keeps_what_is_tied(tiny: Tiny) -> None:
             assert torch.equal(own, copied)
             assert own.data_ptr() != copied.data_ptr()
             assert not copied.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_a_copy_stays_behind(tiny: Tiny, family: str) -> None:
+    lm = tiny(family)
+    meta = torch.device("meta")
+    with replicated(lm, Objective(SearchConfig()), [CPU, meta]) as replicas:
+        assert replicas.devices == {CPU, meta}
+        for module in replicas._lms[1].model.modules():
+            tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+            assert {tensor.device for tensor in tensors if isinstance(tensor, Tensor)} <= {meta}
+        _, placed = replicas.place(Prefix.from_tokens(lm.model, [7, 8]))
+        assert {tensor.device for tensor in (*placed.keys, *placed.values)} == {meta}
+    assert len(replicas) == 0  # nothing holds the copies any more
+
+
+def test_a_gpu_without_room_for_a_copy_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    lm = tiny()
+    monkeypatch.setattr("copy.deepcopy", full)
+    with (
+        pytest.raises(ConfigError, match=r"search.replicas: cpu has no room for a copy of tiny.*use fewer"),
+        replicated(lm, Objective(SearchConfig()), [CPU, CPU]),
+    ):
+        pass
 
 
 def spread(monkeypatch: pytest.MonkeyPatch, copies: int) -> list[str]:
@@ -155,14 +183,20 @@ def test_devices_are_the_models_own_and_the_next_ones(monkeypatch: pytest.Monkey
 
 
 def test_more_copies_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, model = SearchConfig(method="greedy", replicas=2), ModelConfig()
+    config = SearchConfig(method="greedy", replicas=2)
     with pytest.raises(ConfigError, match=r"search.replicas=2 needs as many GPUs, and this run has 0.*replicas=1"):
-        check_replicas(config, model, "cpu")
+        check_replicas(config, "cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_replicas(config, model, "cuda:1")
-    check_replicas(SearchConfig(method="greedy", replicas=None), model, "cpu")
-    with pytest.raises(ConfigError, match=r"search.replicas=2 .*model.device_map='auto' spreads"):
-        check_replicas(config, ModelConfig(device_map="auto"), "cuda")
-    check_replicas(SearchConfig(replicas=2), model, "cpu")  # no greedy search: a warning tells
+    check_replicas(config, "cuda:1")
+    check_replicas(SearchConfig(method="greedy", replicas=None), "cpu")
+    check_replicas(SearchConfig(replicas=2), "cpu")  # no greedy search: a warning tells
     with pytest.raises(ConfigError, match=r"search.replicas=0"):
         SearchConfig(replicas=0)
+
+
+@pytest.mark.parametrize(("replicas", "written"), [(2, "2"), (None, "null")])
+def test_copies_of_a_model_that_is_placed_otherwise_are_refused(replicas: int | None, written: str) -> None:
+    spread_out = ModelConfig(device_map="auto")
+    with pytest.raises(ConfigError, match=rf"search.replicas={written} .*model.device_map='auto' places"):
+        RunConfig(model=spread_out, search=SearchConfig(method="greedy", replicas=replicas))
+    RunConfig(model=spread_out, search=SearchConfig(replicas=replicas))

@@ -355,6 +355,31 @@ def test_a_search_goes_on_after_any_event(tiny: Tiny, scoring: str) -> None:
     assert {event.stage for event in events if isinstance(event, Scored)} == set(range(4 if scoring == "exact" else 3))
 
 
+@pytest.mark.parametrize("scoring", ["pruned", "exact"])
+def test_a_search_with_a_round_that_a_later_step_skips_goes_on_too(tiny: Tiny, scoring: str) -> None:
+    rounds = [SearchRound(0.34, 1, 0.8, "first"), *ROUNDS]
+    config = SearchConfig(tau=1.0, max_length=2, batch_size=40, scoring=scoring, rounds=rounds)
+    events = assert_it_goes_on_after_any_event(tiny(), config, some_texts(), VOCABULARY[::3])
+    stages = [{event.stage for event in events if isinstance(event, Scored) and event.step == step} for step in (0, 1)]
+    every = set(range(5 if scoring == "exact" else 4))
+    assert stages == [every, every - {0}]
+
+
+def test_behind_a_start_of_the_prompt_the_first_token_judges_nobody(tiny: Tiny) -> None:
+    lm, texts = tiny(), some_texts()
+    with_it = [SearchRound(0.34, 1, 0.1, "first"), *ROUNDS]
+    found = []
+    for rounds in (ROUNDS, with_it):
+        state = SearchState([5])
+        list(
+            greedy_search(
+                lm, SearchConfig(tau=1.0, max_length=2, scoring="pruned", rounds=rounds), texts, VOCABULARY, state
+            )
+        )
+        found.append((state.token_ids, state.steps[0].token_forwards))
+    assert found[0] == found[1]
+
+
 # ---- spikes ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,16 +407,16 @@ def test_spike_text_keeps_the_order_and_the_length() -> None:
 
 def test_stages_scale_with_the_model(tiny: Tiny) -> None:
     config = SearchConfig(scoring="exact", rounds=[SearchRound(0.1, 4, 9, "start"), SearchRound(1.0, 99, 3, "start")])
-    stages = plan_stages(config, 30, 0, torch.arange(16), [])
+    stages = plan_stages(config, 30, 0, 60, torch.arange(16), [])
     assert [(stage.kind, stage.depth, len(stage.text), stage.keep) for stage in stages] == [
         ("round", 3, 4, 9), ("round", 30, 16, 3), ("verify", 30, 16, 0), ("sweep", 30, 16, 0),
     ]  # fmt: skip
-    assert plan_stages(config, 3, 0, torch.arange(16), [])[0].depth == 1
+    assert plan_stages(config, 3, 0, 60, torch.arange(16), [])[0].depth == 1
 
 
 def test_the_first_token_judges_from_an_empty_prompt_alone(tiny: Tiny) -> None:
     lm, texts = tiny(), some_texts()
-    rounds = [SearchRound(0.67, 1, 40, "first"), SearchRound(1.0, 5, 9, "start")]
+    rounds = [SearchRound(0.67, 1, 40 / 260, "first"), SearchRound(1.0, 5, 9, "start")]
     state = search(lm, texts, "pruned", rounds=rounds)
     rows = torch.tensor([[token, int(texts[0, 0])] for token in VOCABULARY])
     scores = Objective(SearchConfig()).judge(lm, Prefix.empty(), rows, 1, depth=2).scores
@@ -418,6 +443,11 @@ def test_the_first_token_judges_from_an_empty_prompt_alone(tiny: Tiny) -> None:
         ({"rounds": [{"tokens": 1}]}, "search.rounds.tokens=1"),
         ({"rounds": [{"text": "first", "tokens": 8}]}, "search.rounds.tokens=8.*text=first"),
         ({"rounds": [{"keep": 0}]}, "search.rounds.keep=0"),
+        ({"rounds": [{"keep": 2.5}]}, "search.rounds.keep=2.5.*a share of them below 1"),
+        (
+            {"scoring": "pruned", "rounds": [{"text": "first", "tokens": 1}]},
+            "search.rounds=.*of another text behind it",
+        ),
         ({"rounds": [{"text": "spike"}]}, "mean 'spikes'"),
     ],
 )
