@@ -14,6 +14,7 @@ from cushion.reporting.page import html
 from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
 from cushion.reporting.runs import experiment_table, provenance_table
+from cushion.reporting.settings import numbered
 from cushion.reporting.status import missing
 
 
@@ -38,10 +39,16 @@ def write_report(
         by_experiment.setdefault(run.experiment, []).append(run)
     source = published_folder()
     known = published_names(source)
-    published = [compare(load_published(source, name), found) for name, found in by_experiment.items() if name in known]
-    absent = dict.fromkeys((state.experiment, state.detail) for folder in folders for state in missing(folder))
+    states = list(dict.fromkeys(state for folder in folders for state in missing(folder)))
+    absent = {name: [state for state in states if state.experiment == name] for name in by_experiment}
+    numbers = numbered(runs)
+    published = [
+        compare(load_published(source, name), found, absent[name], numbers)
+        for name, found in by_experiment.items()
+        if name in known
+    ]
     tables = [
-        experiment_table(name, found, [detail for of, detail in absent if of == name])
+        experiment_table(name, found, list(dict.fromkeys(state.detail for state in absent[name])), numbers)
         for name, found in by_experiment.items()
     ]
     provenance = provenance_table(runs)
@@ -89,7 +96,10 @@ def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], p
 
 
 def _latex(tables: Sequence[Table]) -> str:
-    head = "% Each table is an environment of its own; the preamble needs \\usepackage{booktabs}.\n"
+    head = (
+        "% Each table is an environment of its own; the preamble needs \\usepackage{booktabs} and, for wide tables,\n"
+    )
+    head += "% \\usepackage{graphicx}.\n"
     return "\n".join([head, *map(latex, tables)])
 
 

@@ -5,28 +5,39 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 NONE = "-"
 """What stands in a cell that has nothing to say."""
+WIDE = 9
+"""More columns than these are wider than a column of a two-column paper: LaTeX gives them the width of the page."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One cell: its text, how many columns it spans (headings), what it is sorted by, and its kind.
 
-    `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart.
+    `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart. What stands behind a value
+    in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
+    `seeds` says of how many seeds a cell with lost ones is, `2 of 3`.
     """
 
     text: str
     span: int = 1
     value: float | None = None
     kind: str = ""
+    error: float | None = None
+    deviation: float | None = None
+    seeds: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings in one or more lines, a body of lines as wide, `labels` leading columns of words, notes below."""
+    """Headings in one or more lines, a body of lines as wide, `labels` leading columns of words, notes below.
+
+    `pinned` are the columns that stay in view where a page is narrower than the table; by default those of words.
+    """
 
     name: str
     title: str
@@ -34,10 +45,15 @@ class Table:
     body: list[list[Cell]]
     labels: int
     notes: list[str] = field(default_factory=list)
+    pinned: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         widths = {sum(cell.span for cell in line) for line in (*self.head, *self.body)}
         assert len(widths) <= 1, f"{self.name}: lines of {sorted(widths)} columns"
+
+    def in_view(self) -> list[int]:
+        """The columns that stay in view."""
+        return list(range(self.labels) if self.pinned is None else self.pinned)
 
     def headings(self) -> list[str]:
         """One heading per column: those above each other joined."""
@@ -66,13 +82,20 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    r"""The table as a `table` environment in the style of booktabs; needs `\usepackage{booktabs}`."""
+    r"""The table as a `table` environment in the style of booktabs; needs `\usepackage{booktabs}`.
+
+    A table of more than `WIDE` columns is a `table*`, scaled to the width of the page; that needs `graphicx` as well.
+    """
     columns = len(table.headings())
+    environment, begin, end = "table", "", ""
+    if columns > WIDE:
+        environment, begin, end = "table*", r"\resizebox{\textwidth}{!}{%", "}"
     lines = [
-        r"\begin{table}",
+        rf"\begin{{{environment}}}",
         r"\centering",
         rf"\caption{{{escape_latex(table.title)}}}",
         rf"\label{{tab:{re.sub(r'[^a-zA-Z0-9]+', '-', table.name)}}}",
+        begin,
         rf"\begin{{tabular}}{{{'l' * table.labels + 'r' * (columns - table.labels)}}}",
         r"\toprule",
     ]
@@ -82,9 +105,9 @@ def latex(table: Table) -> str:
             lines.append(_rules(heads))
     lines.append(r"\midrule")
     lines += [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in table.body]
-    lines += [r"\bottomrule", r"\end{tabular}"]
+    lines += [r"\bottomrule", rf"\end{{tabular}}{end}"]
     lines += [rf"\par\smallskip\footnotesize {escape_latex(note)}" for note in table.notes]
-    return "\n".join([*(line for line in lines if line), r"\end{table}"]) + "\n"
+    return "\n".join([*(line for line in lines if line), rf"\end{{{environment}}}"]) + "\n"
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -108,24 +131,62 @@ def _rules(heads: list[Cell]) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """The table as CSV: one line of headings; numbers as far as cells have them, otherwise the text."""
+    """The table as CSV: one line of headings; numbers as far as cells have them, otherwise the text.
+
+    What stands behind a value has a column of its own, where any cell has it: `standard error`, `deviation`, `seeds`.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.headings())
-    writer.writerows([cell.text if cell.value is None else repr(cell.value) for cell in row] for row in table.body)
+    behind = [list(_behind(cells)) for cells in zip(*table.body, strict=True)] or [[] for _ in table.headings()]
+    writer.writerow(
+        name
+        for heading, further in zip(table.headings(), behind, strict=True)
+        for name in (heading, *(f"{heading} {title}" for title, _ in further))
+    )
+    for row in table.body:
+        fields = []
+        for cell, further in zip(row, behind, strict=True):
+            values = [getattr(cell, key) for _, key in further]
+            fields.append(cell.text if cell.value is None else repr(cell.value))
+            fields += ["" if value is None else str(value) for value in values]
+        writer.writerow(fields)
     return text.getvalue()
+
+
+def _behind(cells: tuple[Cell, ...]) -> Iterator[tuple[str, str]]:
+    """What any cell of a column has behind its value: the title of a column for it, and the cell's attribute."""
+    for title, key in (("standard error", "error"), ("deviation", "deviation"), ("seeds", "seeds")):
+        if any(getattr(cell, key) not in (None, "") for cell in cells):
+            yield title, key
 
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "[": "{[}", "]": "{]}",
+    "\N{MULTIPLICATION SIGN}": r"$\times$", "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "\N{EM DASH}": "---",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'", "\N{HORIZONTAL ELLIPSIS}": r"\ldots{}",
+    "\N{LESS-THAN OR EQUAL TO}": r"$\leq$", "\N{GREATER-THAN OR EQUAL TO}": r"$\geq$",
+    "\u03b1": r"$\alpha$", "\u03b7": r"$\eta$", "\u03bb": r"$\lambda$", "\u03bc": r"$\mu$", "\u03c4": r"$\tau$",
 }  # fmt: skip
+_LETTERS = {chr(code) for code in range(0xC0, 0x100)} - {chr(code) for code in (0xD0, 0xD7, 0xDE, 0xF0, 0xF7, 0xFE)}
+"""The letters beyond ASCII that pdflatex prints in every font encoding: Latin-1's without eth and thorn."""
 
 
 def escape_latex(text: str) -> str:
-    """Any text as LaTeX source that prints it: nothing in it is a command."""
-    return "".join(_LATEX.get(character, character) for character in _one_line(text))
+    r"""Any text as LaTeX source that prints it: nothing in it is a command.
+
+    What pdflatex cannot print, as in a token, is written as in a Python string: `\u0120`.
+    """
+    return "".join(map(_latex_character, _one_line(text)))
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    if character.isascii() or character in _LETTERS:
+        return character
+    return character.encode("unicode_escape").decode("ascii").replace("\\", _LATEX["\\"])
 
 
 def escape_markdown(text: str) -> str:

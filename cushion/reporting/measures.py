@@ -6,7 +6,7 @@ A measure that a result does not have is None, never zero: an older or a failed 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class Measure:
     title: str
     read: Callable[[Run, Row], float | None]
     format: Callable[[float], str]
+    error: Callable[[Run, Row], float | None] = lambda run, row: None
+    """Reads the standard error of the number, in its unit; None where there is none."""
 
 
 def ordinary(value: float) -> str:
@@ -55,14 +57,21 @@ def task_of(task: str) -> Callable[[Run, Row], float | None]:
     """Reads the main metric of a zero-shot task, in per cent."""
 
     def read(_: Run, row: Row) -> float | None:
-        value = (row.get("tasks") or {}).get(task, {}).get("value")
-        return None if value is None else 100.0 * value
+        return _per_cent((row.get("tasks") or {}).get(task, {}).get("value"))
 
     return read
 
 
-def _accuracy(_: Run, row: Row) -> float | None:
-    value = row.get("accuracy")
+def error_of_task(task: str) -> Callable[[Run, Row], float | None]:
+    """Reads the standard error of a task's main metric, in per cent."""
+
+    def read(_: Run, row: Row) -> float | None:
+        return _per_cent((row.get("tasks") or {}).get(task, {}).get("stderr"))
+
+    return read
+
+
+def _per_cent(value: float | None) -> float | None:
     return None if value is None else 100.0 * value
 
 
@@ -108,7 +117,12 @@ def _qfem(number: Callable[[list[float], list[float]], float | None]) -> Callabl
 
 MEASURES: dict[str, Measure] = {
     "perplexity": Measure("perplexity", perplexity_of(None), ordinary),
-    "accuracy": Measure("accuracy, %", _accuracy, ordinary),
+    "accuracy": Measure(
+        "accuracy, %",
+        lambda _, row: _per_cent(row.get("accuracy")),
+        ordinary,
+        lambda _, row: _per_cent(row.get("accuracy_stderr")),
+    ),
     "largest_activation": Measure("largest activation", _of_row("largest_activation"), lambda value: f"{value:.1f}"),
     "quantization_error": Measure("L_q", _of_row("quantization_error"), lambda value: f"{value:.3g}"),
     "seconds": Measure("seconds", _of_row("seconds"), lambda value: f"{value:.0f}"),
@@ -126,9 +140,34 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def over_seeds(values: Sequence[float], written: Callable[[float], str]) -> Cell:
-    """Mean and standard deviation (n - 1) of values of different seeds; of a single one just the value."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Cell(written(mean), value=mean)
-    return Cell(f"{written(mean)} ± {written(statistics.stdev(values))}", value=mean)
+def over_seeds(
+    values: Sequence[float], written: Callable[[float], str], error: float | None = None, asked: int = 0
+) -> Cell:
+    """Mean and standard deviation (n - 1) of values of different seeds; of a single one the value and its error.
+
+    Args:
+        values: one value per seed.
+        written: how a value is written.
+        error: standard error of the value, of a single seed.
+        asked: how many seeds there should be; where there are fewer, the cell says so.
+
+    """
+    mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    error = error if deviation is None else None
+    behind = deviation if error is None else error
+    text = written(mean) if behind is None else f"{written(mean)} ± {written(behind)}"
+    seeds = f"{len(values)} of {asked}" if len(values) < asked else ""
+    return Cell(f"{text} ({seeds} seeds)" if seeds else text, 1, mean, "", error, deviation, seeds)
+
+
+def spread_notes(body: Iterable[Sequence[Cell]]) -> list[str]:
+    """What ± means in a table: a deviation over seeds, the standard error of one seed, or one of the two."""
+    cells = [cell for line in body for cell in line]
+    several, one = any(cell.deviation is not None for cell in cells), any(cell.error is not None for cell in cells)
+    of_several = "the standard deviation (n - 1) over seeds"
+    of_one = "the standard error over the records of the tasks"
+    if several and one:
+        return [f"Mean ± {of_several} where there are several, value ± {of_one} where there is one."]
+    if several:
+        return [f"Mean ± {of_several}."]
+    return [f"Value ± {of_one}, of one seed."] if one else []

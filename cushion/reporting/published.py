@@ -8,9 +8,10 @@ same name.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,8 +21,19 @@ from yaml import YAMLError
 from cushion.errors import ArtifactError, did_you_mean
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import FAILED, MEASURES, MISSING, STAGES, Measure, over_seeds, perplexity_of, stage_of
-from cushion.reporting.runs import flatten
+from cushion.reporting.measures import (
+    FAILED,
+    MEASURES,
+    MISSING,
+    STAGES,
+    Measure,
+    over_seeds,
+    perplexity_of,
+    spread_notes,
+    stage_of,
+)
+from cushion.reporting.settings import flatten, numbered, shared_settings
+from cushion.reporting.status import RunState
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
@@ -172,12 +184,24 @@ def _check(table: PublishedTable, path: Path) -> None:
                 raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")
 
 
-def compare(table: PublishedTable, runs: Sequence[Run]) -> Table:
+def compare(
+    table: PublishedTable,
+    runs: Sequence[Run],
+    missing: Sequence[RunState] = (),
+    numbers: Mapping[Path, int] | None = None,
+) -> Table:
     """The published table with ours beside it, from the runs of its experiment.
 
-    A model that was published and not run keeps its published numbers alone; a model that was run and not published
-    gets numbers of ours alone. Within a model that was run, what has no result is `missing`, what has only failed runs
-    is `failed`.
+    A model that was published and not run keeps its published numbers alone, behind those that were; a model that was
+    run and not published gets numbers of ours alone. Within a model that was run, what has no result is `missing`, what
+    has only failed runs is `failed`, and a number of fewer seeds than the model was run with says so.
+
+    Args:
+        table: the published table.
+        runs: the results of the experiment of the same name, failed ones included.
+        missing: the runs of the experiment that a sweep planned and that have no result.
+        numbers: the numbers of the runs, where the report is of more than these.
+
     """
     labels = {model: table.models[model]["label"] for model in table.keys("model")}
     ran = dict.fromkeys(run.model for run in runs)
@@ -187,6 +211,8 @@ def compare(table: PublishedTable, runs: Sequence[Run]) -> Table:
     specification = table.specification
     rows = _combinations(table, specification["rows"], others)
     columns = _combinations(table, specification["columns"], others)
+    if "model" in specification["columns"]:
+        columns.sort(key=lambda column: labels[column["model"]] not in ran)
     corpora: set[str] = set()
 
     def triple(at: Coordinates) -> list[Cell]:
@@ -198,11 +224,13 @@ def compare(table: PublishedTable, runs: Sequence[Run]) -> Table:
             return [plain, Cell(NONE) if "model" in specification["columns"] else NOT_RUN, Cell(NONE)]
         if known and _position(at) not in published:
             return [Cell(NONE), Cell(NONE), Cell(NONE)]
-        ours = _ours(table, at, [run for run in runs if run.model == labels[model]], corpora)
+        of_model = [run for run in runs if run.model == labels[model]]
+        seeds = {run.seed for run in of_model} | _planned_seeds(missing, labels[model])
+        ours = _ours(table, at, of_model, len(seeds), corpora)
         return [plain, ours, _difference(ours, there)]
 
     fixed = _fixed(table)
-    grid = [[triple(fixed | row | column) for column in columns] for row in rows]
+    grid = _told_apart([[triple(fixed | row | column) for column in columns] for row in rows])
     kept = [_kept([line[number] for line in grid]) for number in range(len(columns))]
     head = _head(table, columns, kept)
     body = [
@@ -210,7 +238,11 @@ def compare(table: PublishedTable, runs: Sequence[Run]) -> Table:
          *(line[number][part] for number in range(len(columns)) for part in kept[number])]
         for row, line in zip(rows, grid, strict=True)
     ]  # fmt: skip
-    notes = _notes(table, labels, ran, corpora)
+    notes = [
+        *_notes(table, labels, ran, corpora),
+        *spread_notes(body),
+        *shared_settings(runs, numbered(runs) if numbers is None else numbers),
+    ]
     return Table(table.name, str(specification["title"]), head, body, len(specification["rows"]), notes)
 
 
@@ -238,8 +270,31 @@ def _plain(at: Coordinates, value: float | None) -> Cell:
     return Cell(NONE) if value is None else Cell(MEASURES[at["measure"]].format(value), value=value, kind="published")
 
 
-def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], corpora: set[str]) -> Cell:
-    """Our number for one published one: mean and deviation over seeds of the rows that fit."""
+def _planned_seeds(missing: Sequence[RunState], model: str) -> set[int]:
+    """The seeds of the runs of a model that a sweep over seeds planned and that are not there."""
+    described = (state.detail for state in missing if PurePosixPath(state.place).parent.name == model)
+    return {int(seed) for detail in described for seed in re.findall(r"(?<!\S)seed=(\d+)(?!\S)", detail)}
+
+
+def _told_apart(grid: list[list[list[Cell]]]) -> list[list[list[Cell]]]:
+    """In a table with deviations and standard errors, of which no column says what it is, the latter say it."""
+    cells = [cell for line in grid for triple in line for cell in triple]
+    if not any(cell.deviation is not None for cell in cells):
+        return grid
+    return [
+        [
+            [
+                replace(cell, text=f"{cell.text} (one seed)") if cell.error is not None and not cell.seeds else cell
+                for cell in triple
+            ]
+            for triple in line
+        ]
+        for line in grid
+    ]
+
+
+def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, corpora: set[str]) -> Cell:
+    """Our number for one published one: mean and deviation over seeds of the rows that fit, of how many of `seeds`."""
     select: dict[str, dict[str, Any]] = table.specification.get("select", {})
     wanted: dict[str, Any] = {}
     for dimension, selections in select.items():
@@ -253,6 +308,7 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], corpora: set[
         measure = Measure(measure.title, perplexity_of(table.specification.get("corpus")), measure.format)
     stage, quantized = wanted.get("stage"), wanted.get("quantized")
     by_seed: dict[int, list[float]] = {}
+    error: float | None = None
     for run in done:
         for row in run.record["rows"]:
             if stage not in (None, stage_of(row)) or quantized not in (None, row["quantized"]):
@@ -260,6 +316,7 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], corpora: set[
             value = measure.read(run, row)
             if value is not None:
                 by_seed.setdefault(run.seed, []).append(value)
+                error = measure.error(run, row) if error is None else error
                 if at["measure"] == "perplexity":
                     corpora |= set(row["perplexity"]) if len(row["perplexity"]) == 1 else set()
     if not by_seed:
@@ -268,7 +325,7 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], corpora: set[
         if max(values) - min(values) > SAME * max(abs(value) for value in values):
             different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
             return Cell(f"conflict: {different}", kind="conflict")
-    return over_seeds([values[0] for values in by_seed.values()], measure.format)
+    return over_seeds([values[0] for values in by_seed.values()], measure.format, error, seeds)
 
 
 def _fits(run: Run, wanted: dict[str, Any]) -> bool:

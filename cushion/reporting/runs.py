@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import FAILED, MEASURES, MISSING, Measure, ordinary, over_seeds, perplexity_of, task_of
+from cushion.reporting.measures import (
+    FAILED,
+    MEASURES,
+    MISSING,
+    Measure,
+    error_of_task,
+    ordinary,
+    over_seeds,
+    perplexity_of,
+    spread_notes,
+    task_of,
+)
+from cushion.reporting.settings import flatten, numbered, shared_settings
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "eval")
 _EVERY_SETTING = ("model", *_GROUPS, "device")
 
 
-def experiment_table(experiment: str, runs: Sequence[Run], missing: Sequence[str] = ()) -> Table:
+def experiment_table(
+    experiment: str, runs: Sequence[Run], missing: Sequence[str] = (), numbers: Mapping[Path, int] | None = None
+) -> Table:
     """The rows of an experiment's runs, with what varies between them in front.
 
     Args:
         experiment: name of the experiment.
         runs: its results, failed ones included.
         missing: descriptions of runs that a sweep asked for and that have no result.
+        numbers: the numbers of the runs, where the report is of more than these.
 
     """
+    numbers = numbered(runs) if numbers is None else numbers
     settings = varying(runs)
     measures = _measures(runs)
-    titles = ["model", *settings, "row", "prefix", "seeds"]
+    titles = ["run", "model", *settings, "row", "prefix", "seeds"]
     head = [[Cell(title) for title in (*titles, *(measure.title for measure in measures))]]
     body = []
     for group in _by(runs, lambda run: run.identity("seed")):
@@ -32,29 +49,32 @@ def experiment_table(experiment: str, runs: Sequence[Run], missing: Sequence[str
         front = [Cell(group[0].model), *(_setting(group[0], key) for key in settings)]
         for row in done[0].record["rows"] if done else []:
             same = [(run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"]]
-            body.append([*front, *_words(row, same), *(_measured(measure, same) for measure in measures)])
+            asked = len({run.seed for run in group})
+            number = Cell(", ".join(str(numbers[run.path]) for run, _ in same))
+            body.append([number, *front, *_words(row, same, asked), *(_measured(m, same) for m in measures)])
         for run in failed:
-            words = [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(str(run.seed), value=run.seed)]
-            body.append([*front, *words, *(FAILED for _ in measures)])
+            words = [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(f"seed {run.seed}")]
+            body.append([Cell(str(numbers[run.path])), *front, *words, *(FAILED for _ in measures)])
     for description in missing:
-        blanks = [Cell(NONE) for _ in range(len(settings) + 1)]
+        blanks = [Cell(NONE) for _ in range(len(settings) + 2)]
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
         body.append([*blanks, *words, *(MISSING for _ in measures)])
-    notes = []
-    if any("±" in cell.text for line in body for cell in line):
-        notes.append("Mean ± standard deviation over seeds.")
-    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes)
+    notes = [*spread_notes(body), *shared_settings(runs, numbers)]
+    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes, (0, titles.index("row")))
 
 
-def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]]) -> list[Cell]:
+def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], asked: int) -> list[Cell]:
     prefixes = list(dict.fromkeys(repr(other["prefix"]) if other["prefix"] else NONE for _, other in same))
     seeds = len({run.seed for run, _ in same})
-    return [Cell(row["label"]), Cell(", ".join(prefixes)), Cell(str(seeds), value=float(seeds))]
+    count = Cell(str(seeds), value=float(seeds)) if seeds == asked else Cell(f"{seeds} of {asked}")
+    return [Cell(row["label"]), Cell(", ".join(prefixes)), count]
 
 
 def _measured(measure: Measure, same: Sequence[tuple[Run, dict[str, Any]]]) -> Cell:
-    values = [value for run, row in same if (value := measure.read(run, row)) is not None]
-    return over_seeds(values, measure.format) if values else Cell(NONE)
+    read = [(value, measure.error(run, row)) for run, row in same if (value := measure.read(run, row)) is not None]
+    if not read:
+        return Cell(NONE)
+    return over_seeds([value for value, _ in read], measure.format, read[0][1], len(same))
 
 
 def _measures(runs: Sequence[Run]) -> list[Measure]:
@@ -63,7 +83,7 @@ def _measures(runs: Sequence[Run]) -> list[Measure]:
     corpora = dict.fromkeys(corpus for row in rows for corpus in row["perplexity"])
     tasks = dict.fromkeys(task for row in rows for task in row.get("tasks") or {})
     columns = [Measure(f"perplexity {corpus}", _strict(corpus), ordinary) for corpus in corpora]
-    columns += [Measure(f"{task}, %", task_of(task), ordinary) for task in tasks]
+    columns += [Measure(f"{task}, %", task_of(task), ordinary, error_of_task(task)) for task in tasks]
     if any(row.get("accuracy") is not None for row in rows):
         columns.append(MEASURES["accuracy"])
     return [*columns, *(MEASURES[name] for name in ("largest_activation", "quantization_error", "seconds"))]
@@ -97,16 +117,6 @@ def varying(runs: Iterable[Run]) -> list[str]:
     return found
 
 
-def flatten(value: Any, name: str) -> dict[str, Any]:
-    """Nested records as one, keys joined with dots."""
-    if not isinstance(value, dict):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{name}.{key}")
-    return flat
-
-
 def _setting(run: Run, key: str) -> Cell:
     group = key.partition(".")[0]
     value = flatten(run.config.get(group), group).get(key)
@@ -123,12 +133,15 @@ def _by(runs: Iterable[Run], key: Callable[[Run], str]) -> list[list[Run]]:
 
 def provenance_table(runs: Sequence[Run]) -> Table:
     """What each run was: status, versions, git state, device, cost, and where its result is."""
-    titles = ["run", "status", "cushion", "torch", "transformers", "git", "device", "seed", "seconds", "result"]
+    titles = ["run", "status", "cushion", "torch", "transformers", "git", "device", "seed", "seconds",
+              "search seconds", "search token-forwards", "tuning seconds", "result"]  # fmt: skip
     body = []
-    for number, run in enumerate(runs, start=1):
+    numbers = numbered(runs)
+    for run in runs:
         environment = run.record["environment"]
         packages, git = environment.get("packages", {}), environment.get("git")
         total = run.record["timings"].get("total")
+        search, tuning = run.record.get("search") or {}, run.record.get("tuning") or {}
         commit = "installed package" if not git else git["commit"][:10] + (", changed" if git["dirty"] else "")
         status = "completed" if run.completed else f"failed: {run.error}"
         if run.superseded:
@@ -138,10 +151,16 @@ def provenance_table(runs: Sequence[Run]) -> Table:
             *(str(packages.get(p) or "?") for p in ("torch", "transformers")),
         ]
         body.append([
-            Cell(str(number), value=number),
+            Cell(str(numbers[run.path])),
             Cell(status, kind="" if run.completed else "failed"),
             *(Cell(text) for text in (*versions, commit, str(environment.get("device", "?")), str(run.seed))),
-            Cell(NONE) if total is None else Cell(f"{total:.0f}", value=total),
+            *map(_whole, (total, search.get("seconds"), search.get("token_forwards"), tuning.get("seconds"))),
             Cell("/".join(run.path.parts[-5:-1])),
         ])  # fmt: skip
-    return Table("provenance", "Runs, versions and cost", [[Cell(title) for title in titles]], body, len(titles))
+    head = [[Cell(title) for title in titles]]
+    note = "Seconds of a run are its wall time, those of search and tuning as first computed."
+    return Table("provenance", "Runs, versions and cost", head, body, len(titles), [note], (0,))
+
+
+def _whole(value: float | None) -> Cell:
+    return Cell(NONE) if value is None else Cell(f"{value:.0f}", value=value)

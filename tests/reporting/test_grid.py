@@ -64,6 +64,41 @@ def test_latex_spans_headings_and_rules_under_them() -> None:
     assert body.splitlines()[1:] == [r"x & 1.00 & x \\"]
 
 
+@pytest.mark.parametrize("columns", [9, 10])
+def test_a_wide_table_has_the_width_of_the_page(columns: int) -> None:
+    wide = Table("n", "t", [[Cell("a") for _ in range(columns)]], [[Cell("x") for _ in range(columns)]], 1)
+    source = latex(wide)
+    scaled = columns > 9
+    assert (r"\begin{table*}" in source, r"\end{table*}" in source) == (scaled, scaled)
+    assert (r"\resizebox{\textwidth}{!}{%" in source) == scaled
+    assert source.count("{") == source.count("}")
+    assert source.index(r"\begin{tabular}") < source.index(r"\end{tabular}" + ("}" if scaled else "\n"))
+
+
+def test_latex_writes_what_pdflatex_cannot_print_as_an_escape() -> None:
+    assert escape_latex("'Ġthe'") == r"'\textbackslash{}u0120the'"
+    assert escape_latex("\u4e2d\U0001f600") == r"\textbackslash{}u4e2d\textbackslash{}U0001f600"
+    assert escape_latex("Schrödinger \u03c4 \u2264 1") == r"Schrödinger $\tau$ $\leq$ 1"
+    printable = {chr(code) for code in range(0x20, 0x7F)} | {chr(code) for code in range(0xC0, 0x100)}
+    assert all(set(escape_latex(chr(code))) <= printable for code in range(0x20, 0x3000))
+
+
+def test_csv_has_a_column_for_what_stands_behind_a_value() -> None:
+    several = Cell("50.0 ± 1.4 (2 of 3 seeds)", value=50.0, deviation=1.375, seeds="2 of 3")
+    body = [
+        [Cell("a"), Cell("44.6 ± 2.3", value=44.64, error=2.25), Cell("1.00", value=1.0)],
+        [Cell("b"), several, Cell("-")],
+    ]
+    exact = Table("n", "t", [[Cell("row"), Cell("ours"), Cell("difference")]], body, 1)
+    assert list(csv.reader(io.StringIO(comma_separated(exact)))) == [
+        ["row", "ours", "ours standard error", "ours deviation", "ours seeds", "difference"],
+        ["a", "44.64", "2.25", "", "", "1.0"],
+        ["b", "50.0", "", "1.375", "2 of 3", "-"],
+    ]
+    empty = Table("n", "t", [[Cell("row"), Cell("ours")]], [], 1)
+    assert comma_separated(empty) == "row,ours\n"
+
+
 def test_csv_gives_back_every_text_and_the_whole_number() -> None:
     exact = Table("n", "t", [[Cell("a"), Cell("b")]], [[Cell(text), Cell("0.33", value=1 / 3)] for text in NASTY], 1)
     lines = list(csv.reader(io.StringIO(comma_separated(exact), newline="")))

@@ -16,6 +16,7 @@ from cushion.errors import ArtifactError
 from cushion.reporting.collect import collect
 from cushion.reporting.grid import Table
 from cushion.reporting.published import compare, load_published, published_folder, published_names
+from cushion.reporting.status import RunState
 
 FOLDER = published_folder()
 LLAMA2 = "meta-llama/Llama-2-7b-hf"
@@ -97,6 +98,50 @@ def test_seeds_are_averaged_and_configurations_that_disagree_are_not(tmp_path: P
     clash = [record(model=LLAMA2, rows=[row("quantized", value)], **{"eval.blocks": value}) for value in (9.0, 12.0)]
     table = ours(tmp_path / "clash", "cushioncache_table1", *clash)
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "conflict: 9.00 or 12.00"
+
+
+def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
+    done = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)]) for seed in (0, 1)]
+    table = ours(tmp_path / "failed", "cushioncache_table1", *done, failed("x", model=LLAMA2, seed=2))
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"
+    assert cell(table, "LLaMA2-7B difference", "Per-tensor static", "none") == "-9240.33"
+    place = f"cushioncache_table1/{ModelConfig(path=LLAMA2).label}/per_tensor_static-greedy-short"
+    elsewhere = "cushioncache_table1/other/per_tensor_static-greedy-short"
+    planned = [RunState("missing", place, "cushioncache_table1", "quantizer=per_tensor_static seed=5")]
+    planned.append(RunState("missing", elsewhere, "cushioncache_table1", "seed=6"))
+    runs = collect([write(tmp_path / "missing", *done)])
+    table = compare(load_published(FOLDER, "cushioncache_table1"), runs, planned)
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"
+    lone = collect([write(tmp_path / "lone", record(model=LLAMA2, rows=[row("quantized", 9.0)]))])
+    assert cell(compare(load_published(FOLDER, "cushioncache_table1"), lone, planned[1:]),
+                "LLaMA2-7B ours", "Per-tensor static", "none") == "9.00"  # fmt: skip
+
+
+def test_a_standard_error_is_told_from_a_deviation(tmp_path: Path) -> None:
+    def scored(seed: int, accuracy: float, **others: Any) -> dict[str, Any]:
+        rows = [row("quantized", 9.0, accuracy=accuracy, accuracy_stderr=0.02)]
+        return record(model=LLAMA2, seed=seed, rows=rows, **others)
+
+    one = ours(tmp_path / "one", "cushioncache_table2", scored(0, 0.5))
+    assert cell(one, "LLaMA2-7B ours", "Per-tensor static", "none") == "50.00 ± 2.00"
+    assert cell(one, "LLaMA2-7B difference", "Per-tensor static", "none") == "+13.63"
+    assert any("standard error" in note for note in one.notes)
+    assert not any("deviation" in note for note in one.notes)
+    other_model = record(model="x/other", rows=[row("quantized", 9.0, accuracy=0.4, accuracy_stderr=0.03)])
+    both = ours(tmp_path / "both", "cushioncache_table2", scored(0, 0.5), scored(1, 0.52), other_model)
+    assert cell(both, "LLaMA2-7B ours", "Per-tensor static", "none") == "51.00 ± 1.41"
+    assert cell(both, "other ours", "Per-tensor static", "none") == "40.00 ± 3.00 (one seed)"
+    assert any("standard error" in note and "deviation" in note for note in both.notes)
+
+
+def test_models_that_were_not_run_stand_last_and_the_note_names_the_runs(tmp_path: Path) -> None:
+    runs = collect([write(tmp_path, record(model="x/other"), record(model="mistralai/Mistral-7B-v0.1"))])
+    table = compare(
+        load_published(FOLDER, "cushioncache_table1"), runs, numbers={run.path: 7 + n for n, run in enumerate(runs)}
+    )
+    models = list(dict.fromkeys(heading.rpartition(" ")[0] for heading in table.headings()[2:]))
+    assert models == ["Mistral-7B-v0.1", "other", "LLaMA2-7B", "LLaMA3-8B", "OPT-6.7B", "BLOOM-7B"]
+    assert table.notes[-1].startswith("Runs 7, 8: ")
 
 
 def test_the_parts_of_table_3_are_told_apart_by_the_loss(tmp_path: Path) -> None:

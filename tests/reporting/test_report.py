@@ -82,10 +82,30 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert {path.suffix for path in others} == {".md", ".tex", ".csv", ".png"}
     assert all(path.stat().st_size > 0 for path in others)
     source = (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
-    assert source.count(r"\begin{table}") == source.count(r"\end{table}") == source.count(r"\bottomrule") == 2
+    for kind in ("begin", "end"):
+        assert len(re.findall(rf"\\{kind}{{table\*?}}", source)) == source.count(r"\bottomrule") == 2
+    assert r"\usepackage{graphicx}" in source
+    assert 'loading="lazy"' not in text, "an image that was not scrolled to must be there in print"
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
     assert len(pictures) == 5
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
+
+
+def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path: Path) -> None:
+    rows = [row("quantized", 9.0, accuracy=0.446, accuracy_stderr=0.023)]
+    write(tmp_path / "results", record(rows=rows))
+    (path, *_) = write_report([tmp_path / "results"], tmp_path / "report")
+    text = path.read_text(encoding="utf-8")
+    (line,) = re.findall(r"<tr>(.*W8A8.*)</tr>", text)
+    pinned = re.findall(r'<td class="[^"]*pinned" style="left: var\(--left(\d), 0\)">([^<]*)<', line)
+    assert pinned == [("0", "1"), ("1", "W8A8")], "the run and the row"
+    assert text.count('<table class="many">') == 1, "the provenance is printed smaller, so that it fits the paper"
+    assert re.search(r'data-value="44\.6[^"]*">44\.60 ± 2\.30<', line)
+    notes = re.findall(r'<p class="note">([^<]*)</p>', text)
+    assert any(note.startswith("Run 1: search greedy_sampled; tuning short") for note in notes)
+    assert any(
+        note.startswith("Run 1: ") for note in (tmp_path / "report" / "report.md").read_text("utf-8").splitlines()
+    )
 
 
 def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:

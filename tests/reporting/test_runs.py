@@ -10,6 +10,7 @@ from records import failed, record, row, write
 from cushion.reporting.collect import collect
 from cushion.reporting.grid import Table
 from cushion.reporting.runs import experiment_table, provenance_table, varying
+from cushion.reporting.settings import numbered
 
 
 def column(table: Table, title: str) -> list[str]:
@@ -52,15 +53,41 @@ def test_failed_and_missing_runs_are_lines_of_their_own(tmp_path: Path) -> None:
     assert column(table, "row") == ["W8A8", "failed: DataError: text too short", "missing: seed=2"]
     assert column(table, "perplexity wikitext2") == ["20.00", "failed", "missing"]
     assert [line[-1].kind for line in table.body] == ["", "failed", "missing"]
+    assert column(table, "run") == ["1", "2", "-"]
+    assert column(table, "seeds") == ["1 of 2", "seed 1", "-"], "a count, of how many, and which seed failed"
+
+
+def test_lines_name_their_runs_by_the_numbers_of_the_provenance(tmp_path: Path) -> None:
+    records = [record(experiment="other"), record(seed=0), record(seed=1), record(quantizer="w4")]
+    everything = collect([write(tmp_path, *records)])
+    mine = [run for run in everything if run.experiment == "default"]
+    table = experiment_table("default", mine, numbers=numbered(everything))
+    assert column(table, "run") == ["2, 3", "4"]
+    places = dict(zip(column(provenance_table(everything), "run"), everything, strict=True))
+    assert [places[number].seed for number in ("2", "3")] == [0, 1]
+    assert places["4"].config["quantizer"]["name"] == "w4"
+    assert [table.headings()[place] for place in table.in_view()] == ["run", "row"]
+
+
+def test_a_measure_that_some_seeds_lack_says_of_how_many_it_is(tmp_path: Path) -> None:
+    rows = [row("quantized", 20.0, accuracy=0.5, accuracy_stderr=0.02), row("quantized", 20.0)]
+    table = experiment_table(
+        "default", collect([write(tmp_path, *(record(seed=s, rows=[r]) for s, r in enumerate(rows)))])
+    )
+    assert column(table, "seeds") == ["2"]
+    assert column(table, "accuracy, %") == ["50.00 ± 2.00 (1 of 2 seeds)"]
 
 
 def test_corpora_tasks_and_accuracy_have_columns_and_absence_shows(tmp_path: Path) -> None:
     tasks = {"piqa": {"metric": "acc", "value": 0.75, "stderr": 0.01, "samples": 100}}
-    rows = [row("full_precision", 10.0, tasks=tasks, accuracy=0.755), row("quantized", 20.0)]
+    rows = [row("full_precision", 10.0, tasks=tasks, accuracy=0.755, accuracy_stderr=0.0125), row("quantized", 20.0)]
     rows[0]["perplexity"]["c4"] = 12.5
     table = experiment_table("default", collect([write(tmp_path, record(rows=rows))]))
-    assert column(table, "piqa, %") == ["75.00", "-"]
-    assert column(table, "accuracy, %") == ["75.50", "-"]
+    assert column(table, "piqa, %") == ["75.00 ± 1.00", "-"]
+    assert column(table, "accuracy, %") == ["75.50 ± 1.25", "-"]
+    (mean,) = [line[table.headings().index("accuracy, %")] for line in table.body[:1]]
+    assert (mean.value, mean.error, mean.deviation) == (75.5, 1.25, None)
+    assert "standard error" in table.notes[0] and "deviation" not in table.notes[0]
     assert column(table, "perplexity c4") == ["12.50", "-"]
     assert column(table, "perplexity wikitext2") == ["10.00", "20.00"]
 
@@ -68,8 +95,12 @@ def test_corpora_tasks_and_accuracy_have_columns_and_absence_shows(tmp_path: Pat
 def test_provenance_says_version_git_state_cost_and_what_was_left_out(tmp_path: Path) -> None:
     clean = record(seed=1)
     clean["environment"]["git"] = None
+    clean |= {"search": {"seconds": 34.4, "token_forwards": 88854.9}, "tuning": {"seconds": 56.0}}
     table = provenance_table(collect([write(tmp_path, record(), record(), clean)]))
     assert column(table, "git") == ["0123456789, changed", "installed package"]
     assert column(table, "seconds") == ["12", "12"]
     assert column(table, "torch") == ["2", "2"]
+    assert column(table, "search seconds") == ["-", "34"]
+    assert column(table, "search token-forwards") == ["-", "88855"]
+    assert column(table, "tuning seconds") == ["-", "56"]
     assert "1 older" in column(table, "status")[0]

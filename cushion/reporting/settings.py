@@ -1,0 +1,154 @@
+"""What the configurations of several runs have in common, in one line of words, and a configuration as flat keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from cushion.reporting.collect import Run
+
+Config = dict[str, Any]
+_WITHOUT_TEXT = ("none", "tokens", "bos", "newline", "random")
+"""The methods of a search or a tuning that read no text."""
+
+
+def flatten(value: Any, name: str) -> dict[str, Any]:
+    """Nested records as one, keys joined with dots."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{name}.{key}")
+    return flat
+
+
+def shared_settings(runs: Sequence[Run], numbers: Mapping[Path, int]) -> list[str]:
+    """One note: which runs, and the texts, the search, the tuning and the measurements that all have, or `varies`.
+
+    A setting that does not apply to a run (the scoring of a run without a search) is not asked of it; one that applies
+    to none, or that no configuration has, is left out. No note where nothing is left.
+    """
+    configs = [run.config for run in runs]
+    parts = []
+    for title, read in _SETTINGS.items():
+        found = dict.fromkeys(text for config in configs if (text := read(config)) is not None)
+        if found:
+            parts.append(f"{title} {next(iter(found)) if len(found) == 1 else 'varies'}")
+    return [f"{_spans(sorted(numbers[run.path] for run in runs))}: {'; '.join(parts)}."] if parts else []
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers of runs in words, those that follow each other as one span: `Runs 2, 4 to 9`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    words = [f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans]
+    return f"Run{'s' if len(numbers) > 1 else ''} {', '.join(words)}"
+
+
+def numbered(runs: Iterable[Run]) -> dict[Path, int]:
+    """The numbers, from 1, by which a report names its runs, by the path of the result."""
+    return {run.path: number for number, run in enumerate(runs, start=1)}
+
+
+def _part(config: Config, group: str) -> Config:
+    part = config.get(group)
+    return part if isinstance(part, dict) else {}
+
+
+def _source(purpose: str) -> Callable[[Config], str | None]:
+    def read(config: Config) -> str | None:
+        data = _part(config, "data")
+        idle = _part(config, purpose).get("method") in _WITHOUT_TEXT
+        if idle or not isinstance(data.get(purpose), dict):
+            return None
+        text = _text(data[purpose])
+        if purpose == "evaluation":
+            text += "".join(f", {name}: {_text(further)}" for name, further in (data.get("further") or {}).items())
+        return text
+
+    return read
+
+
+def _text(source: Config) -> str:
+    """A source of text with its split, or with the file's name."""
+    name, split = str(source.get("source")), source.get("split")
+    if name == "file":
+        return f"file {PurePath(str(source.get('path'))).name}"
+    return f"{name} ({split})" if split and name != "embedded" else name
+
+
+def _calibration(config: Config) -> str | None:
+    calibration = _part(config, "quantizer").get("calibration") or {}
+    if not {"samples", "length"} <= set(calibration):
+        return None
+    return f"{calibration['samples']} x {calibration['length']} tokens"
+
+
+def _of_greedy(read: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
+    return lambda config: read(_part(config, "search")) if _part(config, "search").get("method") == "greedy" else None
+
+
+def _budget(search: Config) -> str | None:
+    if not {"budget_token_forwards", "budget_seconds"} <= set(search):
+        return None
+    tokens, seconds = search["budget_token_forwards"], search["budget_seconds"]
+    limits = [f"{tokens:g} token-forwards"] if tokens is not None else []
+    limits += [f"{seconds:g} seconds"] if seconds is not None else []
+    return " or ".join(limits) or "none"
+
+
+def _steps(config: Config) -> str | None:
+    tuning = _part(config, "tuning")
+    if tuning.get("method", "none") == "none":
+        return None
+    if tuning.get("steps") is not None:
+        return str(tuning["steps"])
+    return None if tuning.get("epochs") is None else f"{tuning['epochs']} epochs"
+
+
+def _blocks(config: Config) -> str | None:
+    evaluation = _part(config, "eval")
+    if not {"blocks", "block_length"} <= set(evaluation):
+        return None
+    if not evaluation.get("perplexity", True):
+        return "none"
+    blocks = "all" if evaluation["blocks"] is None else evaluation["blocks"]
+    return f"{evaluation['block_length']} x {blocks} (block_length x blocks)"
+
+
+def _limit(config: Config) -> str | None:
+    evaluation = _part(config, "eval")
+    if not evaluation.get("tasks") or "limit" not in evaluation:
+        return None
+    return "none" if evaluation["limit"] is None else str(evaluation["limit"])
+
+
+def _named(group: str, key: str) -> Callable[[Config], str | None]:
+    def read(config: Config) -> str | None:
+        value = _part(config, group).get(key)
+        return None if value is None else str(value)
+
+    return read
+
+
+_SETTINGS: dict[str, Callable[[Config], str | None]] = {
+    "evaluation text": _source("evaluation"),
+    "calibration text": _source("calibration"),
+    "calibration": _calibration,
+    "search text": _source("search"),
+    "tuning text": _source("tuning"),
+    "search": _named("search", "name"),
+    "search.scoring": _of_greedy(lambda search: search.get("scoring")),
+    "search budget": _of_greedy(_budget),
+    "tuning": _named("tuning", "name"),
+    "tuning steps": _steps,
+    "perplexity": _blocks,
+    "tasks": lambda config: str(len(_part(config, "eval")["tasks"])) if "tasks" in _part(config, "eval") else None,
+    "eval.limit": _limit,
+}
+"""By title: what reads a setting off a configuration, in words, or None where it does not apply."""
