@@ -189,6 +189,7 @@ class _Run:
             "titles": {stage.key: stage.title for stage in stages},
             "curves": {key: asdict(curve) for key, (curve, _) in measured.items()},
             "quantization_error": {key: error for key, (_, error) in measured.items()},
+            "map": self._map(stages, measured["none"][0]),
         }
         self.result.attention = self._attention(stages)
         final = stages[-1]
@@ -208,6 +209,20 @@ class _Run:
 
     def _measure(self, stage: _Stage) -> tuple[MagnitudeCurve, float]:
         return self.steps.measure_activations(stage.prefix, stage.title)
+
+    def _map(self, stages: Sequence[_Stage], before: MagnitudeCurve) -> dict[str, Any]:
+        """Magnitudes at the input of the block whose top-1 is largest without a prefix, in the same channels."""
+        block = before.top1.index(max(before.top1))
+        none = self.steps.map_activations(stages[0].prefix, block, None, stages[0].title)
+        maps = {stages[0].key: none}
+        for stage in stages[1:]:
+            maps[stage.key] = self.steps.map_activations(stage.prefix, block, none.channels, stage.title)
+        return {
+            "block": block,
+            "channels": none.channels,
+            "positions": len(none.values),
+            "values": {key: found.values for key, found in maps.items()},
+        }
 
     def _attention(self, stages: list[_Stage]) -> dict[str, Any] | None:
         shares = {stage.key: self.steps.measure_attention(stage.prefix, stage.title) for stage in stages}

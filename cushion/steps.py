@@ -29,7 +29,9 @@ from cushion.artifacts import ArtifactStore, Workspace, read_json, reading, writ
 from cushion.config import QuantizerConfig, RunConfig, SearchConfig, to_dict
 from cushion.data import Corpus
 from cushion.errors import ArtifactError, NotFiniteError, TuningError
+from cushion.evaluation import activation_map as activation_map_module
 from cushion.evaluation import attention, harness, perplexity, tasks
+from cushion.evaluation.activation_map import MAP_POSITIONS, ActivationMap, activation_map
 from cushion.evaluation.attention import AttentionShares, attention_shares
 from cushion.events import Event, Progress, Record
 from cushion.hashing import digest, tensor_digest
@@ -74,6 +76,7 @@ CODE: dict[str, tuple[ModuleType, ...]] = {
     "calibration": (*_COMMON, *_ROTATION, activations, calibration),
     "tuning": (*_COMMON, activations, *_QUANTIZED, tuning),
     "activations": (*_COMMON, activations, blockwise, objective),
+    "activation_map": (*_COMMON, activations, blockwise, activation_map_module),
     "attention": (*_COMMON, attention),
     "perplexity": (*_COMMON, *_QUANTIZED, row, perplexity),
     "task": (*_COMMON, *_QUANTIZED, row, harness, tasks),
@@ -400,6 +403,34 @@ class Steps:
         with reading(folder):
             record = read_json(folder / "activations.json")
             return MagnitudeCurve(**record["curve"]), float(record["quantization_error"])
+
+    def map_activations(self, behind: Prefix, block: int, channels: list[int] | None, title: str) -> ActivationMap:
+        """Magnitudes at a block's input in the first activation text behind a prefix, on the full-precision model.
+
+        Args:
+            channels: which channels; None for those with the largest magnitudes behind this prefix.
+
+        """
+        text = self._texts.activations[0, :MAP_POSITIONS]
+        depends_on = self._depends_on(
+            "activation_map",
+            prefix=behind.fingerprint,
+            block=block,
+            channels=channels,
+            texts=tensor_digest([text]),
+        )
+
+        def make(workspace: Workspace) -> None:
+            self._emit(Progress(f"activation map, {title}", 0, 1, "pass"))
+            write_json(
+                workspace.folder / "activation_map.json",
+                asdict(activation_map(self._lm, behind, text, block, channels)),
+            )
+            self._emit(Progress(f"activation map, {title}", 1, 1, "pass"))
+
+        folder, _ = self._store.get_or_make("activation_map", depends_on, make)
+        with reading(folder):
+            return ActivationMap(**read_json(folder / "activation_map.json"))
 
     def keep(self, behind: Prefix, quantizer: QuantizerConfig, title: str) -> Kept:
         """QFeM: the linears that keep full-precision activations behind a prefix, by their ratios and alpha.

@@ -89,7 +89,7 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     for row in result["rows"]:
         assert row["label"] in first.out
     figures = [Path(line.split()[-1]) for line in first.out.splitlines() if line.startswith("figure ")]
-    assert {figure.name for figure in figures} == {"activation_curves.png", "attention_maps.png"}
+    assert {figure.name for figure in figures} == {"activation_curves.png", "activation_map.png", "attention_maps.png"}
     assert all(figure.is_file() for figure in figures)
     assert "perplexity" in first.err, "progress bars go to standard error"
     second = cushion(*arguments)

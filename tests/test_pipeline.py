@@ -70,6 +70,15 @@ def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
     for curve in result.activations["curves"].values():
         assert {len(values) for values in curve.values()} == {result.model["blocks"]} == {3}
 
+    drawn, before = result.activations["map"], result.activations["curves"]["none"]["top1"]
+    assert before[drawn["block"]] == max(before)
+    assert list(drawn["values"]) == ["none", "found", "tuned"]
+    assert drawn["positions"] == config.eval.block_length == 32, "shorter than a map may be"
+    for rows in drawn["values"].values():
+        assert (len(rows), {len(row) for row in rows}) == (32, {len(drawn["channels"])}) == (32, {16})
+    assert drawn["channels"] == sorted(set(drawn["channels"]))
+    assert len({json.dumps(rows) for rows in drawn["values"].values()}) == 3
+
     saved = Prefix.load(folder / "prefix")
     assert list(saved.token_ids) == result.prefix["token_ids"]
     assert saved.fingerprint == result.prefix["fingerprint"]
@@ -343,7 +352,7 @@ def test_a_run_that_failed_is_completed_by_the_next_try(text_file: Path, tmp_pat
 def test_a_damaged_artifact_is_named_whichever_step_it_is_of(text_file: Path, tmp_path: Path) -> None:
     config = tuning_config(text_file, tmp_path / "out")
     perplexities = [row.perplexity for row in pipeline.run(config).rows]
-    for step in ("search", "tuning", "calibration", "activations", "perplexity"):
+    for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
         files = [path for path in (tmp_path / "out" / "cache" / step).glob("*/*") if path.name != "depends_on.json"]
         sound = {path: path.read_bytes() for path in files}
         for path, content in sound.items():

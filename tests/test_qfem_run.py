@@ -115,7 +115,7 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
 
     draw_figures(asdict(result), tmp_path / "drawn")
     names = {path.name for path in (tmp_path / "drawn" / "figures").iterdir()}
-    assert names == {"activation_curves.png", "attention_maps.png", "qfem_tradeoff.png"}
+    assert names == {"activation_curves.png", "activation_map.png", "attention_maps.png", "qfem_tradeoff.png"}
 
 
 def load_linears(config: RunConfig) -> list[tuple[str, Any]]:

@@ -117,7 +117,7 @@ def test_deleting_the_folder_that_is_named_mends_a_damaged_step(text_file: Path,
     sound = outcome(pipeline.run(config))
     result, cache = pipeline.run_folder(config) / FILE_NAME, tmp_path / "out" / "cache"
     seen = set()
-    for step in ("search", "tuning", "calibration", "activations", "perplexity"):
+    for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
         folder = kept(cache, step)[0]
         for name in sorted(
             {path.name for path in folder.iterdir()} - {"depends_on.json", "made.json"}
@@ -136,7 +136,8 @@ def test_deleting_the_folder_that_is_named_mends_a_damaged_step(text_file: Path,
             shutil.rmtree(folder)
             assert outcome(pipeline.run(config)) == sound
     jsons = {"search/search.json", "search/prefix.json", "tuning/tuning.json", "tuning/prefix.json",
-             "calibration/calibration.json", "activations/activations.json", "perplexity/perplexity.json"}  # fmt: skip
+             "calibration/calibration.json", "activations/activations.json",
+             "activation_map/activation_map.json", "perplexity/perplexity.json"}  # fmt: skip
     tensors = {"search/prefix.safetensors", "tuning/prefix.safetensors", "calibration/ranges.safetensors"}
     assert seen == (jsons | tensors if damage in ("truncated", "gone") else jsons)
 
@@ -146,7 +147,7 @@ def test_a_record_that_lacks_a_key_is_refused_or_makes_no_difference(text_file: 
     sound = outcome(pipeline.run(config))
     result, cache = pipeline.run_folder(config) / FILE_NAME, tmp_path / "out" / "cache"
     failures = []
-    for step in ("search", "tuning", "calibration", "activations", "perplexity"):
+    for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
         path = kept(cache, step)[0] / f"{step}.json"
         content = path.read_text(encoding="utf-8")
         for key in json.loads(content):

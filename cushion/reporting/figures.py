@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 from filelock import FileLock
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
@@ -28,9 +30,11 @@ _LINES = (
 def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     """The figures of the run in `folder`, by name: where they are or will be.
 
-    Attention is drawn where it was measured, QFeM's trade-off where its alpha was searched.
+    The map is drawn where the result has one (older ones do not), attention where it was measured, QFeM's trade-off
+    where its alpha was searched.
     """
     names = ["activation_curves"]
+    names += ["activation_map"] if result["activations"].get("map") else []
     names += ["attention_maps"] if result.get("attention") else []
     names += ["qfem_tradeoff"] if alpha_searches(result) else []
     return {name: folder / "figures" / f"{name}.png" for name in names}
@@ -66,6 +70,39 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
         _panel(axis, curve, titles[stage])
     axes[0][0].set_ylabel("magnitude at block input")
     _describe(figure, axes[0], f"Activation magnitudes, {result['model']['label']}")
+    return save(figure, path, dpi)
+
+
+def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
+    """Magnitudes over token positions and channels at one block's input, one panel per prefix (Figure 1).
+
+    All panels share one logarithmic colour scale; a magnitude of zero is blank.
+
+    Args:
+        result: the content of result.json, of a run that has a map.
+        path: the PNG file to write.
+
+    Returns:
+        `path`.
+
+    """
+    drawn, titles = result["activations"]["map"], result["activations"]["titles"]
+    stages: dict[str, list[list[float]]] = drawn["values"]
+    there = [value for rows in stages.values() for row in rows for value in row if value > 0]
+    scale = LogNorm(min(there), max(there)) if there else LogNorm(0.1, 1.0)
+    figure, axes = pyplot.subplots(
+        1, len(stages), figsize=(3.0 * len(stages) + 0.8, 3.3), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (stage, rows) in zip(axes[0], stages.items(), strict=True):
+        by_channel = numpy.ma.masked_less_equal(numpy.asarray(rows).T, 0)
+        image = axis.imshow(by_channel, norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set_title(titles[stage], fontsize=9)
+        axis.set_xlabel("token position")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_yticks(range(len(drawn["channels"])), [str(channel) for channel in drawn["channels"]], fontsize=7)
+    axes[0][0].set_ylabel("channel")
+    figure.colorbar(image, ax=list(axes[0]), label="|X|")
+    figure.suptitle(f"Activations at the input of block {drawn['block']}, {result['model']['label']}", fontsize=10)
     return save(figure, path, dpi)
 
 
@@ -167,7 +204,12 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     return save(figure, path, dpi)
 
 
-FIGURES = {"activation_curves": activation_curves, "attention_maps": attention_maps, "qfem_tradeoff": qfem_tradeoff}
+FIGURES = {
+    "activation_curves": activation_curves,
+    "activation_map": activation_map,
+    "attention_maps": attention_maps,
+    "qfem_tradeoff": qfem_tradeoff,
+}
 """Every figure of a run by name, and what draws it."""
 
 

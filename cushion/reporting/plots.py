@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 
 from cushion.hashing import digest
 from cushion.reporting.collect import Run
-from cushion.reporting.figures import activation_curves, alpha_searches, attention_maps, qfem_tradeoff, save, tidy
+from cushion.reporting.figures import (
+    activation_curves,
+    activation_map,
+    alpha_searches,
+    attention_maps,
+    qfem_tradeoff,
+    save,
+    tidy,
+)
+from cushion.reporting.runs import varying
+from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, setting, tradeoffs
 
 DPI = 110
 """Sharp on a phone, and small enough for a page that carries every figure inside."""
@@ -30,24 +40,36 @@ class Drawing:
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
-    """Draw every figure that the runs have numbers for into `folder`; equal ones once."""
-    shared: dict[str, tuple[str, Run, Callable[[dict[str, Any], Path], object], list[int]]] = {}
+    """Draw every figure that the runs have numbers for into `folder`; equal ones once. Trade-offs come last."""
+    shared: dict[str, tuple[str, Callable[[dict[str, Any], Path], object], list[NumberedRun]]] = {}
+    together: dict[tuple[str, str], list[NumberedRun]] = {}
     for number, run in enumerate(runs, start=1):
+        together.setdefault((run.experiment, run.model), []).append((number, run))
         for kind, content, draw in _figures_of(run):
             key = f"{kind}-{digest([run.model, content], 12)}"
-            shared.setdefault(key, (kind, run, draw, []))[3].append(number)
+            shared.setdefault(key, (kind, draw, []))[2].append((number, run))
+    keys = {group: varying(run for _, run in members) for group, members in together.items()}
     drawings = []
     folder.mkdir(parents=True, exist_ok=True)
     for kind in TITLES:
-        for key, (of_kind, run, draw, numbers) in shared.items():
+        for key, (of_kind, draw, drawn) in shared.items():
             if of_kind == kind:
-                path = folder / f"{key}.png"
-                draw(run.record, path)
-                drawings.append(Drawing(path, f"{TITLES[kind]}, {run.model}", tuple(numbers)))
+                first, path = drawn[0][1], folder / f"{key}.png"
+                draw(first.record, path)
+                title = f"{_title(kind, drawn)}, {first.model}; {_told_apart(drawn, together, keys)}"
+                drawings.append(Drawing(path, title, tuple(number for number, _ in drawn)))
+    for (experiment, model), members in together.items():
+        for tradeoff in tradeoffs(members):
+            path = folder / f"{tradeoff.kind}-{digest([experiment, model, tradeoff.axis], 12)}.png"
+            draw_tradeoff(tradeoff, path, DPI)
+            drawn = [(number, run) for number, run in members if number in tradeoff.runs]
+            title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}, {model}"
+            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", tradeoff.runs))
     return drawings
 
 
 TITLES = {
+    "map": "Activation magnitudes by token position and channel before and after",
     "activations": "Activation magnitudes before and after",
     "attention": "Attention on the prefix and on the first tokens",
     "search": "Search trajectory",
@@ -55,9 +77,61 @@ TITLES = {
     "qfem": "QFeM trade-off",
 }
 
+PAPER = {
+    "map": (
+        "cushioncache_figure1",
+        "CushionCache, Figure 1: magnitudes by token position and channel at the input of one block, before and after",
+    ),
+    "activations": (
+        "cushioncache_figure2",
+        "CushionCache, Figure 2: top-1, top-2, top-3, top 10 % and median magnitude by block, before and after",
+    ),
+    "attention": (
+        "cushioncache_figure3",
+        "CushionCache, Figure 3: share of attention by block and head, on the first tokens and on the prefix",
+    ),
+}
+"""The experiments of the paper's figures: which kind of drawing is theirs, and how it is titled for them."""
+
+
+def _title(kind: str, drawn: Sequence[NumberedRun]) -> str:
+    experiment, title = PAPER.get(kind, ("", ""))
+    return title if any(run.experiment == experiment for _, run in drawn) else TITLES[kind]
+
+
+def _told_apart(
+    drawn: Sequence[NumberedRun],
+    together: dict[tuple[str, str], list[NumberedRun]],
+    keys: dict[tuple[str, str], list[str]],
+) -> str:
+    """Experiments and quantizers of the runs drawn, and in what they differ from others of their experiment."""
+    experiments: dict[str, list[str]] = {}
+    for name in dict.fromkeys(run.experiment for _, run in drawn):
+        mine = [run for _, run in drawn if run.experiment == name]
+        group = (name, mine[0].model)
+        beside = [run for _, run in together[group]]
+        words = [_some([str(setting(run, "quantizer.name")) for run in mine], "quantizers")]
+        for key in keys[group]:
+            values, all_values = ([str(setting(run, key)) for run in some] for some in (mine, beside))
+            if key != "quantizer.name" and set(values) != set(all_values):
+                words.append(f"{key}={_some(values, 'values')}")
+        seeds = [str(run.seed) for run in mine]
+        if set(seeds) != {str(run.seed) for run in beside}:
+            words.append(f"seed={_some(seeds, 'seeds')}")
+        experiments.setdefault(", ".join(words), []).append(name)
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in experiments.items())
+
+
+def _some(values: Sequence[str], what: str) -> str:
+    """The different ones of some values, or their number where they are more than a caption should name."""
+    different = list(dict.fromkeys(values))
+    return " or ".join(different) if len(different) <= 3 else f"{len(different)} {what}"
+
 
 def _figures_of(run: Run) -> Iterator[tuple[str, Any, Callable[[dict[str, Any], Path], object]]]:
     record = run.record
+    if drawn := (record.get("activations") or {}).get("map"):
+        yield "map", drawn, partial(activation_map, dpi=DPI)
     if curves := (record.get("activations") or {}).get("curves"):
         yield "activations", curves, partial(activation_curves, dpi=DPI)
     if stages := (record.get("attention") or {}).get("stages"):

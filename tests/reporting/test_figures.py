@@ -9,7 +9,14 @@ import matplotlib.image
 import pytest
 from matplotlib import pyplot
 
-from cushion.reporting.figures import activation_curves, attention_maps, draw_figures, figures_of, qfem_tradeoff
+from cushion.reporting.figures import (
+    activation_curves,
+    activation_map,
+    attention_maps,
+    draw_figures,
+    figures_of,
+    qfem_tradeoff,
+)
 
 KEYS = ("top1", "top2", "top3", "top10_percent", "median")
 
@@ -104,6 +111,53 @@ def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeyp
         assert "the prefix" in maps[-1].get_title() or "the prefix" in maps[-2].get_title()
     finally:
         pyplot.close(figure)
+
+
+# ---- the map of magnitudes ----------------------------------------------------------------------------------------
+
+
+def with_map(**values: list[list[float]]) -> dict[str, Any]:
+    made = result(3)
+    made["activations"]["map"] = {"block": 7, "channels": [2, 40], "positions": 3, "values": values}
+    return made
+
+
+def test_the_map_has_a_panel_per_prefix_with_positions_across_and_one_colour_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"none": [[1.0, 900.0], [2.0, 0.5], [3.0, 0.25]], "found": [[1.0, 2.0], [1.5, 0.0], [1.0, 1.0]]}
+    with monkeypatch.context() as patch:
+        patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
+        path = activation_map(with_map(**values), tmp_path / "new" / "map.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    figure = pyplot.gcf()
+    try:
+        panels = [axis for axis in figure.axes if axis.images and axis.get_xlabel() == "token position"]
+        assert [axis.get_title() for axis in panels] == ["title of none", "title of found"]
+        for axis, rows in zip(panels, values.values(), strict=True):
+            expected = [[row[channel] or None for row in rows] for channel in range(2)]
+            assert axis.images[0].get_array().tolist() == expected, "zero is blank"
+            assert axis.images[0].get_clim() == (0.25, 900.0)
+            assert type(axis.images[0].norm).__name__ == "LogNorm"
+        assert [label.get_text() for label in panels[0].get_yticklabels()] == ["2", "40"]
+        assert [axis.get_ylabel() for axis in figure.axes if axis not in panels] == ["|X|"]
+        assert "block 7" in figure.get_suptitle()
+    finally:
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_a_map_of_equal_magnitudes_is_drawn_all_the_same(tmp_path: Path, value: float) -> None:
+    path = activation_map(with_map(none=[[value, value]] * 3), tmp_path / "map.png")
+    assert path.stat().st_size > 1000
+
+
+def test_the_map_is_drawn_where_the_result_has_one(tmp_path: Path) -> None:
+    drawn = {**with_map(none=[[1.0, 2.0]] * 3), "attention": None}
+    draw_figures(drawn, tmp_path)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"activation_curves.png", "activation_map.png"}
+    del drawn["activations"]["map"]
+    assert list(figures_of(drawn, tmp_path)) == ["activation_curves"], "as older results are"
 
 
 # ---- QFeM's trade-off ---------------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
     made = record(
         seed=seed, rows=[row("full_precision", 9.0, EVIL), row("quantized_tuned", 10.0 + seed, EVIL)],
         experiment="cushioncache_table1",
-        activations={"curves": {"none": curve, "tuned": curve}, "titles": {"none": "no prefix", "tuned": "tuned"}},
+        activations={"curves": {"none": curve, "tuned": curve}, "titles": {"none": "no prefix", "tuned": "tuned"},
+            "map": {"block": 1, "channels": [0, 3], "positions": 1,
+                    "values": {"none": [[1.0, 10.0]], "tuned": [[1.0, 2.0]]}}},
         attention={"first": 4, "stages": {"none": {"prefix": [], "first": [[0.5, 0.6], [0.1, 0.2]]},
                               "tuned": {"prefix": [[0.5, 0.6], [0.1, 0.2]], "first": [[0.0, 0.1], [0.1, 0.2]]}}},
         search={"objective": "quantization_error", "seconds": 1.0, "steps": [
@@ -72,7 +74,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert page.tags.count("script") == 1, "no token of a prefix becomes a script"
     assert page.tags.count("s") == 0
     assert [place for place in page.fetched if not place.startswith(("data:image/png;base64,", "#"))] == []
-    assert page.tags.count("img") == 5
+    assert page.tags.count("img") == 6
     for place in (place for place in page.fetched if place.startswith("data:")):
         assert base64.b64decode(place.partition(",")[2]).startswith(b"\x89PNG")
     assert repr(EVIL) in page.texts
@@ -87,7 +89,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert r"\usepackage{graphicx}" in source
     assert 'loading="lazy"' not in text, "an image that was not scrolled to must be there in print"
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
 
 
@@ -116,12 +118,56 @@ def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -
     for drawing in drawings:
         by_kind.setdefault(drawing.path.name.partition("-")[0], []).append(drawing.runs)
     assert by_kind == {
+        "map": [(1, 2)],
         "activations": [(1, 2)],
         "attention": [(1, 2)],
         "search": [(1, 2)],
         "tuning": [(1,), (2,)],
         "qfem": [(1, 2)],
     }
+
+
+def test_captions_name_what_tells_the_runs_apart(tmp_path: Path) -> None:
+    def made(number: int, **others: Any) -> dict[str, Any]:
+        return record(tuning={"steps": [{"step": 0, "loss": float(number)}]}, **others)
+
+    records = [
+        made(0, experiment="e", **{"search.tau": 0.5}),
+        made(1, experiment="e", **{"search.tau": 0.6}),
+        made(2, experiment="e", **{"search.tau": 0.6}, seed=1),
+        made(2, experiment="e", **{"search.tau": 0.6}, seed=1, quantizer="fine"),
+        made(3, experiment="alone"),
+        made(4, experiment="one"),
+        made(4, experiment="two"),
+        *(made(5, experiment="many", quantizer=name) for name in "abcd"),
+    ]
+    drawings = draw_all(collect([write(tmp_path / "results", *records)]), tmp_path / "figures")
+    assert {drawing.runs: drawing.title.removeprefix("Tuning loss, model; ") for drawing in drawings} == {
+        (1,): "e: per_tensor_static, search.tau=0.5, seed=0",
+        (2,): "e: per_tensor_static, search.tau=0.6, seed=0",
+        (3, 4): "e: per_tensor_static or fine, search.tau=0.6, seed=1",
+        (5,): "alone: per_tensor_static",
+        (6, 7): "one, two: per_tensor_static",
+        (8, 9, 10, 11): "many: 4 quantizers",
+    }
+
+
+def test_drawings_of_the_papers_figures_are_titled_as_such(tmp_path: Path) -> None:
+    def titles(*experiments: str) -> dict[str, str]:
+        name = "-".join(experiments)
+        records = [everything() for _ in experiments]
+        for made, experiment in zip(records, experiments, strict=True):
+            made["config"]["experiment"] = experiment
+        drawings = draw_all(collect([write(tmp_path / name, *records)]), tmp_path / "figures")
+        return {drawing.path.name.partition("-")[0]: drawing.title for drawing in drawings}
+
+    for number, kind in enumerate(("map", "activations", "attention"), start=1):
+        found = titles("cushioncache_table1", f"cushioncache_figure{number}")
+        papers = [kind for kind, title in found.items() if title.startswith("CushionCache, Figure ")]
+        assert papers == [kind]
+        assert found[kind].startswith(f"CushionCache, Figure {number}: ")
+        assert found[kind].endswith(f", model; cushioncache_table1, cushioncache_figure{number}: per_tensor_static")
+    assert "share of attention by block and head" in titles("cushioncache_figure3")["attention"]
 
 
 def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:

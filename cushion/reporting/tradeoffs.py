@@ -1,0 +1,186 @@
+"""Trade-off curves of an experiment: perplexity against the number it sweeps, and against the cost of its searches."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+
+from cushion.reporting.collect import Run
+from cushion.reporting.figures import save, tidy
+from cushion.reporting.measures import stage_of
+from cushion.reporting.runs import flatten, varying
+
+NumberedRun = tuple[int, Run]
+"""A run, and its number (from 1) in the table of runs."""
+
+STAGES = {"found": "found prefix", "tuned": "tuned prefix"}
+_LOGARITHMIC_FROM = 30.0
+_COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration: means over its seeds, and standard deviations (n - 1), which a single seed does not have."""
+
+    x: float
+    perplexity: float
+    x_deviation: float | None
+    deviation: float | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """The points of a curve by stage (`found`, `tuned`) and by what else tells the runs apart, ascending in x."""
+
+    kind: str
+    """`tradeoff` or `cost`."""
+    axis: str
+    corpus: str
+    series: dict[tuple[str, str], list[Point]]
+    runs: tuple[int, ...]
+
+
+def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
+    """The trade-offs in the runs of one experiment on one model, over the first corpus of their perplexities.
+
+    Against a key of the configuration where it is the only one that has numbers, three or more of them; against the
+    tokens that a search ran through the model where the runs differ in their search.
+    """
+    done = [(number, run) for number, run in runs if run.completed]
+    corpora = [corpus for _, run in done for row in run.record["rows"] for corpus in row["perplexity"]]
+    if not corpora:
+        return
+    keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
+    swept = [key for key in keys if _is_swept([setting(run, key) for _, run in done])]
+    if len(swept) == 1:
+        others = [key for key in keys if key not in swept]
+        yield from _tradeoff("tradeoff", swept[0], corpora[0], done, lambda run: setting(run, swept[0]), others, swept)
+    of_search = [key for key in keys if key.startswith("search.")]
+    if of_search:
+        others = [key for key in keys if key not in of_search]
+        yield from _tradeoff(
+            "cost", "token-forwards of the search", corpora[0], done, _token_forwards, others, of_search
+        )
+
+
+def _is_swept(values: Sequence[Any]) -> bool:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == len(values) and len(set(numbers)) >= 3
+
+
+def _token_forwards(run: Run) -> float | None:
+    return (run.record.get("search") or {}).get("token_forwards")
+
+
+def _tradeoff(
+    kind: str,
+    axis: str,
+    corpus: str,
+    runs: Sequence[NumberedRun],
+    x_of: Callable[[Run], float | None],
+    apart: Sequence[str],
+    labels: Sequence[str],
+) -> Iterator[Tradeoff]:
+    """One trade-off, or none where its points have fewer than two different x."""
+    by_configuration: dict[str, list[NumberedRun]] = {}
+    for number, run in runs:
+        by_configuration.setdefault(run.identity("seed"), []).append((number, run))
+    series: dict[tuple[str, str], list[Point]] = {}
+    drawn: set[int] = set()
+    for seeds in by_configuration.values():
+        for stage in STAGES:
+            measured = [
+                (number, float(x), perplexity)
+                for number, run in seeds
+                if (x := x_of(run)) is not None and (perplexity := _perplexity(run, stage, corpus)) is not None
+            ]
+            if not measured:
+                continue
+            numbers, xs, perplexities = zip(*measured, strict=True)
+            first = seeds[0][1]
+            point = Point(*_mean(xs, perplexities), described(first, labels))
+            series.setdefault((stage, described(first, apart)), []).append(point)
+            drawn |= set(numbers)
+    for points in series.values():
+        points.sort(key=lambda point: point.x)
+    if len({point.x for points in series.values() for point in points}) > 1:
+        yield Tradeoff(kind, axis, corpus, dict(sorted(series.items())), tuple(sorted(drawn)))
+
+
+def _mean(xs: Sequence[float], perplexities: Sequence[float]) -> tuple[float, float, float | None, float | None]:
+    several = len(xs) > 1
+    return (
+        statistics.fmean(xs),
+        statistics.fmean(perplexities),
+        statistics.stdev(xs) if several else None,
+        statistics.stdev(perplexities) if several else None,
+    )
+
+
+def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
+    """Of the row with this stage's prefix: the quantized one, unless the run quantizes nothing."""
+    rows = run.record["rows"]
+    quantized = any(row["quantized"] for row in rows)
+    values = [row["perplexity"].get(corpus) for row in rows if (stage_of(row), row["quantized"]) == (stage, quantized)]
+    return values[0] if values else None
+
+
+def setting(run: Run, key: str) -> Any:
+    """The value that a run has for a key of its configuration, named with dots; None where it has none."""
+    group = key.partition(".")[0]
+    return flatten(run.config.get(group), group).get(key)
+
+
+def described(run: Run, keys: Sequence[str]) -> str:
+    """The values that a run has for some keys of its configuration; an option by its name alone."""
+    parts = [(key, setting(run, key)) for key in keys]
+    return ", ".join(str(value) if key.endswith(".name") else f"{key}={value}" for key, value in parts)
+
+
+def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
+    """Draw the points with bars of their deviations, found dashed and tuned solid; logarithmic over wide spans."""
+    figure, axis = pyplot.subplots(figsize=(5.4, 3.4), layout="constrained")
+    settings = list(dict.fromkeys(apart for _, apart in tradeoff.series))
+    for (stage, apart), points in tradeoff.series.items():
+        line = ("-" if stage == "tuned" else "--") if tradeoff.kind == "tradeoff" else ""
+        axis.errorbar(
+            [point.x for point in points],
+            [point.perplexity for point in points],
+            xerr=_bars([point.x_deviation for point in points]),
+            yerr=_bars([point.deviation for point in points]),
+            fmt=f"o{line}",
+            color=_COLOURS[settings.index(apart) % len(_COLOURS)],
+            markerfacecolor=None if stage == "tuned" else "white",
+            markersize=4.5,
+            linewidth=1.4,
+            capsize=2.5,
+            label=", ".join(filter(None, (STAGES[stage], apart))).replace("$", r"\$"),
+        )
+        if tradeoff.kind == "cost":
+            for point in points:
+                at, text = (point.x, point.perplexity), point.label.replace("$", r"\$")
+                axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
+    every = [point for points in tradeoff.series.values() for point in points]
+    if _is_wide([point.x for point in every]):
+        axis.set_xscale("log")
+    if _is_wide([point.perplexity for point in every]):
+        axis.set_yscale("log")
+    axis.set_xlabel(tradeoff.axis)
+    axis.set_ylabel(f"perplexity {tradeoff.corpus}".replace("$", r"\$"))
+    tidy(axis)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=2)
+    return save(figure, path, dpi)
+
+
+def _bars(deviations: Sequence[float | None]) -> list[float] | None:
+    return [deviation or 0.0 for deviation in deviations] if any(deviations) else None
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > _LOGARITHMIC_FROM
