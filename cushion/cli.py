@@ -206,7 +206,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _nested_options(error: BaseException) -> list[str]:
-    """The options in folders of the group in which one was not found, as they are written; Hydra tells of none of them."""
+    """The options in folders of the group in which one was not found, as they are written; Hydra names none of them."""
     if not isinstance(error, MissingConfigException) or not error.missing_cfg_file or not error.options:
         return []
     group = config_folder() / error.missing_cfg_file.partition("/")[0]
