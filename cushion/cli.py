@@ -200,14 +200,27 @@ def one_line(error: BaseException) -> str:
         if text and not any(text in part for part in parts):
             parts.append(text)
         link = link.__cause__ if isinstance(error, HydraException) else None
+    nested = " ".join(_nested_options(error))
     cause = _misspelt(error)
-    return ": ".join(parts) + (did_you_mean(*cause) if cause else "")
+    return ": ".join(parts) + (f" {nested}" if nested else "") + (did_you_mean(*cause) if cause else "")
+
+
+def _nested_options(error: BaseException) -> list[str]:
+    """The options in folders of the group in which one was not found, as they are written; Hydra names none of them."""
+    if not isinstance(error, MissingConfigException) or not error.missing_cfg_file or not error.options:
+        return []
+    group = config_folder() / error.missing_cfg_file.partition("/")[0]
+    if not any(group.glob("*.yaml")):  # `hydra`: not a group itself, but a folder of groups
+        return []
+    return sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.glob("*/*.yaml"))
 
 
 def _misspelt(error: BaseException) -> tuple[str, list[str]] | None:
     """The unknown key or option that an error is about and those there are, if that is what it is about."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        return error.missing_cfg_file.rpartition("/")[2], list(error.options)
+        nested = _nested_options(error)
+        parts = error.missing_cfg_file.split("/")
+        return "/".join(parts[1:] if nested else parts[-1:]), [*error.options, *nested]
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OmegaConfBaseException) and chain.key is not None:

@@ -24,6 +24,7 @@ from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
 
 PLAN = "plan-{}.json"
+_JOBLIB = ".JoblibLauncher"
 
 
 class Preflight(Callback):
@@ -75,7 +76,8 @@ def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
     """The configuration of every run.
 
     Raises:
-        ConfigError: some are invalid; the message says each reason once, with the first run that it concerns.
+        ConfigError: some are invalid; the message says each reason once, with the first run that it concerns. Or there
+            are several experiments, and one of them sweeps by itself.
 
     """
     from cushion.cli import one_line, to_run_config
@@ -83,15 +85,20 @@ def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
     loader = GlobalHydra.instance().config_loader()
     configs: list[RunConfig] = []
     refused: dict[str, list[int]] = {}
+    sweeping: dict[str, bool] = {}
     for number, job in enumerate(jobs):
         try:
             composed = loader.load_sweep_config(config, job)
+            own = (composed.hydra.sweeper.params or {}) != (config.hydra.sweeper.params or {})
+            sweeping[str(composed.hydra.runtime.choices.get("experiment"))] = own
             with open_dict(composed):
                 del composed["hydra"]
             configs.append(to_run_config(composed))
             _check_device(configs[-1])
+            _check_replicas(configs[-1], config)
         except (CushionError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(one_line(error), []).append(number)
+    _check_experiments(sweeping)
     if refused:
         told = [f"{reason} ({_which(jobs, numbers)})" for reason, numbers in refused.items()]
         wrong = sum(map(len, refused.values()))
@@ -105,6 +112,35 @@ def _check_device(config: RunConfig) -> None:
     """Whether the device is there only the machine knows that runs; its name can be checked here."""
     if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda or cuda:<number>")
+
+
+def _check_replicas(config: RunConfig, sweep: DictConfig) -> None:
+    """Each of joblib's processes has one GPU (`launching.gpu_of_its_own`), whatever the machine has."""
+    replicas = config.search.replicas
+    if config.search.method == "greedy" and (replicas or 1) > 1 and sweep.hydra.launcher._target_.endswith(_JOBLIB):
+        raise ConfigError(
+            f"search.replicas={replicas} needs as many GPUs, and with hydra/launcher="
+            f"{sweep.hydra.runtime.choices['hydra/launcher']} each run has one: use search.replicas=1, or "
+            "hydra/launcher=basic"
+        )
+
+
+def _check_experiments(sweeping: dict[str, bool]) -> None:
+    """Hydra reads an experiment's `hydra.sweeper.params` only where it is the only experiment of the command.
+
+    Args:
+        sweeping: by experiment of the sweep, whether it has such parameters.
+
+    Raises:
+        ConfigError: there are several experiments, and some have them, so that these would run once instead of sweep.
+
+    """
+    own = [name for name, has in sweeping.items() if has]
+    if len(sweeping) > 1 and own:
+        raise ConfigError(
+            f"experiment={','.join(sweeping)} cannot be one sweep: {', '.join(own)} would not be swept, since Hydra "
+            "reads hydra.sweeper.params of a single experiment only: give one command each"
+        )
 
 
 def _which(jobs: list[list[str]], numbers: list[int]) -> str:

@@ -121,6 +121,12 @@ def test_the_command_works_as_a_program_from_any_folder(tmp_path: Path, argument
 MISTAKES = {
     "unknown option": (["quantizer=per_tensor_sttic"], "quantizer/per_tensor_sttic", "per_tensor_static"),
     "unknown experiment": (["experiment=mian"], "experiment/mian", "main"),
+    "unknown experiment in a folder": (
+        ["experiment=smollm2/cushioncache_tabel1"],
+        "smoothquant smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
+        "did you mean 'smollm2/cushioncache_table1'?",
+    ),
+    "unknown option of Hydra's": (["hydra/launcher=slrm"], "basic joblib_local slurm;", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
     "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
     "misspelt group": (["quantiser=none"], "'quantiser'", "did you mean 'quantizer'?"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,38 @@ def reachable(table: PublishedTable, path: Path) -> set[str]:
 
 def row_of(at: dict[str, str]) -> str:
     return str({key: value for key, value in at.items() if key not in ("model", "measure")})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_experiment_is_listed_with_its_command_and_its_text(path: Path) -> None:
+    folder = published_folder()
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if f"`cushion experiment={path.stem}`" in line]
+    cell = line.split("|")[1].strip()
+    if not cell.startswith("["):
+        assert (cell, (folder / path.stem).exists()) == (path.stem, False)
+        return
+    title, file, anchor = re.fullmatch(r"\[(\w+)\]\(([^#)]+)#?(\w*)\)", cell).groups()  # type: ignore[union-attr]
+    text = (folder / file).read_text(encoding="utf-8")
+    assert title == path.stem
+    assert f"`cushion experiment={path.stem}`" in text
+    assert not anchor or f"\n## {anchor}\n" in text
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.startswith("ablation_")], ids=lambda p: p.stem)
+def test_what_an_ablation_varies_stands_in_its_text(path: Path) -> None:
+    text = (published_folder() / "ablations" / "README.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {path.stem.removeprefix('ablation_')}\n")[2].partition("\n## ")[0]
+    ((key, values),) = swept(path).items()
+    assert f"`{key}`" in section
+    if key != "seed":
+        assert all(re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.]*\w)", section) for value in values)
+
+
+def test_the_accuracy_of_qfem_is_the_mean_over_the_published_tasks() -> None:
+    tasks = ["piqa", "lambada_openai", "hellaswag", "winogrande"]
+    for name in ("qfep_qfem", "smollm2/qfep_qfem"):
+        assert composed(f"experiment={name}").eval.tasks == tasks
 
 
 UNREACHABLE = {"spinquant", "smoothquant_qfem"}

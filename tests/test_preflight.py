@@ -52,6 +52,50 @@ def test_an_experiment_that_sweeps_is_checked_without_m(cushion: Command, argume
     assert cushion(*own, "search.tau=0.5").code == 0, "the command line wins over the experiment's sweep"
 
 
+def experiment(folder: Path, name: str, text: str = "") -> None:
+    """An experiment of its own in `<folder>/conf/experiment`."""
+    path = folder / "conf" / "experiment" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# @package _global_\nexperiment: {name}\n{text}\n")
+
+
+def test_several_experiments_are_refused_if_one_sweeps_by_itself(
+    cushion: Command, arguments: list[str], tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    experiment(tmp_path, "one")
+    experiment(tmp_path, "two", "seed: 2")
+    experiment(tmp_path, "sweep", "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '3,4'}}}")
+    own = ["-m", "--config-dir", str(tmp_path / "conf"), *arguments]
+    line = one_error(cushion(*own, "experiment=one,sweep", "search.tau=0.5,2"))
+    assert "experiment=one,sweep cannot be one sweep: sweep would not be swept" in line
+    assert "give one command each" in line
+    assert not Path("outputs").exists()
+    assert "cushioncache_table1, cushioncache_table2 would not be swept" in one_error(
+        cushion("-m", "experiment=cushioncache_table1,cushioncache_table2")
+    )
+    for several, count in (("one,two", 2), ("sweep", 2)):
+        assert cushion(*own, f"experiment={several}", "paths.output_dir=out").code == 0
+        assert len(planned(Path("out"), several.split(","))) == count
+
+
+def planned(output: Path, experiments: list[str]) -> list[str]:
+    """The folders of the runs that plans name for some experiments."""
+    runs = [run for path in (output / "sweeps").glob("plan-*.json") for run in json.loads(path.read_text())["runs"]]
+    return [run["folders"][0] for run in runs if run["experiment"] in experiments]
+
+
+def test_copies_on_several_gpus_are_refused_where_each_process_has_one(
+    cushion: Command, arguments: list[str], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr("cushion.preflight._check_launcher", lambda _: None)  # refused before anything is launched
+    given = [a for a in arguments if not a.startswith("search=")] + ["search=greedy_sampled", "search.replicas=1,2"]
+    line = one_error(cushion("-m", *given, "hydra/launcher=joblib_local"))
+    assert "1 of the 2 runs" in line
+    assert "search.replicas=2 needs as many GPUs, and with hydra/launcher=joblib_local each run has one" in line
+    assert "use search.replicas=1, or hydra/launcher=basic" in line
+    assert not Path("outputs").exists()
+
+
 def test_the_plan_names_every_run_and_a_second_start_writes_the_same(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
     sweep = ["-m", *arguments, "quantizer=none,per_tensor_dynamic", "experiment=null", "seed=0,1"]
     arguments = [a for a in sweep if a != "experiment=null"]

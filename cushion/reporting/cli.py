@@ -15,7 +15,11 @@ from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
 from cushion.reporting.runs import experiment_table, provenance_table
 from cushion.reporting.settings import numbered
-from cushion.reporting.status import missing
+from cushion.reporting.status import without_result
+
+WRITTEN = "files.txt"
+"""In a report's folder: the files of which the next report there removes those that it does not write again."""
+_PER_REPORT = ("figures/*.png", "published/*.csv", "runs/*.csv")
 
 
 def write_report(
@@ -30,32 +34,50 @@ def write_report(
         title: heading of the report.
 
     Raises:
-        ArtifactError: no results, damaged ones, none of an experiment asked for, or damaged published numbers.
+        ArtifactError: no results, damaged ones, none of an experiment asked for, damaged published numbers, or the
+            report cannot be written.
 
     """
-    runs = _chosen(collect(folders), experiments)
+    runs = collect(folders)
+    absent = without_result(*folders)
     by_experiment: dict[str, list[Run]] = {}
     for run in runs:
         by_experiment.setdefault(run.experiment, []).append(run)
+    for state in absent:
+        by_experiment.setdefault(state.experiment, [])
+    by_experiment = _chosen(by_experiment, experiments)
+    runs = [run for run in runs if run.experiment in by_experiment]
+    absent = [state for state in absent if state.experiment in by_experiment]
     source = published_folder()
     known = published_names(source)
-    states = list(dict.fromkeys(state for folder in folders for state in missing(folder)))
-    absent = {name: [state for state in states if state.experiment == name] for name in by_experiment}
     numbers = numbered(runs)
+    planned = {name: [state for state in absent if state.experiment == name] for name in by_experiment}
     published = [
-        compare(load_published(source, name), found, absent[name], numbers)
+        compare(load_published(source, name), found, planned[name], numbers)
         for name, found in by_experiment.items()
         if name in known
     ]
     tables = [
-        experiment_table(name, found, list(dict.fromkeys(state.detail for state in absent[name])), numbers)
+        experiment_table(name, found, list(dict.fromkeys(state.detail for state in planned[name])), numbers)
         for name, found in by_experiment.items()
     ]
+    try:
+        return _write(output, title, published, tables, runs, len(absent))
+    except OSError as error:
+        raise ArtifactError(
+            f"the report cannot be written to {output} ({error}): name a folder that you may write to (-o)"
+        ) from error
+
+
+def _write(output: Path, title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run],
+           absent: int) -> list[Path]:  # fmt: skip
+    """Write the files of a report in place of those of an earlier one; their paths, the page first."""
     provenance = provenance_table(runs)
     output.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(output)
     drawings = draw_all(runs, output / "figures")
     contents = {
-        "report.html": html(title, published, tables, runs, provenance, drawings),
+        "report.html": html(title, published, tables, runs, provenance, drawings, absent),
         "report.md": _markdown(title, published, tables, provenance, drawings),
         "report.tex": _latex([*published, *tables]),
         "provenance.csv": comma_separated(provenance),
@@ -66,18 +88,29 @@ def write_report(
         path = output / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return [output / name for name in contents] + [drawing.path for drawing in drawings]
+    written = [output / name for name in contents] + [drawing.path for drawing in drawings]
+    names = sorted(path.relative_to(output).as_posix() for path in written)
+    (output / WRITTEN).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return written
 
 
-def _chosen(runs: list[Run], experiments: Sequence[str]) -> list[Run]:
-    there = dict.fromkeys(run.experiment for run in runs)
+def _remove_earlier(output: Path) -> None:
+    """Remove the figures and tables that an earlier report wrote: this one has others of other names."""
+    listed = output / WRITTEN
+    owned = set(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else set()
+    for path in (path for pattern in _PER_REPORT for path in sorted(output.glob(pattern))):
+        if path.relative_to(output).as_posix() in owned:
+            path.unlink()
+
+
+def _chosen(by_experiment: dict[str, list[Run]], experiments: Sequence[str]) -> dict[str, list[Run]]:
     for name in experiments:
-        if name not in there:
+        if name not in by_experiment:
             raise ArtifactError(
                 f"no result belongs to the experiment {name!r}; "
-                f"there are: {', '.join(there)}{did_you_mean(name, there)}"
+                f"there are: {', '.join(by_experiment)}{did_you_mean(name, by_experiment)}"
             )
-    return [run for run in runs if not experiments or run.experiment in experiments]
+    return {name: runs for name, runs in by_experiment.items() if not experiments or name in experiments}
 
 
 def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], provenance: Table,

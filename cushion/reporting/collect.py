@@ -17,6 +17,8 @@ SCHEMA_VERSION = 1
 _NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, "rows": list, "timings": dict}
 """What a report cannot do without; everything else may be absent, as in a run that failed early or an older file."""
 _NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "perplexity": dict}
+_NUMBERS_OF_A_ROW = ("largest_activation", "quantization_error", "seconds", "accuracy", "accuracy_stderr")
+_NUMBERS_OF_A_TASK = ("value", "stderr", "samples")
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,43 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {way_out}")
     problems = list(_wrong(record, _NEEDED, "result"))
     for number, row in enumerate(record["rows"] if not problems else []):
-        if isinstance(row, dict):
-            problems += _wrong(row, _NEEDED_OF_A_ROW, f"rows[{number}]")
-        else:
-            problems.append(f"rows[{number}] is no record")
+        problems += _wrong_row(row, f"rows[{number}]")
+    if not problems:
+        problems += _no_numbers(
+            {key: record["timings"][key] for key in ("total",) if key in record["timings"]}, "timings"
+        )
+        seed = record["config"].get("seed", 0)
+        problems += [] if isinstance(seed, int) else [f"config.seed={seed!r} is no whole number"]
     if problems:
         raise ArtifactError(f"{path} is damaged ({'; '.join(problems)}): {way_out}")
     return record
+
+
+def _wrong_row(row: Any, where: str) -> Iterator[str]:
+    """What a report would stumble over in a row: something absent, or of another kind; absent numbers are None."""
+    if not isinstance(row, dict):
+        yield f"{where} is no record"
+        return
+    if problems := list(_wrong(row, _NEEDED_OF_A_ROW, where)):
+        yield from problems
+        return
+    yield from _no_numbers({key: row.get(key) for key in _NUMBERS_OF_A_ROW}, where)
+    yield from _no_numbers(row["perplexity"], f"{where}.perplexity")
+    tasks = row.get("tasks") or {}
+    if not isinstance(tasks, dict):
+        yield f"{where}.tasks is no dict"
+        return
+    for task, scores in tasks.items():
+        if isinstance(scores, dict):
+            yield from _no_numbers({key: scores.get(key) for key in _NUMBERS_OF_A_TASK}, f"{where}.tasks.{task}")
+        else:
+            yield f"{where}.tasks.{task} is no dict"
+
+
+def _no_numbers(values: dict[str, Any], where: str) -> Iterator[str]:
+    for key, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            yield f"{where}.{key}={value!r} is no number"
 
 
 def _wrong(record: dict[str, Any], needed: dict[str, type], where: str) -> Iterator[str]:

@@ -14,8 +14,11 @@ from cushion.reporting.plots import Drawing
 
 
 def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run], provenance: Table,
-         drawings: Sequence[Drawing]) -> str:  # fmt: skip
-    """The whole page. Everything that comes from a result is escaped; no data goes into the script."""
+         drawings: Sequence[Drawing], missing: int = 0) -> str:  # fmt: skip
+    """The whole page, `missing` being the number of planned runs without a result.
+
+    Everything that comes from a result is escaped; no data goes into the script.
+    """
     environment = Environment(
         loader=PackageLoader("cushion.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -27,6 +30,7 @@ def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: 
         provenance=provenance,
         completed=sum(run.completed for run in runs),
         failed=[run for run in runs if not run.completed],
+        missing=missing,
         drawings=[(drawing, base64.b64encode(drawing.path.read_bytes()).decode("ascii")) for drawing in drawings],
         details=[(number, run, _details(run)) for number, run in enumerate(runs, start=1)],
     )

@@ -84,8 +84,8 @@ def published_folder() -> Path:
 
 
 def published_names(folder: Path) -> list[str]:
-    """The experiments in `folder` that have published numbers."""
-    return sorted(path.parent.name for path in folder.glob(f"*/{PUBLISHED}"))
+    """The experiments in `folder` that have published numbers, or the half of what describes them."""
+    return sorted({path.parent.name for file in (PUBLISHED, SPECIFICATION) for path in folder.glob(f"*/{file}")})
 
 
 def load_published(folder: Path, name: str) -> PublishedTable:
@@ -100,6 +100,9 @@ def load_published(folder: Path, name: str) -> PublishedTable:
         raise ArtifactError(
             f"there is no {folder / name / PUBLISHED}; published numbers: {', '.join(known)}{did_you_mean(name, known)}"
         )
+    for file, other in ((PUBLISHED, SPECIFICATION), (SPECIFICATION, PUBLISHED)):
+        if not (folder / name / file).is_file():
+            raise ArtifactError(f"{folder / name} has {other} and no {file}: a published table needs both")
     specification, models = _yaml(folder / name / SPECIFICATION), _yaml(folder / MODELS)
     path = folder / name / SPECIFICATION
     absent, unknown = sorted(_NEEDED - set(specification)), sorted(set(specification) - _KEYS)

@@ -36,6 +36,8 @@ class RunState:
 def survey(root: Path) -> list[RunState]:
     """The state of every run under `root`, those that a sweep planned and that were never started included.
 
+    `root` may be an output folder, or a folder in one, such as that of an experiment.
+
     A run is running when a living process holds the lock of its folder, also one that failed before and is tried again.
 
     Raises:
@@ -81,21 +83,39 @@ def _held(lock: Path) -> bool:
         raise ArtifactError(f"whether a run is at work cannot be told without write access to {lock}") from error
 
 
-def missing(root: Path) -> list[RunState]:
-    """The runs that sweeps planned and of which there is no folder, each once."""
-    found: dict[tuple[str, ...], RunState] = {}
-    for plan in sorted(root.rglob(PLANS)):
-        runs = _plan(plan)
-        shared = set.intersection(*(set(run["overrides"]) for run in runs)) if len(runs) > 1 else set()
-        for run in runs:
-            if any(
-                (plan.parent.parent / folder / name).exists() for folder in run["folders"] for name in (FILE_NAME, LOCK)
-            ):
-                continue
-            swept = shlex.join([override for override in run["overrides"] if override not in shared])
-            place = str(Path(run["folders"][0]).parent)
-            found[tuple(run["folders"])] = RunState("missing", place, run["experiment"], swept)
-    return list(found.values())
+def missing(*roots: Path) -> list[RunState]:
+    """The runs inside some folders that sweeps planned and of which there is no folder, each once."""
+    return [state for folders, state in _planned(roots) if not _there(folders, FILE_NAME, LOCK)]
+
+
+def without_result(*roots: Path) -> list[RunState]:
+    """The runs inside some folders that sweeps planned and that have no result, begun or not, each once."""
+    return [state for folders, state in _planned(roots) if not _there(folders, FILE_NAME)]
+
+
+def _there(folders: Sequence[Path], *names: str) -> bool:
+    return any((folder / name).exists() for folder in folders for name in names)
+
+
+def _planned(roots: Sequence[Path]) -> list[tuple[tuple[Path, ...], RunState]]:
+    """The runs inside some folders that sweeps planned, each once: the folders it may have, and its state if missing.
+
+    A plan lies beside the experiments' folders, so those above a folder are read too.
+    """
+    found: dict[tuple[Path, ...], RunState] = {}
+    for root in (root.resolve() for root in roots):
+        above = [path for parent in root.parents for path in sorted(parent.glob(PLANS))]
+        for plan in [*above, *sorted(root.rglob(PLANS))]:
+            runs = _plan(plan)
+            shared = set.intersection(*(set(run["overrides"]) for run in runs)) if len(runs) > 1 else set()
+            for run in runs:
+                folders = tuple(plan.parent.parent / folder for folder in run["folders"])
+                if any(folder.is_relative_to(root) for folder in folders):
+                    swept = shlex.join([override for override in run["overrides"] if override not in shared])
+                    above_it = folders[0].parent
+                    place = above_it.relative_to(root).as_posix() if above_it.is_relative_to(root) else "."
+                    found[folders] = RunState("missing", place, run["experiment"], swept)
+    return list(found.items())
 
 
 def _plan(path: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from matplotlib import pyplot
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
 from cushion.reporting.measures import stage_of
-from cushion.reporting.runs import flatten, varying
+from cushion.reporting.runs import varying
+from cushion.reporting.settings import flatten
 
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from records import failed, record, write
 
 from cushion.errors import ArtifactError
+from cushion.reporting.cli import write_report
 from cushion.reporting.collect import collect
 
 
@@ -72,6 +74,38 @@ def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, damage: str)
         ArtifactError, match=r"run01.result\.json is (damaged|not a result).* delete the folder .*run01 and run again"
     ):
         collect([tmp_path])
+
+
+def planted(**others: Any) -> dict[str, Any]:
+    """A result of one row with some of its values replaced."""
+    return {**record(), "rows": [{**record()["rows"][0], **others}]}
+
+
+NO_NUMBERS = {
+    "rows[0].perplexity.wikitext2='abc' is no number": planted(perplexity={"wikitext2": "abc"}),
+    "rows[0].seconds=[3.0] is no number": planted(seconds=[3.0]),
+    "rows[0].largest_activation=True is no number": planted(largest_activation=True),
+    "rows[0].accuracy='0.5' is no number": planted(accuracy="0.5"),
+    "rows[0].tasks.piqa.value={} is no number": planted(tasks={"piqa": {"value": {}}}),
+    "rows[0].tasks.piqa is no dict": planted(tasks={"piqa": 0.5}),
+    "timings.total='12' is no number": {**record(), "timings": {"total": "12"}},
+    "config.seed='one' is no whole number": {**record(), "config": {**record()["config"], "seed": "one"}},
+}
+
+
+@pytest.mark.parametrize("problem", NO_NUMBERS)
+def test_what_is_no_number_is_named_with_its_file(tmp_path: Path, problem: str) -> None:
+    write(tmp_path, NO_NUMBERS[problem])
+    with pytest.raises(ArtifactError, match=rf"run00.result\.json is damaged \({re.escape(problem)}\): delete the"):
+        collect([tmp_path])
+
+
+def test_numbers_that_were_not_measured_are_no_damage(tmp_path: Path) -> None:
+    sparse = planted(perplexity={"wikitext2": None}, accuracy=None, seconds=None, tasks={"piqa": {"value": 1}})
+    del sparse["rows"][0]["largest_activation"], sparse["timings"]["total"]
+    (run,) = collect([write(tmp_path, sparse)])
+    assert run.record == sparse
+    write_report([tmp_path], tmp_path / "report")
 
 
 def test_an_empty_and_a_missing_folder_are_named(tmp_path: Path) -> None:

@@ -232,6 +232,42 @@ def test_mistakes_end_with_one_line_and_status_1(
     (tmp_path / "published" / "models.yaml").write_text("{}\n")
     monkeypatch.setattr("cushion.reporting.cli.published_folder", lambda: tmp_path / "published")
     assert "cushioncache_table1/published.csv has no column 'llama2_7b'" in line(str(results))
+    (published / "published.csv").rename(published / "kept")
+    assert "cushioncache_table1 has table.yaml and no published.csv: a published table needs both" in line(str(results))
+    (published / "kept").rename(published / "published.csv")
+    (published / "table.yaml").unlink()
+    assert "cushioncache_table1 has published.csv and no table.yaml" in line(str(results))
     (results / "run00" / "result.json").write_text("{")
     assert "run00/result.json is damaged" in line(str(results))
     assert not (tmp_path / "report").exists(), "nothing is written where something is wrong"
+
+
+def test_a_report_that_cannot_be_written_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write(tmp_path / "results", record())
+    target = tmp_path / "file"
+    target.write_text("mine")
+    for output in (target, target / "below"):
+        code, out, err = outcome(capsys, str(results), "-o", str(output))
+        assert (code, out, len(err.splitlines())) == (1, "", 1)
+        assert err.startswith(f"cushion-report: error: the report cannot be written to {output} (")
+        assert "(-o)" in err
+    assert target.read_text() == "mine"
+
+
+def test_a_report_removes_what_an_earlier_one_wrote_and_nothing_else(tmp_path: Path) -> None:
+    results, output = tmp_path / "results", tmp_path / "report"
+    first = {path.relative_to(output) for path in write_report([write(results, everything())], output)}
+    own = [Path("figures/mine.png"), Path("runs/mine.csv"), Path("published/mine.csv"), Path("mine.png")]
+    for name in own:
+        (output / name).write_text("mine")
+    (tmp_path / "beside.csv").write_text("mine")
+    with (output / "files.txt").open("a", encoding="utf-8") as listed:
+        listed.write("../beside.csv\nmine.png\n")  # what a report never writes is not removed, whatever the list says
+    other = everything()
+    other["config"]["experiment"] = "other"
+    other["tuning"]["steps"][0]["loss"] = 7.0
+    second = {path.relative_to(output) for path in write_report([write(results, other)], output)}
+    assert {"tuning", "cushioncache_table1"} <= {path.stem.partition("-")[0] for path in first - second}
+    there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+    assert there == second | set(own) | {Path("files.txt")}
+    assert (tmp_path / "beside.csv").is_file()

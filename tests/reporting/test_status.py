@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from records import failed, record, write
 
+from cushion.errors import ArtifactError
 from cushion.reporting.cli import write_report
 from cushion.reporting.status import main, survey
 
@@ -93,6 +94,77 @@ def test_what_a_sweep_planned_and_nobody_started_is_missing(tmp_path: Path, caps
     assert "missing: seed=1" in (tmp_path / "report" / "report.html").read_text()
     write(tmp_path, record(), record(seed=1))
     assert outcome(capsys, str(tmp_path))[0] == 0
+
+
+def output_folder(root: Path) -> Path:
+    """An output folder with two experiments of two planned runs each, of which one run of `first` is done."""
+    runs = [
+        {"overrides": [f"experiment={name}", f"seed={seed}"], "experiment": name, "folders": [
+            f"{name}/model/row/cpu{seed}", f"{name}/model/row/cuda{seed}"]}
+        for name in ("first", "second") for seed in (0, 1)
+    ]  # fmt: skip
+    (root / "sweeps").mkdir(parents=True)
+    (root / "sweeps" / "plan-0.json").write_text(json.dumps({"runs": runs}))
+    write(root, record(experiment="first"))
+    folder = root / "first" / "model" / "row"
+    folder.mkdir(parents=True)
+    (root / "run00").rename(folder / "cuda0")
+    return root
+
+
+def test_below_an_output_folder_the_plans_above_count_for_what_is_inside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = output_folder(tmp_path / "outputs")
+    code, out, _ = outcome(capsys, str(root / "first"))
+    assert (code, out.splitlines()[-1]) == (3, "1 done, 1 missing")
+    assert "missing      model/row  experiment=first seed=1" in out
+    monkeypatch.chdir(root / "first")
+    assert outcome(capsys, "model")[1].splitlines()[-1] == "1 done, 1 missing", "a relative folder, and a deeper one"
+    code, out, _ = outcome(capsys, str(root / "first" / "model" / "row" / "cuda0"))
+    assert (code, out.splitlines()[-1]) == (0, "1 done")
+    assert outcome(capsys, str(root))[1].splitlines()[-1] == "1 done, 3 missing"
+
+
+def report_of(tmp_path: Path, *folders: Path, experiments: tuple[str, ...] = ()) -> str:
+    (page, *_) = write_report(folders, tmp_path / "report", experiments)
+    return page.read_text()
+
+
+def test_the_report_has_planned_experiments_without_any_result(tmp_path: Path) -> None:
+    root = output_folder(tmp_path / "outputs")
+    text = report_of(tmp_path, root)
+    assert '1 runs completed, <span class="bad">3 missing</span>' in text
+    assert 'id="table-second"' in text
+    lines = (tmp_path / "report" / "runs" / "second.csv").read_text().splitlines()
+    assert [line.split("missing: ")[1].split(",")[0] for line in lines[1:]] == [
+        "experiment=second seed=0", "experiment=second seed=1",
+    ]  # fmt: skip
+    assert ">1 missing</span>" in report_of(tmp_path, root / "first"), "the plan above the folder, and what is inside"
+    assert "3 missing" in report_of(tmp_path, root, root / "first"), "each missing run counts once"
+    text = report_of(tmp_path, root, experiments=("second",))
+    assert '0 runs completed, <span class="bad">2 missing</span>' in text
+    assert "table-first" not in text
+    with pytest.raises(ArtifactError, match=r"experiment 'secnd'; there are: first, second; did you mean 'second'"):
+        write_report([root], tmp_path / "report", ["secnd"])
+
+
+def test_a_planned_run_that_was_killed_is_missing_in_the_report(tmp_path: Path) -> None:
+    root = output_folder(tmp_path / "outputs")
+    (root / "first" / "model" / "row" / "cpu1").mkdir()
+    (root / "first" / "model" / "row" / "cpu1" / ".lock").touch()
+    assert states(root / "first") == {"cuda0": "done", "cpu1": "interrupted"}
+    assert "missing: experiment=first seed=1" in report_of(tmp_path, root)
+
+
+def test_a_published_table_that_was_planned_and_never_run_is_in_the_report(tmp_path: Path) -> None:
+    write(tmp_path / "outputs", record())
+    plan(tmp_path / "outputs", ("run01", "seed=1"))
+    path = tmp_path / "outputs" / "sweeps" / "plan-0.json"
+    path.write_text(path.read_text().replace('"default"', '"cushioncache_table1"'))
+    text = report_of(tmp_path, tmp_path / "outputs")
+    assert "Not run: LLaMA2-7B, LLaMA3-8B" in text
+    assert "missing: model=tiny seed=1" in text
 
 
 def test_mistakes_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
