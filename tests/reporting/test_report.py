@@ -28,11 +28,13 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.fetched: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for key, value in attributes if key == "id"]
         self.fetched += [value or "" for key, value in attributes if key in ("src", "href", "srcset", "action")]
 
     def handle_data(self, data: str) -> None:
@@ -91,6 +93,18 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
     assert len(pictures) == 6
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
+
+
+def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path / "results", everything(), record(experiment="provenance"))
+    written = write_report([tmp_path / "results"], tmp_path / "report")
+    labels = re.findall(r"\\label\{(.*?)\}", (tmp_path / "report" / "report.tex").read_text(encoding="utf-8"))
+    assert labels == ["tab:cushioncache-table1", "tab:runs-cushioncache-table1", "tab:runs-provenance"]
+    ids = Page(written[0].read_text(encoding="utf-8")).ids
+    assert len(ids) == len(set(ids))
+    assert {"table-cushioncache_table1", "table-runs-cushioncache_table1", "table-provenance"} <= set(ids)
+    names = {path.relative_to(tmp_path / "report").as_posix() for path in written}
+    assert {"published/cushioncache_table1.csv", "runs/cushioncache_table1.csv", "runs/provenance.csv"} <= names
 
 
 def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path: Path) -> None:
