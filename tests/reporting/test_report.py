@@ -15,7 +15,9 @@ from tiny_run import tuning_config
 from cushion import pipeline
 from cushion.reporting.cli import main, write_report
 from cushion.reporting.collect import collect
-from cushion.reporting.plots import draw_all
+from cushion.reporting.figures import FIGURES
+from cushion.reporting.plots import PAPER, draw_all
+from cushion.reporting.published import published_folder
 
 EVIL = "</script><script>alert('x')</script><s> & $x_1$ | \\"
 
@@ -182,6 +184,15 @@ def test_drawings_of_the_papers_figures_are_titled_as_such(tmp_path: Path) -> No
         assert found[kind].startswith(f"CushionCache, Figure {number}: ")
         assert found[kind].endswith(f", model; cushioncache_table1, cushioncache_figure{number}: per_tensor_static")
     assert "share of attention by block and head" in titles("cushioncache_figure3")["attention"]
+
+
+def test_the_readme_of_a_papers_figure_names_its_file_and_its_caption() -> None:
+    files = {"map": "activation_map", "activations": "activation_curves", "attention": "attention_maps"}
+    assert set(files) == set(PAPER) and set(files.values()) <= set(FIGURES)
+    for kind, (experiment, caption) in PAPER.items():
+        words = " ".join((published_folder() / experiment / "README.md").read_text(encoding="utf-8").split())
+        assert f'"{caption}"' in words
+        assert re.findall(r"`figures/(\w+)\.png`", words) == [files[kind]]
 
 
 def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:
