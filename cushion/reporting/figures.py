@@ -102,7 +102,9 @@ def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     axes[0][0].set_yticks(range(len(drawn["channels"])), [str(channel) for channel in drawn["channels"]], fontsize=7)
     axes[0][0].set_ylabel("channel")
     figure.colorbar(image, ax=list(axes[0]), label="|X|")
-    figure.suptitle(f"Activations at the input of block {drawn['block']}, {result['model']['label']}", fontsize=10)
+    tokens = "first token" if drawn["positions"] == 1 else f"first {drawn['positions']} tokens"
+    where = f"Activations at the input of block {drawn['block']}, {result['model']['label']}"
+    figure.suptitle(f"{where}\none text, {tokens}", fontsize=10)
     return save(figure, path, dpi)
 
 

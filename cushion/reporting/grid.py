@@ -37,6 +37,7 @@ class Table:
     """Headings in one or more lines, a body of lines as wide, `labels` leading columns of words, notes below.
 
     `pinned` are the columns that stay in view where a page is narrower than the table; by default those of words.
+    `name` names its file; `key` its label in LaTeX and its id in a page, where two tables of a report share a name.
     """
 
     name: str
@@ -46,10 +47,15 @@ class Table:
     labels: int
     notes: list[str] = field(default_factory=list)
     pinned: tuple[int, ...] | None = None
+    key: str = ""
 
     def __post_init__(self) -> None:
         widths = {sum(cell.span for cell in line) for line in (*self.head, *self.body)}
         assert len(widths) <= 1, f"{self.name}: lines of {sorted(widths)} columns"
+
+    def place(self) -> str:
+        """What a page and LaTeX refer to the table by: its key, by default its name."""
+        return self.key or self.name
 
     def in_view(self) -> list[int]:
         """The columns that stay in view."""
@@ -94,7 +100,7 @@ def latex(table: Table) -> str:
         rf"\begin{{{environment}}}",
         r"\centering",
         rf"\caption{{{escape_latex(table.title)}}}",
-        rf"\label{{tab:{re.sub(r'[^a-zA-Z0-9]+', '-', table.name)}}}",
+        rf"\label{{tab:{re.sub(r'[^a-zA-Z0-9]+', '-', table.place())}}}",
         begin,
         rf"\begin{{tabular}}{{{'l' * table.labels + 'r' * (columns - table.labels)}}}",
         r"\toprule",

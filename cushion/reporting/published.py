@@ -38,8 +38,8 @@ from cushion.reporting.status import RunState
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
 """Relative difference up to which a number that several runs measured counts as one number."""
-_KEYS = {"title", "source", "index", "values", "measure", "corpus", "rows", "columns", "select", "titles", "notes"}
 _NEEDED = {"title", "source", "values", "rows", "columns"}
+_KEYS = _NEEDED | {"index", "measure", "corpus", "select", "tasks", "titles", "notes"}
 
 Coordinates = dict[str, str]
 NOT_RUN = Cell("not run", kind="missing")
@@ -163,6 +163,9 @@ def _number(text: str | None, where: str) -> float | None:
 def _check(table: PublishedTable, path: Path) -> None:
     """Everything that the specification names exists."""
     specification = table.specification
+    tasks = specification.get("tasks", ["any"])
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
+        raise ArtifactError(f"{path}: tasks={tasks!r} is no list of names of tasks, such as [piqa, hellaswag]")
     dimensions = set(table.entries[0].at) if table.entries else set()
     laid_out = [*specification["rows"], *specification["columns"]]
     for dimension in laid_out:
@@ -217,6 +220,7 @@ def compare(
     if "model" in specification["columns"]:
         columns.sort(key=lambda column: labels[column["model"]] not in ran)
     corpora: set[str] = set()
+    scored: set[tuple[str, ...]] = set()
 
     def triple(at: Coordinates) -> list[Cell]:
         there = published.get(_position(at))
@@ -229,7 +233,7 @@ def compare(
             return [Cell(NONE), Cell(NONE), Cell(NONE)]
         of_model = [run for run in runs if run.model == labels[model]]
         seeds = {run.seed for run in of_model} | _planned_seeds(missing, labels[model])
-        ours = _ours(table, at, of_model, len(seeds), corpora)
+        ours = _ours(table, at, of_model, len(seeds), corpora, scored)
         return [plain, ours, _difference(ours, there)]
 
     fixed = _fixed(table)
@@ -242,7 +246,7 @@ def compare(
         for row, line in zip(rows, grid, strict=True)
     ]  # fmt: skip
     notes = [
-        *_notes(table, labels, ran, corpora),
+        *_notes(table, labels, ran, corpora, scored),
         *spread_notes(body),
         *shared_settings(runs, numbered(runs) if numbers is None else numbers),
     ]
@@ -296,7 +300,8 @@ def _told_apart(grid: list[list[list[Cell]]]) -> list[list[list[Cell]]]:
     ]
 
 
-def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, corpora: set[str]) -> Cell:
+def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, corpora: set[str],
+          scored: set[tuple[str, ...]]) -> Cell:  # fmt: skip
     """Our number for one published one: mean and deviation over seeds of the rows that fit, of how many of `seeds`."""
     select: dict[str, dict[str, Any]] = table.specification.get("select", {})
     wanted: dict[str, Any] = {}
@@ -322,6 +327,8 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, c
                 error = measure.error(run, row) if error is None else error
                 if at["measure"] == "perplexity":
                     corpora |= set(row["perplexity"]) if len(row["perplexity"]) == 1 else set()
+                if at["measure"] == "accuracy" and row.get("tasks"):
+                    scored.add(tuple(task for task, score in row["tasks"].items() if score["metric"] is not None))
     if not by_seed:
         return Cell("not measured", kind="missing")
     for values in by_seed.values():
@@ -375,7 +382,8 @@ def _head(table: PublishedTable, columns: list[Coordinates], kept: list[list[int
     return [*lines, last]
 
 
-def _notes(table: PublishedTable, labels: dict[str, str], ran: Iterable[str], corpora: set[str]) -> list[str]:
+def _notes(table: PublishedTable, labels: dict[str, str], ran: Iterable[str], corpora: set[str],
+           scored: set[tuple[str, ...]]) -> list[str]:  # fmt: skip
     notes = [f"Published: {table.specification['source']}", *table.specification.get("notes", [])]
     absent = [table.title("model", model) for model in table.keys("model") if labels[model] not in ran]
     if absent:
@@ -383,4 +391,8 @@ def _notes(table: PublishedTable, labels: dict[str, str], ran: Iterable[str], co
     wanted = table.specification.get("corpus")
     if wanted and (others := sorted(corpora - {wanted})):
         notes.append(f"Ours is measured on {', '.join(others)}, not on {wanted}.")
+    published = table.specification.get("tasks")
+    if published and (unlike := sorted(tasks for tasks in scored if set(tasks) != set(published))):
+        means = " or ".join(", ".join(tasks) for tasks in unlike)
+        notes.append(f"The published accuracy is the mean of {', '.join(published)}; ours of {means}.")
     return notes

@@ -60,7 +60,8 @@ def experiment_table(
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
         body.append([*blanks, *words, *(MISSING for _ in measures)])
     notes = [*spread_notes(body), *shared_settings(runs, numbers)]
-    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes, (0, titles.index("row")))
+    pinned = (0, titles.index("row"))
+    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes, pinned, key=f"runs-{experiment}")
 
 
 def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], asked: int) -> list[Cell]:

@@ -121,6 +121,11 @@ def _blocks(config: Config) -> str | None:
     return f"{evaluation['block_length']} x {blocks} (block_length x blocks)"
 
 
+def _tasks(config: Config) -> str | None:
+    tasks = _part(config, "eval").get("tasks")
+    return None if tasks is None else ", ".join(map(str, tasks)) or "none"
+
+
 def _limit(config: Config) -> str | None:
     evaluation = _part(config, "eval")
     if not evaluation.get("tasks") or "limit" not in evaluation:
@@ -148,7 +153,7 @@ _SETTINGS: dict[str, Callable[[Config], str | None]] = {
     "tuning": _named("tuning", "name"),
     "tuning steps": _steps,
     "perplexity": _blocks,
-    "tasks": lambda config: str(len(_part(config, "eval")["tasks"])) if "tasks" in _part(config, "eval") else None,
+    "tasks": _tasks,
     "eval.limit": _limit,
 }
 """By title: what reads a setting off a configuration, in words, or None where it does not apply."""

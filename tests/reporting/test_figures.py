@@ -141,7 +141,7 @@ def test_the_map_has_a_panel_per_prefix_with_positions_across_and_one_colour_sca
             assert type(axis.images[0].norm).__name__ == "LogNorm"
         assert [label.get_text() for label in panels[0].get_yticklabels()] == ["2", "40"]
         assert [axis.get_ylabel() for axis in figure.axes if axis not in panels] == ["|X|"]
-        assert "block 7" in figure.get_suptitle()
+        assert "block 7" in figure.get_suptitle() and figure.get_suptitle().endswith("\none text, first 3 tokens")
     finally:
         pyplot.close(figure)
 

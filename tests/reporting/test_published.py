@@ -207,6 +207,23 @@ def test_another_corpus_is_said(tmp_path: Path) -> None:
     assert "Ours is measured on embedded, not on wikitext2." in table.notes
 
 
+def test_an_accuracy_over_other_tasks_is_said(tmp_path: Path) -> None:
+    def scored(name: str, *tasks: str) -> Table:
+        scores = {task: {"metric": "acc", "value": 0.5, "stderr": 0.01} for task in tasks}
+        rows = [row("quantized", 7.0, accuracy=0.5, tasks={**scores, "wikitext": {"metric": None}})]
+        made = record(model="x/other", quantizer="per_tensor_dynamic", rows=rows)
+        return ours(tmp_path / str(len(tasks)), name, made)
+
+    published = ("piqa", "lambada_openai", "hellaswag", "winogrande")
+    assert load_published(FOLDER, "qfep_qfem").specification["tasks"] == list(published)
+    fewer = scored("qfep_qfem", "piqa", "copa")
+    assert cell(fewer, "accuracy, % ours", "other", "per-tensor dynamic") == "50.00"
+    assert f"The published accuracy is the mean of {', '.join(published)}; ours of piqa, copa." in fewer.notes
+    same = scored("qfep_qfem", *reversed(published))
+    assert cell(same, "accuracy, % ours", "other", "per-tensor dynamic") == "50.00"
+    assert not any("the mean of" in note for note in same.notes)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     folder = tmp_path / "published"
@@ -227,6 +244,9 @@ MISTAKES = {
     "unknown key": ("table.yaml", "corpus:", "korpus:", r"the key 'korpus' is unknown; did you mean 'corpus'"),
     "unknown measure": ("table.yaml", "measure: perplexity", "measure: perplexitty", r"no measure 'perplexitty'"),
     "unknown dimension": ("table.yaml", "columns: [model]", "columns: [modell]", r"no dimension 'modell'"),
+    "tasks that are no list": ("table.yaml", "corpus:", "tasks: piqa\ncorpus:", r"tasks='piqa' is no list of names"),
+    "tasks without names": ("table.yaml", "corpus:", "tasks: [piqa, 3]\ncorpus:", r"tasks=\['piqa', 3\] is no list of"),
+    "no tasks": ("table.yaml", "corpus:", "tasks: []\ncorpus:", r"table\.yaml: tasks=\[\] is no list of names"),
     "unselected scheme": ("table.yaml", "    fp16: {quantized: false}\n", "", r"does not say what 'fp16' is"),
     "unknown model": ("../models.yaml", "llama2_7b:", "llama:", r"models\.yaml has no model 'llama2_7b'"),
     "no YAML": ("table.yaml", "rows: [", "rows: [[", r"table\.yaml cannot be read"),

@@ -15,7 +15,9 @@ from tiny_run import tuning_config
 from cushion import pipeline
 from cushion.reporting.cli import main, write_report
 from cushion.reporting.collect import collect
-from cushion.reporting.plots import draw_all
+from cushion.reporting.figures import FIGURES
+from cushion.reporting.plots import PAPER, draw_all
+from cushion.reporting.published import published_folder
 
 EVIL = "</script><script>alert('x')</script><s> & $x_1$ | \\"
 
@@ -28,11 +30,13 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[str] = []
         self.fetched: list[str] = []
+        self.ids: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for key, value in attributes if key == "id"]
         self.fetched += [value or "" for key, value in attributes if key in ("src", "href", "srcset", "action")]
 
     def handle_data(self, data: str) -> None:
@@ -91,6 +95,18 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
     assert len(pictures) == 6
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
+
+
+def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path / "results", everything(), record(experiment="provenance"))
+    written = write_report([tmp_path / "results"], tmp_path / "report")
+    labels = re.findall(r"\\label\{(.*?)\}", (tmp_path / "report" / "report.tex").read_text(encoding="utf-8"))
+    assert labels == ["tab:cushioncache-table1", "tab:runs-cushioncache-table1", "tab:runs-provenance"]
+    ids = Page(written[0].read_text(encoding="utf-8")).ids
+    assert len(ids) == len(set(ids))
+    assert {"table-cushioncache_table1", "table-runs-cushioncache_table1", "table-provenance"} <= set(ids)
+    names = {path.relative_to(tmp_path / "report").as_posix() for path in written}
+    assert {"published/cushioncache_table1.csv", "runs/cushioncache_table1.csv", "runs/provenance.csv"} <= names
 
 
 def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path: Path) -> None:
@@ -168,6 +184,15 @@ def test_drawings_of_the_papers_figures_are_titled_as_such(tmp_path: Path) -> No
         assert found[kind].startswith(f"CushionCache, Figure {number}: ")
         assert found[kind].endswith(f", model; cushioncache_table1, cushioncache_figure{number}: per_tensor_static")
     assert "share of attention by block and head" in titles("cushioncache_figure3")["attention"]
+
+
+def test_the_readme_of_a_papers_figure_names_its_file_and_its_caption() -> None:
+    files = {"map": "activation_map", "activations": "activation_curves", "attention": "attention_maps"}
+    assert set(files) == set(PAPER) and set(files.values()) <= set(FIGURES)
+    for kind, (experiment, caption) in PAPER.items():
+        words = " ".join((published_folder() / experiment / "README.md").read_text(encoding="utf-8").split())
+        assert f'"{caption}"' in words
+        assert re.findall(r"`figures/(\w+)\.png`", words) == [files[kind]]
 
 
 def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:
