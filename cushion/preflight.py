@@ -1,7 +1,8 @@
 """Before the first run of a sweep: every combination is composed and checked, and the sweep's plan is written down.
 
 Hydra's own sweeper finds a combination that does not compose only when its batch is due, and never one that our checks
-refuse. The plan, `<paths.output_dir>/sweeps/plan-<hash>.json`, lets `cushion-status` say which runs are missing.
+refuse. The plan, `<paths.output_dir>/sweeps/plan-<hash>.json`, lets `cushion-status` say which runs are missing,
+and a report which seeds.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def write_plan(jobs: list[list[str]], configs: list[RunConfig]) -> None:
         output = Path(config.paths.output_dir).expanduser()
         kinds = ("cpu", "cuda") if config.device == "auto" else (config.device.partition(":")[0],)
         folders = [run_folder(config, kind).relative_to(output).as_posix() for kind in kinds]
-        by_place.setdefault(output, []).append({"overrides": job, "experiment": config.experiment, "folders": folders})
+        run = {"overrides": job, "experiment": config.experiment, "folders": folders}
+        by_place.setdefault(output, []).append({**run, "seed": config.seed, "model": config.model.label})
     for output, runs in by_place.items():
         name = PLAN.format(digest([run["overrides"] for run in runs], 12))
         write_json(output / "sweeps" / name, {"runs": runs})

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import Outcome, arguments, cushion, one_error  # noqa: F401 - fixtures
 
-from cushion.reporting.status import survey
+from cushion import preflight
+from cushion.errors import CushionError
+from cushion.reporting.cli import write_report
+from cushion.reporting.status import survey, without_result
 from cushion.results import FILE_NAME
 
 Command = Callable[..., Outcome]
@@ -116,6 +121,35 @@ def test_the_plan_names_every_run_and_a_second_start_writes_the_same(cushion: Co
     assert cushion(*arguments).code == 0
     assert [path.read_text() for path in Path("outputs/sweeps").glob("plan-*.json")] == [content]
     assert {state.state for state in survey(Path("outputs"))} == {"done"}
+
+
+def test_lost_seeds_are_told_by_the_plan_wherever_the_seed_was_set(
+    cushion: Command, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Swept, shared by the whole sweep, or set by an experiment's file; and from any folder above the runs."""
+
+    def only_plan(*planned: Any) -> None:
+        write_plan(*planned)
+        raise CushionError("planned")
+
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\nexperiment: cushioncache_table1\nseed: 1\n")
+    own = ["--config-dir", str(tmp_path / "conf"), *arguments, "experiment=mine"]
+    assert cushion(*own, "quantizer=per_tensor_static", "seed=0").code == 0
+    write_plan = preflight.write_plan
+    monkeypatch.setattr(preflight, "write_plan", only_plan)
+    for sweep in (["seed=0,1"], ["seed=1", "quantizer=none,per_tensor_dynamic"], ["quantizer=none,per_tensor_dynamic"]):
+        assert "planned" in one_error(cushion("-m", *own, *sweep))
+        for folder in ("outputs", "outputs/cushioncache_table1", "outputs/cushioncache_table1/tiny_llama"):
+            lost = without_result(Path(folder))
+            assert {(state.seed, state.model) for state in lost} == {(1, "tiny_llama")}
+            write_report([Path(folder)], tmp_path / "report")
+            with (tmp_path / "report" / "published" / "cushioncache_table1.csv").open(newline="") as file:
+                lines = list(csv.DictReader(file))
+            assert {line["tiny_llama ours seeds"] for line in lines} == {"", "1 of 2"}
+        (plan,) = Path("outputs/sweeps").glob("plan-*.json")
+        plan.unlink()
 
 
 def test_a_plan_that_cannot_be_written_stops_the_sweep(cushion: Command, arguments: list[str]) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ _NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, 
 _NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "perplexity": dict}
 _NUMBERS_OF_A_ROW = ("largest_activation", "quantization_error", "seconds", "accuracy", "accuracy_stderr")
 _NUMBERS_OF_A_TASK = ("value", "stderr", "samples")
+_NUMBERS_OF_A_STEP = {"search": ("seconds", "token_forwards"), "tuning": ("seconds",)}
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def read_result(path: Path) -> dict[str, Any]:
         problems += _no_numbers(
             {key: record["timings"][key] for key in ("total",) if key in record["timings"]}, "timings"
         )
+        problems += _wrong_parts(record)
         seed = record["config"].get("seed", 0)
         problems += [] if isinstance(seed, int) else [f"config.seed={seed!r} is no whole number"]
     if problems:
@@ -150,10 +153,43 @@ def _wrong_row(row: Any, where: str) -> Iterator[str]:
             yield f"{where}.tasks.{task} is no dict"
 
 
+def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
+    """What a report would stumble over in search, tuning and the activation curves, each of which may be absent."""
+    for step, keys in _NUMBERS_OF_A_STEP.items():
+        found = record.get(step) or {}
+        if isinstance(found, dict):
+            yield from _no_numbers({key: found.get(key) for key in keys}, step)
+        else:
+            yield f"{step} is no dict"
+    where, curves = "activations", record.get("activations") or {}
+    if isinstance(curves, dict):
+        where, curves = "activations.curves", curves.get("curves") or {}
+    if not isinstance(curves, dict):
+        yield f"{where} is no dict"
+        return
+    for stage, by_statistic in curves.items():
+        if not isinstance(by_statistic, dict):
+            yield f"{where}.{stage} is no dict"
+            continue
+        for statistic, values in by_statistic.items():
+            if not isinstance(values, list):
+                yield f"{where}.{stage}.{statistic} is no list"
+                continue
+            for block, value in enumerate(values):
+                if not _is_number(value):
+                    yield f"{where}.{stage}.{statistic}[{block}]={value!r} is no number"
+
+
 def _no_numbers(values: dict[str, Any], where: str) -> Iterator[str]:
     for key, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and not _is_number(value):
             yield f"{where}.{key}={value!r} is no number"
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number; a result that Cushion wrote holds no other (docs/results.md)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # False for a nan too
 
 
 def _wrong(record: dict[str, Any], needed: dict[str, type], where: str) -> Iterator[str]:

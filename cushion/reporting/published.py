@@ -8,10 +8,9 @@ same name.
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -278,9 +277,8 @@ def _plain(at: Coordinates, value: float | None) -> Cell:
 
 
 def _planned_seeds(missing: Sequence[RunState], model: str) -> set[int]:
-    """The seeds of the runs of a model that a sweep over seeds planned and that are not there."""
-    described = (state.detail for state in missing if PurePosixPath(state.place).parent.name == model)
-    return {int(seed) for detail in described for seed in re.findall(r"(?<!\S)seed=(\d+)(?!\S)", detail)}
+    """The seeds of the runs of a model that a sweep planned and that are not there."""
+    return {state.seed for state in missing if state.model == model and state.seed is not None}
 
 
 def _told_apart(grid: list[list[list[Cell]]]) -> list[list[list[Cell]]]:

@@ -25,12 +25,18 @@ _STOPPED = ("KeyboardInterrupt", "SystemExit")
 
 @dataclass(frozen=True)
 class RunState:
-    """What is known of one run: its state, where it is or what it would be, and the error or what was swept."""
+    """What is known of one run: its state, where it is or what it would be, and the error or what was swept.
+
+    Seed and model (the label that results have) are those of a planned run, None and empty of any other; the plan of
+    an older version holds no seed.
+    """
 
     state: str
     place: str
     experiment: str
     detail: str = ""
+    seed: int | None = None
+    model: str = ""
 
 
 def survey(root: Path) -> list[RunState]:
@@ -114,14 +120,22 @@ def _planned(roots: Sequence[Path]) -> list[tuple[tuple[Path, ...], RunState]]:
                     swept = shlex.join([override for override in run["overrides"] if override not in shared])
                     above_it = folders[0].parent
                     place = above_it.relative_to(root).as_posix() if above_it.is_relative_to(root) else "."
-                    found[folders] = RunState("missing", place, run["experiment"], swept)
+                    model = run.get("model", folders[0].parents[1].name)  # a plan of an older version has none
+                    found[folders] = RunState("missing", place, run["experiment"], swept, run.get("seed"), model)
     return list(found.items())
 
 
 def _plan(path: Path) -> list[dict[str, Any]]:
     try:
         runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        if all(run["overrides"] is not None and run["folders"] and run["experiment"] for run in runs):
+        if all(
+            run["overrides"] is not None
+            and run["folders"]
+            and run["experiment"]
+            and type(run.get("seed", 0)) is int
+            and isinstance(run.get("model", ""), str)
+            for run in runs
+        ):
             return runs
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): delete it; the sweep writes it again") from error

@@ -19,7 +19,8 @@ from cushion.reporting.settings import flatten
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""
 
-STAGES = {"found": "found prefix", "tuned": "tuned prefix"}
+STAGES = {"none": "no prefix", "found": "found prefix", "tuned": "tuned prefix"}
+_LINES = {"none": ":", "found": "--", "tuned": "-"}
 _LOGARITHMIC_FROM = 30.0
 _COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
 
@@ -33,11 +34,13 @@ class Point:
     x_deviation: float | None
     deviation: float | None
     label: str
+    seeds: str = ""
+    """`2 of 3`, where fewer seeds have the point than the configuration was run with, failed ones included."""
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The points of a curve by stage (`found`, `tuned`) and by what else tells the runs apart, ascending in x."""
+    """The points by stage (`none`, `found`, `tuned`) and by what else tells the runs apart, ascending in x."""
 
     kind: str
     """`tradeoff` or `cost`."""
@@ -61,12 +64,12 @@ def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
     swept = [key for key in keys if _is_swept([setting(run, key) for _, run in done])]
     if len(swept) == 1:
         others = [key for key in keys if key not in swept]
-        yield from _tradeoff("tradeoff", swept[0], corpora[0], done, lambda run: setting(run, swept[0]), others, swept)
+        yield from _tradeoff("tradeoff", swept[0], corpora[0], runs, lambda run: setting(run, swept[0]), others, swept)
     of_search = [key for key in keys if key.startswith("search.")]
     if of_search:
         others = [key for key in keys if key not in of_search]
         yield from _tradeoff(
-            "cost", "token-forwards of the search", corpora[0], done, _token_forwards, others, of_search
+            "cost", "token-forwards of the search", corpora[0], runs, _token_forwards, others, of_search
         )
 
 
@@ -88,30 +91,38 @@ def _tradeoff(
     apart: Sequence[str],
     labels: Sequence[str],
 ) -> Iterator[Tradeoff]:
-    """One trade-off, or none where its points have fewer than two different x."""
+    """One trade-off, or none where its points have fewer than two different x, or no run has a prefix.
+
+    Of failed runs only the seeds count.
+    """
     by_configuration: dict[str, list[NumberedRun]] = {}
     for number, run in runs:
         by_configuration.setdefault(run.identity("seed"), []).append((number, run))
     series: dict[tuple[str, str], list[Point]] = {}
     drawn: set[int] = set()
     for seeds in by_configuration.values():
-        for stage in STAGES:
+        for stage in STAGES if kind == "tradeoff" else ("found", "tuned"):
             measured = [
                 (number, float(x), perplexity)
                 for number, run in seeds
-                if (x := x_of(run)) is not None and (perplexity := _perplexity(run, stage, corpus)) is not None
+                if run.completed
+                and (x := x_of(run)) is not None
+                and (perplexity := _perplexity(run, stage, corpus)) is not None
             ]
             if not measured:
                 continue
             numbers, xs, perplexities = zip(*measured, strict=True)
             first = seeds[0][1]
-            point = Point(*_mean(xs, perplexities), described(first, labels))
+            lost = f"{len(measured)} of {len(seeds)}" if len(measured) < len(seeds) else ""
+            point = Point(*_mean(xs, perplexities), described(first, labels), lost)
             series.setdefault((stage, described(first, apart)), []).append(point)
             drawn |= set(numbers)
     for points in series.values():
         points.sort(key=lambda point: point.x)
-    if len({point.x for points in series.values() for point in points}) > 1:
-        yield Tradeoff(kind, axis, corpus, dict(sorted(series.items())), tuple(sorted(drawn)))
+    with_prefix = any(stage != "none" for stage, _ in series)
+    if with_prefix and len({point.x for points in series.values() for point in points}) > 1:
+        in_order = sorted(series.items(), key=lambda item: (list(STAGES).index(item[0][0]), item[0][1]))
+        yield Tradeoff(kind, axis, corpus, dict(in_order), tuple(sorted(drawn)))
 
 
 def _mean(xs: Sequence[float], perplexities: Sequence[float]) -> tuple[float, float, float | None, float | None]:
@@ -125,11 +136,21 @@ def _mean(xs: Sequence[float], perplexities: Sequence[float]) -> tuple[float, fl
 
 
 def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
-    """Of the row with this stage's prefix: the quantized one, unless the run quantizes nothing."""
+    """Of the row with this stage's prefix: the quantized one, unless the run quantizes nothing.
+
+    A search that found nothing ended without a prefix, so that row counts as what it found.
+    """
     rows = run.record["rows"]
     quantized = any(row["quantized"] for row in rows)
+    if stage == "found" and _found_nothing(run):
+        stage = "none"
     values = [row["perplexity"].get(corpus) for row in rows if (stage_of(row), row["quantized"]) == (stage, quantized)]
     return values[0] if values else None
+
+
+def _found_nothing(run: Run) -> bool:
+    searched = setting(run, "search.method") or setting(run, "search.name") or "none"
+    return searched != "none" and all(stage_of(row) == "none" for row in run.record["rows"])
 
 
 def setting(run: Run, key: str) -> Any:
@@ -145,11 +166,14 @@ def described(run: Run, keys: Sequence[str]) -> str:
 
 
 def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
-    """Draw the points with bars of their deviations, found dashed and tuned solid; logarithmic over wide spans."""
+    """Draw the points with bars of their deviations; logarithmic over wide spans.
+
+    No prefix is dotted, found dashed, and tuned solid; a point of fewer seeds than were run says of how many.
+    """
     figure, axis = pyplot.subplots(figsize=(5.4, 3.4), layout="constrained")
     settings = list(dict.fromkeys(apart for _, apart in tradeoff.series))
     for (stage, apart), points in tradeoff.series.items():
-        line = ("-" if stage == "tuned" else "--") if tradeoff.kind == "tradeoff" else ""
+        line = _LINES[stage] if tradeoff.kind == "tradeoff" else ""
         axis.errorbar(
             [point.x for point in points],
             [point.perplexity for point in points],
@@ -163,9 +187,10 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             capsize=2.5,
             label=", ".join(filter(None, (STAGES[stage], apart))).replace("$", r"\$"),
         )
-        if tradeoff.kind == "cost":
-            for point in points:
-                at, text = (point.x, point.perplexity), point.label.replace("$", r"\$")
+        for point in points:
+            words = [point.label] if tradeoff.kind == "cost" else []
+            if text := ", ".join(filter(None, (*words, point.seeds))).replace("$", r"\$"):
+                at = (point.x, point.perplexity)
                 axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
     every = [point for points in tradeoff.series.values() for point in points]
     if _is_wide([point.x for point in every]):

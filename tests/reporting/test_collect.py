@@ -89,6 +89,21 @@ NO_NUMBERS = {
     "rows[0].tasks.piqa.value={} is no number": planted(tasks={"piqa": {"value": {}}}),
     "rows[0].tasks.piqa is no dict": planted(tasks={"piqa": 0.5}),
     "timings.total='12' is no number": {**record(), "timings": {"total": "12"}},
+    "rows[0].perplexity.wikitext2=inf is no number": planted(perplexity={"wikitext2": float("inf")}),
+    "rows[0].quantization_error=nan is no number": planted(quantization_error=float("nan")),
+    "rows[0].seconds=-inf is no number": planted(seconds=float("-inf")),
+    "search.seconds='1' is no number": {**record(), "search": {"seconds": "1", "token_forwards": 5}},
+    "search.token_forwards=[5] is no number": {**record(), "search": {"token_forwards": [5]}},
+    "search is no dict": {**record(), "search": [1]},
+    "tuning.seconds=inf is no number": {**record(), "tuning": {"seconds": float("inf")}},
+    "activations is no dict": {**record(), "activations": [1]},
+    "activations.curves is no dict": {**record(), "activations": {"curves": [1]}},
+    "activations.curves.none is no dict": {**record(), "activations": {"curves": {"none": [1.0]}}},
+    "activations.curves.none.top1 is no list": {**record(), "activations": {"curves": {"none": {"top1": 1.0}}}},
+    "activations.curves.none.top1[1]=None is no number": {
+        **record(),
+        "activations": {"curves": {"none": {"top1": [1.0, None, 2]}}},
+    },
     "config.seed='one' is no whole number": {**record(), "config": {**record()["config"], "seed": "one"}},
 }
 
@@ -106,6 +121,14 @@ def test_numbers_that_were_not_measured_are_no_damage(tmp_path: Path) -> None:
     (run,) = collect([write(tmp_path, sparse)])
     assert run.record == sparse
     write_report([tmp_path], tmp_path / "report")
+
+
+def test_a_run_without_a_search_a_tuning_or_curves_is_no_damage(tmp_path: Path) -> None:
+    results = [
+        {**record(seed=0), "search": None, "tuning": None, "activations": None},
+        {**record(seed=1), "search": {"seconds": None}, "tuning": {}, "activations": {"curves": {}}},
+    ]
+    assert [run.record for run in collect([write(tmp_path, *results)])] == results
 
 
 def test_an_empty_and_a_missing_folder_are_named(tmp_path: Path) -> None:

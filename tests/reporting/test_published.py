@@ -105,10 +105,10 @@ def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
     table = ours(tmp_path / "failed", "cushioncache_table1", *done, failed("x", model=LLAMA2, seed=2))
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"
     assert cell(table, "LLaMA2-7B difference", "Per-tensor static", "none") == "-9240.33"
-    place = f"cushioncache_table1/{ModelConfig(path=LLAMA2).label}/per_tensor_static-greedy-short"
-    elsewhere = "cushioncache_table1/other/per_tensor_static-greedy-short"
-    planned = [RunState("missing", place, "cushioncache_table1", "quantizer=per_tensor_static seed=5")]
-    planned.append(RunState("missing", elsewhere, "cushioncache_table1", "seed=6"))
+    label = ModelConfig(path=LLAMA2).label
+    planned = [RunState("missing", ".", "cushioncache_table1", seed=5, model=label)]
+    planned.append(RunState("missing", ".", "cushioncache_table1", "seed=6", seed=6, model="other"))
+    planned.append(RunState("missing", ".", "cushioncache_table1", "seed=7", model=label))
     runs = collect([write(tmp_path / "missing", *done)])
     table = compare(load_published(FOLDER, "cushioncache_table1"), runs, planned)
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"

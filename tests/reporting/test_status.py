@@ -14,7 +14,7 @@ from records import failed, record, write
 
 from cushion.errors import ArtifactError
 from cushion.reporting.cli import write_report
-from cushion.reporting.status import main, survey
+from cushion.reporting.status import main, missing, survey
 
 
 def hold(lock: str, held: Event) -> None:
@@ -124,6 +124,20 @@ def test_below_an_output_folder_the_plans_above_count_for_what_is_inside(
     code, out, _ = outcome(capsys, str(root / "first" / "model" / "row" / "cuda0"))
     assert (code, out.splitlines()[-1]) == (0, "1 done")
     assert outcome(capsys, str(root))[1].splitlines()[-1] == "1 done, 3 missing"
+
+
+def test_a_plan_of_an_older_version_holds_no_seed_and_its_folders_name_the_model(tmp_path: Path) -> None:
+    root = output_folder(tmp_path / "outputs")
+    path = root / "sweeps" / "plan-0.json"
+    for folder in (root, root / "first", root / "first" / "model"):
+        assert {(state.seed, state.model) for state in missing(folder)} == {(None, "model")}
+    runs = json.loads(path.read_text())["runs"]
+    path.write_text(json.dumps({"runs": [{**run, "seed": 7, "model": "other"} for run in runs]}))
+    assert {(state.seed, state.model) for state in missing(root)} == {(7, "other")}
+    for wrong in ({"seed": "7"}, {"seed": None}, {"seed": True}, {"model": 7}):
+        path.write_text(json.dumps({"runs": [{**runs[0], **wrong}]}))
+        with pytest.raises(ArtifactError, match=r"plan-0\.json is damaged: delete it; the sweep writes it again"):
+            missing(root)
 
 
 def report_of(tmp_path: Path, *folders: Path, experiments: tuple[str, ...] = ()) -> str:

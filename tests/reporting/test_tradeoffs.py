@@ -36,7 +36,10 @@ def found_in(folder: Path, *records: dict[str, Any]) -> list[Tradeoff]:
 
 
 def lines(tradeoff: Tradeoff, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[Any], list[Any]]]:
-    """What is drawn: by label x and y of every point, and (x, low, high) of every bar; also the scales, as ''."""
+    """What is drawn: by label x and y of every point, and (x, low, high) of every bar.
+
+    Also the scales, as '', and (text, x, y) of what is written at points, as 'texts' with their places beside.
+    """
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
         path = draw_tradeoff(tradeoff, folder / "drawn.png", 50)
@@ -45,6 +48,8 @@ def lines(tradeoff: Tradeoff, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         (axis,) = figure.axes
         drawn = {"": ([axis.get_xscale()], [axis.get_yscale()])}
+        if axis.texts:
+            drawn["texts"] = ([text.get_text() for text in axis.texts], [text.xy for text in axis.texts])
         for container in axis.containers:
             points = [(float(x), float(y)) for x, y in container.lines[0].get_xydata()]
             bars = [
@@ -61,19 +66,22 @@ def test_the_points_drawn_are_those_of_the_results(tmp_path: Path, monkeypatch: 
     (only,) = found_in(tmp_path, *tau_runs(), broken)
     assert (only.kind, only.axis, only.corpus, only.runs) == ("tradeoff", "search.tau", "wikitext2", (1, 2, 3, 4, 5, 6))
     drawn = lines(only, tmp_path, monkeypatch)
-    assert list(drawn) == ["", "found prefix", "tuned prefix"]
+    assert list(drawn) == ["", "texts", "no prefix", "found prefix", "tuned prefix"]
+    assert drawn["no prefix"][0] == [(tau, 900.0) for tau in PERPLEXITIES]
+    assert drawn["texts"] == (["2 of 3"] * 3, [(0.5, 900.0), (0.5, 20.5), (0.5, 10.25)])
     for label, share in (("found prefix", 1.0), ("tuned prefix", 0.5)):
         points, bars = drawn[label]
         assert points == [(tau, share * statistics.fmean(values)) for tau, values in PERPLEXITIES.items()]
         for (tau, values), (x, low, high) in zip(PERPLEXITIES.items(), bars, strict=True):
             mean, deviation = share * statistics.fmean(values), share * statistics.stdev(values)
             assert (x, low, high) == pytest.approx((tau, mean - deviation, mean + deviation))
-    assert drawn[""] == (["linear"], ["linear"])
+    assert drawn[""] == (["linear"], ["log"]), "from 10 with a tuned prefix to 900 without"
 
 
 def test_one_seed_has_no_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (only,) = found_in(tmp_path, *(one for one in tau_runs() if one["config"]["seed"] == 0))
     assert lines(only, tmp_path, monkeypatch)["found prefix"] == ([(0.25, 30.0), (0.5, 20.0), (0.9, 12.0)], [])
+    assert {point.seeds for points in only.series.values() for point in points} == {""}
 
 
 @pytest.mark.parametrize(
@@ -84,13 +92,13 @@ def test_an_axis_is_logarithmic_over_a_wide_span_of_positive_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: tuple[float, ...], scale: str
 ) -> None:
     (only,) = found_in(tmp_path, *(run_of(10.0, **{"tuning.lambda_q": value}) for value in values))
-    assert lines(only, tmp_path, monkeypatch)[""] == ([scale], ["linear"])
+    assert lines(only, tmp_path, monkeypatch)[""] == ([scale], ["log"])
 
 
 def test_what_else_is_swept_in_words_tells_curves_apart(tmp_path: Path) -> None:
     (only,) = found_in(tmp_path, *tau_runs(), *tau_runs(quantizer="per_token_dynamic"))
     quantizers = ("per_tensor_static", "per_token_dynamic")
-    assert list(only.series) == [(stage, quantizer) for stage in ("found", "tuned") for quantizer in quantizers]
+    assert list(only.series) == [(stage, quantizer) for stage in ("none", "found", "tuned") for quantizer in quantizers]
     assert {len(points) for points in only.series.values()} == {3}
 
 
@@ -113,20 +121,37 @@ def test_there_is_no_curve_without_exactly_one_key_of_three_numbers(
     assert found_in(tmp_path, *(run_of(10.0, **one) for one in settings)) == []
 
 
-def test_runs_without_a_prefix_or_a_perplexity_have_no_point(tmp_path: Path) -> None:
-    without = record(experiment="ablation_tau", **{"search.tau": 0.1})
+def test_a_search_that_found_nothing_counts_with_the_row_without_a_prefix(tmp_path: Path) -> None:
+    lone = record(experiment="ablation_tau", **{"search.tau": 0.1})  # its one row has 20.0
+    beside = record(experiment="ablation_tau", seed=2, **{"search.tau": 0.5})
+    (only,) = found_in(tmp_path, lone, beside, *tau_runs())
+    found = {point.x: (point.perplexity, point.seeds) for point in only.series["found", ""]}
+    assert found == {0.1: (20.0, ""), 0.25: (32.0, ""), 0.5: (statistics.fmean([20.0, 21.0, 20.0]), ""),
+                     0.9: (13.5, "")}  # fmt: skip
+    assert {point.x: point.seeds for point in only.series["tuned", ""]} == {0.25: "", 0.5: "2 of 3", 0.9: ""}
+    assert only.runs == tuple(range(1, 9))
+    (alone,) = found_in(tmp_path / "alone", *(record(**{"search.tau": tau}) for tau in PERPLEXITIES))
+    assert {key: [point.perplexity for point in points] for key, points in alone.series.items()} == {
+        ("none", ""): [20.0] * 3, ("found", ""): [20.0] * 3}  # fmt: skip
+
+
+def test_runs_without_a_search_or_a_perplexity_have_no_point_of_a_prefix(tmp_path: Path) -> None:
+    without = record(experiment="ablation_tau", **{"search.name": "none", "search.tau": 0.1})
     nothing = record(experiment="ablation_tau", rows=[], **{"search.tau": 0.2})
-    (only,) = found_in(tmp_path, without, nothing, *tau_runs())
-    assert {point.x for points in only.series.values() for point in points} == set(PERPLEXITIES)
-    assert only.runs == (3, 4, 5, 6, 7, 8)
-    assert found_in(tmp_path / "alone", *(record(**{"search.tau": tau}) for tau in PERPLEXITIES)) == []
+    curve = next(one for one in found_in(tmp_path, without, nothing, *tau_runs()) if one.kind == "tradeoff")
+    places = {stage: {point.x for point in points} for (stage, _), points in curve.series.items() if stage != "none"}
+    assert places == {"found": set(PERPLEXITIES), "tuned": set(PERPLEXITIES)}
+    assert curve.runs == (1, 3, 4, 5, 6, 7, 8)
+    alone = (record(**{"search.name": "none", "search.tau": tau}) for tau in PERPLEXITIES)
+    assert found_in(tmp_path / "alone", *alone) == []
 
 
 def test_a_run_that_quantizes_nothing_is_drawn_by_its_full_precision_rows(tmp_path: Path) -> None:
     rows = [row("full_precision", 9.0), row("full_precision_tuned", 8.0)]
     (only,) = found_in(tmp_path, *(record(rows=rows, **{"search.tau": tau}) for tau in PERPLEXITIES))
     assert {key: [point.perplexity for point in points] for key, points in only.series.items()} == {
-        ("tuned", ""): [8.0] * 3
+        ("none", ""): [9.0] * 3,
+        ("tuned", ""): [8.0] * 3,
     }
 
 
