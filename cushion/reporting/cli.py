@@ -132,7 +132,7 @@ def _latex(tables: Sequence[Table]) -> str:
     head = (
         "% Each table is an environment of its own; the preamble needs \\usepackage{booktabs} and, for wide tables,\n"
     )
-    head += "% \\usepackage{graphicx}.\n"
+    head += "% \\usepackage{adjustbox}.\n"
     return "\n".join([head, *map(latex, tables)])
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 NONE = "-"
 """What stands in a cell that has nothing to say."""
-WIDE = 9
-"""More columns than these are wider than a column of a two-column paper: LaTeX gives them the width of the page."""
+WIDE = 45
+"""Lines of more characters are wider than a column of a two-column paper: LaTeX gives them the whole page."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,14 @@ def markdown(table: Table) -> str:
 def latex(table: Table) -> str:
     r"""The table as a `table` environment in the style of booktabs; needs `\usepackage{booktabs}`.
 
-    A table of more than `WIDE` columns is a `table*`, scaled to the width of the page; that needs `graphicx` as well.
+    A table whose lines have more than `WIDE` characters is a `table*`, made smaller where the page is not wide enough;
+    that needs `adjustbox` as well.
     """
     columns = len(table.headings())
     environment, begin, end = "table", "", ""
-    if columns > WIDE:
-        environment, begin, end = "table*", r"\resizebox{\textwidth}{!}{%", "}"
+    if _characters(table) > WIDE:
+        environment = "table*"
+        begin, end = r"\begin{adjustbox}{max width=\textwidth}", "\n" + r"\end{adjustbox}"
     lines = [
         rf"\begin{{{environment}}}",
         r"\centering",
@@ -114,6 +116,12 @@ def latex(table: Table) -> str:
     lines += [r"\bottomrule", rf"\end{{tabular}}{end}"]
     lines += [rf"\par\smallskip\footnotesize {escape_latex(note)}" for note in table.notes]
     return "\n".join([*(line for line in lines if line), rf"\end{{{environment}}}"]) + "\n"
+
+
+def _characters(table: Table) -> int:
+    """How wide the table is: the longest text of each column, with room between them."""
+    columns = zip(*([cell.text for cell in row] for row in (table.head[-1], *table.body)), strict=True)
+    return sum(max(map(len, texts)) + 2 for texts in columns)
 
 
 def _latex_cell(cell: Cell) -> str:

@@ -64,15 +64,18 @@ def test_latex_spans_headings_and_rules_under_them() -> None:
     assert body.splitlines()[1:] == [r"x & 1.00 & x \\"]
 
 
-@pytest.mark.parametrize("columns", [9, 10])
-def test_a_wide_table_has_the_width_of_the_page(columns: int) -> None:
-    wide = Table("n", "t", [[Cell("a") for _ in range(columns)]], [[Cell("x") for _ in range(columns)]], 1)
-    source = latex(wide)
-    scaled = columns > 9
-    assert (r"\begin{table*}" in source, r"\end{table*}" in source) == (scaled, scaled)
-    assert (r"\resizebox{\textwidth}{!}{%" in source) == scaled
-    assert source.count("{") == source.count("}")
-    assert source.index(r"\begin{tabular}") < source.index(r"\end{tabular}" + ("}" if scaled else "\n"))
+@pytest.mark.parametrize(
+    ("widths", "wide"), [([20, 5, 8], False), ([17, 12, 8], False), ([18, 12, 10], True), ([18, 12, *[8] * 6], True)]
+)
+def test_a_table_too_wide_for_a_column_has_the_page(widths: list[int], wide: bool) -> None:
+    body = [[Cell("x") for _ in widths], [Cell("x" * width) for width in widths]]
+    source = latex(Table("n", "t", [[Cell("a heading over all", len(widths))], [Cell("a") for _ in widths]], body, 1))
+    assert (r"\begin{table*}" in source, r"\end{table*}" in source) == (wide, wide)
+    assert (r"\begin{adjustbox}{max width=\textwidth}" in source, r"\end{adjustbox}" in source) == (wide, wide)
+    places = [
+        source.find(part) for part in (r"{adjustbox}{max", r"\begin{tabular}", r"\end{tabular}", r"\end{adjustbox}")
+    ]
+    assert places[int(not wide) : 4 - int(not wide)] == sorted(places[int(not wide) : 4 - int(not wide)])
 
 
 def test_latex_writes_what_pdflatex_cannot_print_as_an_escape() -> None:

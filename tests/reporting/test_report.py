@@ -90,7 +90,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     source = (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
     for kind in ("begin", "end"):
         assert len(re.findall(rf"\\{kind}{{table\*?}}", source)) == source.count(r"\bottomrule") == 2
-    assert r"\usepackage{graphicx}" in source
+    assert r"\usepackage{adjustbox}" in source
     assert 'loading="lazy"' not in text, "an image that was not scrolled to must be there in print"
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
     assert len(pictures) == 6
