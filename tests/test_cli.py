@@ -126,7 +126,7 @@ MISTAKES = {
         "smoothquant smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
-    "unknown option of Hydra's": (["hydra/launcher=slrm"], "basic joblib_local slurm;", "did you mean 'slurm'?"),
+    "unknown option of Hydra's": (["hydra/launcher=slrm"], "joblib_local slurm", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
     "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
     "misspelt group": (["quantiser=none"], "'quantiser'", "did you mean 'quantizer'?"),
