@@ -148,9 +148,7 @@ class ArtifactStore:
         """Where the artifact of this step with these dependencies is, or will be."""
         return self.root / step / digest({"step": step, **depends_on})
 
-    def get_or_make(
-        self, step: str, depends_on: dict[str, Any], make: Callable[[Workspace], None]
-    ) -> tuple[Path, bool]:
+    def get_or_make(self, step: str, depends_on: dict[str, Any], make: Callable[[Workspace], None]) -> Path:
         """The folder of an artifact, made now by `make` if it does not exist yet.
 
         Args:
@@ -158,20 +156,17 @@ class ArtifactStore:
             depends_on: everything the artifact is a function of, as plain JSON.
             make: fills `workspace.folder`; it may keep `workspace.checkpoint`, and finds an interrupted one there.
 
-        Returns:
-            The folder, and whether it had been there already.
-
         """
         folder = self.folder(step, depends_on)
         under_way = folder.with_name(folder.name + ".partial")
         if folder.is_dir():
             if under_way.is_dir():  # a process was killed just after it had finished
                 shutil.rmtree(under_way, ignore_errors=True)
-            return folder, True
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
             if folder.is_dir():  # another process made it while this one waited
-                return folder, True
+                return folder
             checkpoint = under_way / "checkpoint.json"
             try:
                 attempts = _one_more_attempt(under_way / "attempts.json")
@@ -182,7 +177,7 @@ class ArtifactStore:
             finally:
                 if folder.is_dir() or not checkpoint.is_file():
                     shutil.rmtree(under_way, ignore_errors=True)
-        return folder, False
+        return folder
 
 
 def _one_more_attempt(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
+from cushion.code import package_version
 from cushion.config import GIVEN_PREFIXES, RULES, QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
@@ -29,7 +29,8 @@ from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.sources import local_files
-from cushion.steps import Steps, runtime
+from cushion.step import runtime
+from cushion.steps import Steps
 from cushion.tuning import tuning_quantizer
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
-    identity["code"] = _code_digest()
+    identity["code"] = package_version()
     identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
     if config.eval.tasks:
         identity["lm_eval"] = version("lm_eval")
@@ -61,15 +62,6 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
 def run_name(config: RunConfig) -> str:
     """How a run is called in a tracker: what was chosen by name."""
     return f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
-
-
-@lru_cache(maxsize=1)
-def _code_digest() -> str:
-    """Hash of the package's source, but for the rooms that only show what was computed."""
-    package = Path(__file__).parent
-    shown = {"cli.py", "tracking.py", "progress.py", "events.py", "preflight.py", "launching.py"}
-    files = sorted(path for path in package.rglob("*.py") if path.name not in shown and path.parent.name != "reporting")
-    return digest([[str(path.relative_to(package)), path.read_text(encoding="utf-8")] for path in files])
 
 
 def _local_inputs(config: RunConfig) -> list[Path]:

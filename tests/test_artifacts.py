@@ -33,9 +33,8 @@ def names(folder: Path) -> list[str]:
 
 def test_the_same_dependencies_are_computed_once(tmp_path: Path) -> None:
     store, made = ArtifactStore(tmp_path), []
-    first, was_there = store.get_or_make("step", {"a": 1, "b": [2, None]}, counting(made))
-    again, was_there_again = ArtifactStore(tmp_path).get_or_make("step", {"b": [2, None], "a": 1}, counting(made))
-    assert (was_there, was_there_again) == (False, True)
+    first = store.get_or_make("step", {"a": 1, "b": [2, None]}, counting(made))
+    again = ArtifactStore(tmp_path).get_or_make("step", {"b": [2, None], "a": 1}, counting(made))
     assert first == again == store.folder("step", {"a": 1, "b": [2, None]})
     assert len(made) == 1
     assert read_json(first / "value.json") == 7
@@ -47,10 +46,9 @@ def test_the_same_dependencies_are_computed_once(tmp_path: Path) -> None:
 )
 def test_a_changed_dependency_is_computed_again(tmp_path: Path, step: str, changed: dict[str, object]) -> None:
     store, made = ArtifactStore(tmp_path), []
-    first, _ = store.get_or_make("step", {"a": 1}, counting(made))
-    second, was_there = store.get_or_make(step, changed, counting(made))
+    first = store.get_or_make("step", {"a": 1}, counting(made))
+    second = store.get_or_make(step, changed, counting(made))
     assert first != second
-    assert not was_there
     assert len(made) == 2
 
 
@@ -64,8 +62,7 @@ def test_an_exception_leaves_nothing_behind_and_the_next_try_succeeds(tmp_path: 
     with pytest.raises(RuntimeError, match="in the middle"):
         store.get_or_make("step", {"a": 1}, fail)
     assert names(tmp_path / "step") == []
-    folder, was_there = store.get_or_make("step", {"a": 1}, counting(made))
-    assert not was_there
+    folder = store.get_or_make("step", {"a": 1}, counting(made))
     assert names(folder) == ["depends_on.json", "made.json", "value.json"]
     assert len(read_json(folder / "made.json")["attempts"]) == 1, "only what was killed counts as an attempt"
 
@@ -85,7 +82,7 @@ def test_an_interrupted_step_finds_its_checkpoint_and_a_finished_one_drops_it(tm
 
     with pytest.raises(KeyboardInterrupt):
         store.get_or_make("step", {}, interrupted)
-    folder, _ = store.get_or_make("step", {}, resumed)
+    folder = store.get_or_make("step", {}, resumed)
     assert read_json(folder / "value.json") == 3
     assert names(tmp_path / "step") == [folder.name]
 
@@ -102,8 +99,7 @@ def test_every_attempt_that_was_killed_stands_in_the_record(tmp_path: Path) -> N
         workers[-1].start()
         workers[-1].join(120)
         assert workers[-1].exitcode == -signal.SIGKILL
-    folder, was_there = ArtifactStore(tmp_path).get_or_make("step", {"a": 1}, counting([]))
-    assert not was_there
+    folder = ArtifactStore(tmp_path).get_or_make("step", {"a": 1}, counting([]))
     attempts = read_json(folder / "made.json")["attempts"]
     assert [attempt["process"] for attempt in attempts] == [*(worker.pid for worker in workers), os.getpid()]
     assert names(tmp_path / "step") == [folder.name]
@@ -118,7 +114,7 @@ def test_a_damaged_list_of_attempts_stops_no_step(
     under_way.mkdir(parents=True)
     (under_way / "attempts.json").write_text(damaged)
     with caplog.at_level(logging.WARNING):
-        folder, _ = store.get_or_make("step", {"a": 1}, counting([]))
+        folder = store.get_or_make("step", {"a": 1}, counting([]))
     assert "earlier attempts at this step are not counted" in caplog.text
     assert len(read_json(folder / "made.json")["attempts"]) == 1
     assert names(tmp_path / "step") == [folder.name]
@@ -141,9 +137,9 @@ def test_a_file_that_cannot_be_written_is_named_and_the_old_one_stays(tmp_path: 
 
 def test_what_a_kill_right_after_the_end_of_a_step_left_is_removed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    folder, _ = store.get_or_make("step", {"a": 1}, counting([]))
+    folder = store.get_or_make("step", {"a": 1}, counting([]))
     Checkpoint(tmp_path / "step" / f"{folder.name}.partial" / "checkpoint.json").save({"done": 3})
-    assert store.get_or_make("step", {"a": 1}, counting([])) == (folder, True)
+    assert store.get_or_make("step", {"a": 1}, counting([])) == folder
     assert names(tmp_path / "step") == [folder.name]
 
 
@@ -157,7 +153,7 @@ def slow_make(root: Path, barrier: object, counter: Path) -> None:
         write_json(workspace.folder / "value.json", 1)
 
     barrier.wait(60)  # type: ignore[attr-defined]
-    folder, _ = ArtifactStore(root).get_or_make("step", {"a": 1}, make)
+    folder = ArtifactStore(root).get_or_make("step", {"a": 1}, make)
     assert read_json(folder / "value.json") == 1
 
 

@@ -309,7 +309,7 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
 
     monkeypatch.setattr(preparation, "load_language_model", watched)
     if failure == "bug":
-        monkeypatch.setattr("cushion.row.perplexity", broken)
+        monkeypatch.setattr("cushion.evaluation.perplexity_step.perplexity", broken)
     replaced = {override.split("=")[0] for override in FAILURES[failure]}
     gc.collect()
     before = living_models()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -124,29 +123,3 @@ def test_no_page_names_a_key_that_there_is_not(name: str) -> None:
     files = {key for key in mentioned if key.endswith((".json", ".md", ".py", ".yaml"))}
     assert mentioned, "the pattern finds no key at all"
     assert mentioned - files - known == set()
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of Cushion that a module imports, as CONTRIBUTING.md writes them."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "cushion":
-            folder = (node.module or "").replace(".", "/").removeprefix("cushion").removeprefix("/")
-            inside = [f"{folder}/{alias.name}".removeprefix("/") for alias in node.names]
-            found |= {name if (PACKAGE / f"{name}.py").is_file() else folder for name in inside}
-    return found
-
-
-def test_the_floors_in_the_contributors_page_are_those_of_the_imports() -> None:
-    floors, allowed = {}, {}
-    for floor, modules, imported in re.findall(
-        r"^\| (\d+) \| (`.*?) \| (.*) \|$", page("CONTRIBUTING.md"), re.MULTILINE
-    ):
-        for module in re.findall(r"`([\w/]+)`", modules):
-            floors[module], allowed[module] = int(floor), set(re.findall(r"`([\w/]+)`", imported))
-    files = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in PACKAGE.rglob("*.py")}
-    modules = {name: path for name, path in files.items() if not name.endswith("__init__")}
-    assert set(floors) - {"models"} == set(modules)
-    for module, path in modules.items():
-        assert imports(path) == allowed[module], module
-        assert all(floors[other] < floors[module] for other in imports(path)), module

@@ -13,11 +13,12 @@ import torch
 from conftest import FAMILIES
 from tiny_run import small_config
 from tiny_tasks import DYNAMIC, FILES, PER_TOKEN, RECORDS, STATIC, ranges_of, write_lines, write_sets
+from torch import Tensor
 from untouched import assert_untouched, snapshot
 
 from cushion import pipeline, row
 from cushion.activations import ChannelRanges
-from cushion.artifacts import ArtifactStore
+from cushion.artifacts import ArtifactStore, Workspace
 from cushion.config import (
     ActivationConfig,
     CorpusConfig,
@@ -28,42 +29,49 @@ from cushion.config import (
     WeightConfig,
 )
 from cushion.errors import ConfigError, NotFiniteError
-from cushion.evaluation import perplexity
+from cushion.evaluation import perplexity, perplexity_step, task_step
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.events import Event, Progress
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization import lazily
+from cushion.quantization.calibration import Calibration
+from cushion.quantization.lazily import QuantizedLazily
 from cushion.results import RunResult
+from cushion.step import Context
 
 Tiny = Callable[..., LanguageModel]
 
 # ---- one row --------------------------------------------------------------------------------------------------------
 
 
-class Recorded:
-    """Stands for the cache keys of a run and its listener, and remembers what it was called with."""
+class Recorded(ArtifactStore):
+    """A store that remembers which keys it was asked for, and a listener that remembers what it heard."""
 
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self.events: list[Event] = []
 
-    def depends_on(self, step: str, **others: Any) -> dict[str, Any]:
-        self.asked.append({"step": step, **others})
-        return {"step": step, **others}
+    def get_or_make(self, step: str, depends_on: dict[str, Any], make: Callable[[Workspace], None]) -> Path:
+        self.asked.append((step, depends_on))
+        return super().get_or_make(step, depends_on, make)
 
-    def row(
-        self,
-        lm: LanguageModel,
-        config: EvalConfig,
-        behind: Prefix,
-        quantizer: QuantizerConfig | None,
-        store: Path,
-        ranges: ChannelRanges | None = None,
-    ) -> row.RowMeasurement:
-        cache = ArtifactStore(store)
-        return row.RowMeasurement(
-            lm, config, behind, quantizer, ranges, frozenset(), "row", cache, self.depends_on, self.events.append
-        )
+
+def measured_row(
+    lm: LanguageModel,
+    config: EvalConfig,
+    behind: Prefix,
+    quantizer: QuantizerConfig | None,
+    store: Path | Recorded,
+    blocks: dict[str, Tensor],
+    tasks: TaskSet,
+    ranges: ChannelRanges | None = None,
+) -> row.Measured:
+    cache = Recorded(store) if isinstance(store, Path) else store
+    calibration = None if ranges is None else Calibration(ranges, "ranges", 0.0)
+    model = QuantizedLazily(lm, behind, quantizer, calibration)
+    return row.measure_row(Context(lm, cache, cache.events.append), model, config, blocks, tasks, "row")
 
 
 @pytest.mark.parametrize("quantizer", [STATIC, DYNAMIC, PER_TOKEN], ids=lambda quantizer: quantizer.name)
@@ -76,18 +84,18 @@ def test_a_quantized_row_leaves_the_model_bit_for_bit(
     config = EvalConfig(tasks=["copa"], include_path=include_path)
     tasks = load_tasks(config, write_sets(tmp_path / "data", "copa"))
     blocks = {"text": torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))}
-    recorded = Recorded()
+    recorded = Recorded(tmp_path / "q")
     ranges = ranges_of(lm, behind) if quantizer.needs_calibration else None
-    measured = recorded.row(lm, config, behind, quantizer, tmp_path / "q", ranges).measure(blocks, tasks, None)
-    plain = Recorded().row(lm, config, behind, None, tmp_path / "f").measure(blocks, tasks, None)
+    measured = measured_row(lm, config, behind, quantizer, recorded, blocks, tasks, ranges)
+    plain = measured_row(lm, config, behind, None, tmp_path / "f", blocks, tasks)
     assert measured.perplexity["text"] != plain.perplexity["text"], "the quantizer was on the model"
     assert measured.tokens == plain.tokens == {"text": 3 * 19}
 
     assert_untouched(lm, before)
-    again = Recorded().row(lm, config, behind, None, tmp_path / "f2").measure(blocks, tasks, None)
+    again = measured_row(lm, config, behind, None, tmp_path / "f2", blocks, tasks)
     assert (again.perplexity, again.tasks) == (plain.perplexity, plain.tasks)
 
-    batch_sizes = [asked["config"]["batch_size"] for asked in recorded.asked if asked["step"] == "task"]
+    batch_sizes = [key["config"]["batch_size"] for step, key in recorded.asked if step == "tasks"]
     assert batch_sizes == [1 if quantizer is DYNAMIC else 8]
 
 
@@ -104,9 +112,9 @@ def test_a_row_that_fails_leaves_the_model_bit_for_bit(
         seen.append({type(module).__name__ for module in lm.blocks.modules()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(row, "run_task", fail)
+    monkeypatch.setattr(task_step, "run_task", fail)
     with pytest.raises(KeyboardInterrupt):
-        Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure({}, tasks, None)
+        measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", {}, tasks)
     assert len(seen) == 1
     assert "QuantizedLinear" in seen[0]
     assert_untouched(lm, before)
@@ -118,21 +126,21 @@ def test_a_row_from_the_cache_computes_nothing(
     lm, config = tiny(), EvalConfig(tasks=["rte"], include_path=include_path)
     tasks = load_tasks(config, write_sets(tmp_path / "data", "rte"))
     blocks = {"text": torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))}
-    first = Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure(blocks, tasks, None)
+    first = measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", blocks, tasks)
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    for name in ("quantized", "run_task", "block_losses"):
-        monkeypatch.setattr(row, name, never)
-    assert Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure(blocks, tasks, None) == first
+    for module, name in ((lazily, "quantized"), (task_step, "run_task"), (perplexity_step, "block_losses")):
+        monkeypatch.setattr(module, name, never)
+    assert measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", blocks, tasks) == first
 
 
 def test_progress_counts_the_tasks(tiny: Tiny, tmp_path: Path, include_path: str) -> None:
     config = EvalConfig(perplexity=False, tasks=["copa", "rte"], include_path=include_path)
     tasks = load_tasks(config, write_sets(tmp_path / "data", "copa", "rte"))
-    recorded = Recorded()
-    recorded.row(tiny(), config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None)
+    recorded = Recorded(tmp_path / "q")
+    measured_row(tiny(), config, Prefix.empty(), None, recorded, {}, tasks)
     progress = [event for event in recorded.events if isinstance(event, Progress)]
     assert {(event.stage, event.total, event.unit) for event in progress} == {("tasks, row", 2, "task")}
     done = [event.done for event in progress]
@@ -149,7 +157,7 @@ def test_a_task_whose_records_change_is_asked_again(tiny: Tiny, tmp_path: Path, 
     second = load_tasks(config, paths)
     assert second.tasks["copa"].identity != first.tasks["copa"].identity
     samples = [
-        Recorded().row(lm, config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None).tasks["copa"].samples
+        measured_row(lm, config, Prefix.empty(), None, tmp_path / "q", {}, tasks).tasks["copa"].samples
         for tasks in (first, second)
     ]
     assert samples == [3, 2]
@@ -165,7 +173,7 @@ def test_a_model_that_answers_with_nothing_finite_has_no_score(
         dict(lm.model.named_parameters())["model.norm.weight"].fill_(float("nan"))
     tasks = load_tasks(config, write_sets(tmp_path / "data", name))
     with pytest.raises(NotFiniteError, match=rf"{name}.*model\.dtype"):
-        Recorded().row(lm, config, Prefix.empty(), None, tmp_path / "q").measure({}, tasks, None)
+        measured_row(lm, config, Prefix.empty(), None, tmp_path / "q", {}, tasks)
     assert not list((tmp_path / "q").rglob("task.json"))
 
 
@@ -218,8 +226,8 @@ def test_perplexity_in_chunks_is_that_in_one_piece(
     blocks, found = {"text": torch.tensor(tokens).reshape(3, 30)}, []
     for size in (256, 7, 1):
         monkeypatch.setattr(perplexity, "POSITIONS_PER_CHUNK", size)
-        measurement = Recorded().row(lm, EvalConfig(batch_size=2), behind, None, tmp_path / str(size))
-        found.append(measurement.measure(blocks, TaskSet((), {}, {}), None))
+        config, no_tasks = EvalConfig(batch_size=2), TaskSet((), {}, {})
+        found.append(measured_row(lm, config, behind, None, tmp_path / str(size), blocks, no_tasks))
     expected, count = by_hand(lm, prompt, tokens, 30, 3)
     assert [measured.tokens for measured in found] == [{"text": count}] * 3
     for measured in found:
@@ -309,7 +317,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
 ) -> None:
     names = ("copa", "rte", "tiny_generation")
     asked: list[str] = []
-    real = row.run_task
+    real = task_step.run_task
 
     def count(model: Any, task: Any, limit: int | None) -> Any:
         asked.append(task.name)
@@ -321,7 +329,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
         if how == "between the tasks" and isinstance(event, Progress) and event.unit == "task" and event.done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(row, "run_task", count)
+    monkeypatch.setattr(task_step, "run_task", count)
     config = with_tasks(text_file, tmp_path / "broken", include_path, *names)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, [listen])
@@ -330,7 +338,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
     resumed = pipeline.run(config)
     assert asked == (["rte", "tiny_generation"] if how == "inside the task" else ["tiny_generation"])
 
-    monkeypatch.setattr(row, "run_task", real)
+    monkeypatch.setattr(task_step, "run_task", real)
     unbroken = pipeline.run(with_tasks(text_file, tmp_path / "unbroken", include_path, *names))
     assert without_seconds(resumed) == without_seconds(unbroken)
     assert list(resumed.rows[0].tasks) == list(names)

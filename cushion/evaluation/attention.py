@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.step import Context, Step
 
 ATTENTION_TOKENS = 512
 """Tokens of a text at most: the probabilities of all layers take tokens^2 per head and layer."""
@@ -78,3 +82,37 @@ def _eager_attention(lm: LanguageModel) -> Iterator[None]:
     finally:
         lm.model.set_attn_implementation(before)
         config._attn_implementation = before
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStep(Step[AttentionShares]):
+    """Where attention goes behind a prefix, on the full-precision model.
+
+    Args:
+        behind: the prefix.
+        texts: token ids, (texts, tokens).
+        first: how many tokens at the start of a text count as its first ones.
+        title: how progress calls the prefix.
+
+    """
+
+    name = "attention"
+    behind: Prefix
+    texts: Tensor
+    first: int
+    title: str
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, texts and the number of first tokens."""
+        return {"prefix": self.behind.fingerprint, "first": self.first, "texts": tensor_digest([self.texts])}
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """One pass."""
+        context.progress(f"attention, {self.title}", 0, 1, "pass")
+        shares = attention_shares(context.lm, self.behind, self.texts, self.first)
+        write_json(workspace.folder / "attention.json", asdict(shares))
+        context.progress(f"attention, {self.title}", 1, 1, "pass")
+
+    def read(self, context: Context, folder: Path) -> AttentionShares:
+        """The shares."""
+        return AttentionShares(**read_json(folder / "attention.json"))

@@ -6,15 +6,25 @@ range. One pass serves every quantizer: smoothing only divides channels by const
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cushion.activations import ChannelRanges, observe_inputs
-from cushion.errors import CalibrationError
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.errors import ArtifactError, CalibrationError
+from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.rotation import rotated
+from cushion.step import Context, Step
 
 
 @torch.no_grad()
@@ -42,3 +52,64 @@ def calibrate(lm: LanguageModel, prefix: Prefix, texts: Tensor, ranges: ChannelR
             raise CalibrationError(
                 f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
             )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranges of every linear's input behind one prefix, a digest of all they depend on, and the seconds they took."""
+
+    ranges: ChannelRanges
+    key: str
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationStep(Step[Calibration]):
+    """Channel ranges over the calibration texts behind a prefix.
+
+    Args:
+        behind: the prefix.
+        rotation: of the model while it is calibrated, and its seed.
+        texts: token ids, (texts, tokens).
+
+    """
+
+    name = "calibration"
+    behind: Prefix
+    rotation: tuple[str, int]
+    texts: Tensor
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, rotation and texts."""
+        return {
+            "prefix": self.behind.fingerprint,
+            "rotation": list(self.rotation),
+            "texts": tensor_digest([self.texts]),
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Run the texts, and keep minimum and maximum of every channel."""
+        started = time.perf_counter()
+        ranges = ChannelRanges()
+        with rotated(context.lm, *self.rotation):
+            for done in calibrate(context.lm, self.behind, self.texts, ranges):
+                context.progress("calibration", done, len(self.texts), "text")
+        tensors = {f"minimum.{name}": low.cpu() for name, low in ranges.minimum.items()}
+        tensors |= {f"maximum.{name}": high.cpu() for name, high in ranges.maximum.items()}
+        save_file(tensors, workspace.folder / "ranges.safetensors")
+        write_json(workspace.folder / "calibration.json", {"seconds": time.perf_counter() - started})
+
+    def read(self, context: Context, folder: Path) -> Calibration:
+        """The ranges, on the model's device."""
+        seconds = float(read_json(folder / "calibration.json")["seconds"])
+        path = folder / "ranges.safetensors"
+        try:
+            tensors = load_file(path, device=str(context.lm.device))
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder} and run again") from error
+        ranges = ChannelRanges()
+        for name, tensor in tensors.items():
+            kind, _, linear_name = name.partition(".")
+            (ranges.minimum if kind == "minimum" else ranges.maximum)[linear_name] = tensor
+        ranges.rotation = self.rotation
+        return Calibration(ranges, digest(self.depends_on(context)), seconds)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cushion.blockwise import run_blocks
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
-from cushion.search.blockwise import run_blocks
 
 ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 """Values of a block's output that are worked on together, by device type, at least those of one text: so few that on a

@@ -18,7 +18,9 @@ from torch import Tensor
 from cushion.config import SearchConfig
 from cushion.errors import UnsupportedModelError
 from cushion.models import LanguageModel
+from cushion.search.rule_step import RuleSearch
 from cushion.search.scan import Scanned, scan_texts
+from cushion.step import Context
 
 REPORTED_TOKENS = 10
 """Outlier tokens that are kept in the record."""
@@ -122,3 +124,15 @@ def prefixquant_rule(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> 
 def outlier_tokens(scales: Tensor, eta: float) -> Tensor:
     """Which tokens exceed `eta` times the median scale of their text: `scales` and the result are (texts, tokens)."""
     return scales > eta * scales.median(dim=1, keepdim=True).values
+
+
+class PrefixQuantSearch(RuleSearch):
+    """PrefixQuant's rule as a cached step."""
+
+    name = "prefixquant"
+    record = PrefixQuantRecord
+    reads = ("eta", "max_length")
+
+    def find(self, context: Context) -> Iterator[Scanned | PrefixQuantRecord]:
+        """The one pass of the rule."""
+        return prefixquant_rule(context.lm, self.config, self.texts)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import SearchConfig
+from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.objective import Objective
 from cushion.search.rounds import spike_sizes
+from cushion.step import Context, Step
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,38 @@ def _propose_outliers(lm: LanguageModel, config: SearchConfig, texts: Tensor) ->
     ranked = sorted(largest, key=lambda token: (-largest[token], token))
     tokens = sorted(ranked[: config.candidates])
     return Proposal(tokens, texts.numel() + len(texts), time.perf_counter() - started)
+
+
+@dataclass(frozen=True, eq=False)
+class OutlierProposal(Step[Proposal]):
+    """The candidates of `search.proposal=outlier` as a cached step, since the model is run to name them.
+
+    Args:
+        config: the search.
+        texts: the texts of the search steps, (steps, tokens).
+
+    """
+
+    name = "proposal"
+    config: SearchConfig
+    texts: Tensor
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """How many candidates, what they are ranked by, and the texts."""
+        grid = [self.config.bits, self.config.symmetric, self.config.levels]
+        return {
+            "candidates": self.config.candidates,
+            "objective": [self.config.objective, grid],
+            "texts": tensor_digest([self.texts]),
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Rank the tokens of the texts."""
+        context.progress("outlier tokens", 0, 1, "pass")
+        proposal = _propose_outliers(context.lm, self.config, self.texts)
+        write_json(workspace.folder / "proposal.json", asdict(proposal))
+        context.progress("outlier tokens", 1, 1, "pass")
+
+    def read(self, context: Context, folder: Path) -> Proposal:
+        """The candidates."""
+        return Proposal(**read_json(folder / "proposal.json"))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
+from cushion.search.rule_step import RuleSearch
 from cushion.search.scan import Scanned, ratios, scan_texts, token_scales
+from cushion.step import Context
 
 TOP_TOKENS = 3
 """Tokens of each text, by scale, among which the best are chosen."""
@@ -182,3 +184,15 @@ def first_blocks(lm: LanguageModel, count: int) -> Iterator[None]:
         yield
     finally:
         setattr(owner, leaf, blocks)
+
+
+class QfepSearch(RuleSearch):
+    """QFeP's search as a cached step."""
+
+    name = "qfep"
+    record = QfepRecord
+    reads = ("contexts", "outlier_tokens")
+
+    def find(self, context: Context) -> Iterator[Scanned | QfepRecord]:
+        """The four steps of QFeP."""
+        return qfep_search(context.lm, self.config, self.texts)

@@ -10,9 +10,9 @@ from conftest import FAMILIES
 from torch import Tensor
 
 from cushion.activations import observe_outputs
+from cushion.blockwise import run_blocks
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.search.blockwise import run_blocks
 
 Tiny = Callable[..., LanguageModel]
 ROWS = torch.randint(0, 256, (6, 9), generator=torch.Generator().manual_seed(3))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QFeMConfig, QuantizerConfig, WeightConfig
 from cushion.errors import NotFiniteError
+from cushion.evaluation.alpha_search import AlphaSearch, curve_numbers, per_token, search_alpha
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.alpha_search import AlphaSearch, curve_numbers, per_token, search_alpha
 from cushion.quantization.calibration import calibrate
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios

@@ -1,0 +1,171 @@
+"""Versions of code: what of the source can decide a number, by step and for the whole package.
+
+A cached result must not outlive the code that made it, and must outlive everything else. The version of a module is a
+hash over its import closure: its own syntax tree and those of all modules of the same package that it imports, directly
+or through others, also inside of functions. Comments, docstrings and formatting are not in a syntax tree, so they
+change no version; neither do the modules of `INFRASTRUCTURE`, which decide no number, or only through what stands in
+the keys themselves.
+
+The sources are read once, when this module is imported: code that changes on disk during a run never labels what the
+code before it computed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from cushion.hashing import digest
+
+PACKAGE = __package__
+
+INFRASTRUCTURE = frozenset(
+    {
+        "cushion",  # its version and names for users
+        "cushion.artifacts",  # how a step is stored, locked and read
+        "cushion.code",
+        "cushion.config",  # what it holds stands in the keys, value by value
+        "cushion.config_warnings",
+        "cushion.data",  # texts stand in the keys as digests of their token ids
+        "cushion.errors",
+        "cushion.events",
+        "cushion.hashing",
+        "cushion.models.embedded",  # weights stand in the keys by the model's fingerprint
+        "cushion.models.tiny",
+        "cushion.sources",
+        "cushion.step",
+    }
+)
+"""Modules that are in no step's version, whoever imports them."""
+
+SHOWN = ("cli", "launching", "preflight", "progress", "reporting", "tracking")
+"""Modules and packages of Cushion that only show what was computed: they are in no version at all."""
+
+
+class Sources:
+    """The source of a package, or of a module that stands alone, as it was when this object was made.
+
+    Args:
+        origin: the package's `__init__.py`, or the module's file.
+        package: the name it is imported by.
+
+    """
+
+    def __init__(self, origin: Path, package: str) -> None:
+        is_package = origin.name == "__init__.py"
+        self._tree: dict[str, ast.Module] = {}
+        self._packages: set[str] = set()
+        for path in sorted(origin.parent.rglob("*.py")) if is_package else [origin]:
+            parts = [package, *(path.relative_to(origin.parent).with_suffix("").parts if is_package else ())]
+            if parts[-1] == "__init__":
+                parts.pop()
+                self._packages.add(".".join(parts))
+            self._tree[".".join(parts)] = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of all modules, ascending by their files."""
+        return list(self._tree)
+
+    def hash_of(self, module: str) -> str:
+        """Hash of a module's syntax tree."""
+        return digest(ast.dump(self._tree[module]))
+
+    def imports(self, module: str, of: Sources | None = None) -> set[str]:
+        """The modules of this package (or those `of` another) that a module imports itself, type checkers' aside."""
+        known = set((of or self)._tree)
+        names: set[str] = set()
+        for node in _imports(self._tree[module].body):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            else:
+                base = self._absolute(module, node)
+                whole = [f"{base}.{alias.name}" for alias in node.names]
+                names |= {name if name in known else base for name in whole}
+        return {part for name in names for part in _and_packages_above(name)} & known - {module}
+
+    def closure(self, module: str, without: frozenset[str]) -> set[str]:
+        """A module and all that it imports, directly or through others, but for `without` and what only they import."""
+        found, left = {module}, [module]
+        while left:
+            for name in self.imports(left.pop()) - found - without:
+                found.add(name)
+                left.append(name)
+        return found
+
+    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
+        if not node.level:
+            return node.module or ""
+        parts = module.split(".")
+        parts = parts[: len(parts) - node.level + (module in self._packages)]
+        return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _and_packages_above(name: str) -> list[str]:
+    """A module's name and those of the packages above it, which are run with it."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _imports(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _imports(node.orelse)
+        else:
+            yield from _imports(ast.iter_child_nodes(node))
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    """The tree without statements that are only a string: docstrings of modules, classes, functions and attributes."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [item for item in body if not _is_string(item)]  # type: ignore[attr-defined]
+    return tree
+
+
+def _is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+_OWN = Sources(Path(__file__).with_name("__init__.py"), PACKAGE)
+
+
+@lru_cache
+def _sources(package: str) -> Sources:
+    """The source of Cushion, or of a user's package or module."""
+    if package == PACKAGE:
+        return _OWN
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None, f"the source of {package} cannot be found"
+    return Sources(Path(spec.origin), package)
+
+
+@lru_cache
+def version_of(module: str) -> str:
+    """Hash of everything in a module's import closure that can decide a number.
+
+    A module of a user's package counts with what it imports of its own package, and with the closure of what these
+    import of Cushion.
+    """
+    package = module.partition(".")[0]
+    sources = _sources(package)
+    names = sources.closure(module, INFRASTRUCTURE)
+    hashes = {name: sources.hash_of(name) for name in names}
+    if sources is not _OWN:
+        for own in {own for name in names for own in sources.imports(name, _OWN)} - INFRASTRUCTURE:
+            hashes |= {name: _OWN.hash_of(name) for name in _OWN.closure(own, INFRASTRUCTURE)}
+    return digest(sorted(hashes.items()))
+
+
+@lru_cache(maxsize=1)
+def package_version() -> str:
+    """Hash of the whole package but for what only shows results: part of the name of a run's folder."""
+    shown = tuple(f"{PACKAGE}.{name}" for name in SHOWN)
+    kept = [name for name in _OWN.modules if not any(name == one or name.startswith(f"{one}.") for one in shown)]
+    return digest([[name, _OWN.hash_of(name)] for name in kept])

@@ -1,0 +1,80 @@
+"""The cached perplexity of a row on one corpus; an interrupted one goes on with the next batch of blocks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.config import EvalConfig
+from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
+from cushion.hashing import tensor_digest
+from cushion.quantization.lazily import QuantizedLazily
+from cushion.step import Context, Step
+
+
+@dataclass(frozen=True)
+class MeasuredPerplexity:
+    """The perplexity, the number of tokens that it is averaged over, and the seconds it took."""
+
+    value: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class PerplexityStep(Step[MeasuredPerplexity]):
+    """Perplexity over blocks, behind a prefix, quantized or not.
+
+    Args:
+        model: with its prefix and quantizer.
+        config: batch size, BOS policy and whether the first token is predicted.
+        blocks: token ids, (blocks, block length).
+        stage: what progress bars call it.
+
+    """
+
+    name = "perplexity"
+    model: QuantizedLazily
+    config: EvalConfig
+    blocks: Tensor
+    stage: str
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, quantizer, blocks, batch size, BOS policy and whether the first token is predicted."""
+        return {
+            **self.model.identity(),
+            "config": {key: getattr(self.config, key) for key in ("batch_size", "bos", "predict_first")},
+            "blocks": tensor_digest([self.blocks]),
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Run the blocks that are left."""
+        config, saved = self.config, workspace.checkpoint.load()
+        state: dict[str, Any] = {"losses": [], "seconds": 0.0} if saved is None else saved[0]
+        losses = [BlockLoss(**loss) for loss in state["losses"]]
+        started = time.perf_counter() - state["seconds"]
+        self.model.put_on()
+        total = -(-len(self.blocks) // config.batch_size)
+        for loss in block_losses(context.lm, self.model.behind, self.blocks, config, start=len(losses)):
+            losses.append(loss)
+            context.progress(self.stage, len(losses), total, "block")
+            if workspace.checkpoint.due():
+                elapsed = time.perf_counter() - started
+                workspace.checkpoint.save({"losses": [asdict(item) for item in losses], "seconds": elapsed})
+        record = {
+            "perplexity": perplexity(losses),
+            "losses": [asdict(loss) for loss in losses],
+            "seconds": time.perf_counter() - started,
+        }
+        write_json(workspace.folder / "perplexity.json", record)
+
+    def read(self, context: Context, folder: Path) -> MeasuredPerplexity:
+        """The perplexity and what it was averaged over."""
+        record = read_json(folder / "perplexity.json")
+        tokens = sum(int(loss["tokens"]) for loss in record["losses"])
+        return MeasuredPerplexity(float(record["perplexity"]), tokens, float(record["seconds"]))

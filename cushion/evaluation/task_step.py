@@ -1,0 +1,85 @@
+"""The cached score of a row on one lm-eval task."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.config import EvalConfig
+from cushion.evaluation.harness import PrefixedModel, TaskScore, run_task, score
+from cushion.evaluation.tasks import EvaluationTask
+from cushion.quantization.lazily import QuantizedLazily
+from cushion.step import Context, Step
+
+
+@dataclass(frozen=True, eq=False)
+class TaskStep(Step[tuple[TaskScore, float]]):
+    """The score of a task, and the seconds it took.
+
+    Args:
+        model: with its prefix and quantizer.
+        asked: the same model as lm-eval asks it.
+        config: limit, examples and BOS policy.
+        task: the task.
+        batch_size: requests per forward pass.
+        samples: folder for lm-eval's record of every sample, a JSON-lines file of the task's name; None for none.
+
+    """
+
+    name = "tasks"
+    model: QuantizedLazily
+    asked: PrefixedModel
+    config: EvalConfig
+    task: EvaluationTask
+    batch_size: int
+    samples: Path | None
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, quantizer, definition and records of the task, how it is asked, tokenizer and version of lm-eval."""
+        config = self.config
+        return {
+            **self.model.identity(),
+            "task": [self.task.name, self.task.identity],
+            "config": {
+                "limit": config.limit,
+                "shots": config.shots,
+                "add_bos": config.add_bos,
+                "batch_size": self.batch_size,
+            },
+            "lm_eval": version("lm_eval"),
+            "tokenizer": context.lm.tokenizer_fingerprint,
+            "samples": self.samples is not None,
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Ask everything."""
+        started = time.perf_counter()
+        self.model.put_on()
+        metrics, asked, records = run_task(self.asked, self.task, self.config.limit)
+        if self.samples is not None:
+            lines = (json.dumps(record, ensure_ascii=False, default=str) for record in records)
+            (workspace.folder / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        record = {
+            "metrics": metrics,
+            "samples": asked,
+            "truncated": self.asked.truncated,
+            "version": str(self.task.task.VERSION),
+            "seconds": time.perf_counter() - started,
+        }
+        write_json(workspace.folder / "task.json", record)
+
+    def read(self, context: Context, folder: Path) -> tuple[TaskScore, float]:
+        """The score by the configured metric; the samples are copied to where the run keeps them."""
+        record = read_json(folder / "task.json")
+        samples_asked, truncated = int(record["samples"]), int(record["truncated"])
+        found = score(record["metrics"], samples_asked, record["version"], self.config.accuracy, truncated)
+        if self.samples is not None:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "samples.jsonl", self.samples / f"{self.task.name}.jsonl")
+        return found, float(record["seconds"])

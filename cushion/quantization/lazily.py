@@ -1,0 +1,62 @@
+"""A model that gets its quantizer when something has to be computed on it, and not before."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from cushion.config import QuantizerConfig
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import Calibration
+from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.simulate import quantized
+
+
+@dataclass(eq=False)
+class QuantizedLazily:
+    """A prefix and a quantizer, or none, as the rows of a table have them.
+
+    A context manager: on leaving, the model is as it was before.
+
+    Args:
+        lm: the model, in full precision.
+        behind: the prefix.
+        quantizer: None for full precision.
+        calibration: statistics behind this prefix, where the quantizer needs them.
+        keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+
+    """
+
+    lm: LanguageModel
+    behind: Prefix
+    quantizer: QuantizerConfig | None = None
+    calibration: Calibration | None = None
+    keep: frozenset[str] = frozenset()
+    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    _is_on: bool = False
+
+    def __enter__(self) -> QuantizedLazily:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_on = False
+        self._stack.close()
+
+    def put_on(self) -> None:
+        """Put the quantizer on the model, unless it is there already."""
+        if self.quantizer is not None and not self._is_on:
+            ranges = None if self.calibration is None else self.calibration.ranges
+            self._stack.enter_context(quantized(self.lm, self.quantizer, ranges, keep=self.keep))
+            self._is_on = True
+
+    def identity(self) -> dict[str, Any]:
+        """What of prefix and quantizer decides an outcome."""
+        quantizer = None
+        if self.quantizer is not None:
+            quantizer = quantizer_identity(self.quantizer, self.calibration, self.keep)
+        return {"prefix": self.behind.fingerprint, "quantizer": quantizer}

@@ -1,0 +1,150 @@
+"""The cached tuning of a prefix's keys and values; an interrupted one goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.config import QuantizerConfig, SearchConfig, TuningConfig
+from cushion.errors import TuningError
+from cushion.hashing import tensor_digest
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import Calibration
+from cushion.quantization.identity import quantizer_identity
+from cushion.step import Context, Step
+from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
+
+_KEYS = (
+    "sequence_length",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "gradient_clip",
+    "lambda_q",
+    "prediction_model",
+    "evaluate_every",
+)
+"""The keys of `tuning` that decide an outcome always; `_of_error` those that do with an error in the loss."""
+_OF_ERROR = ("gradient", "error_site", "reduction")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned prefix and the record of its making."""
+
+    prefix: Prefix
+    record: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class TuningRun(Step[Tuned]):
+    """Quantization-aware tuning of a found prefix.
+
+    Args:
+        found: the prefix to start from.
+        config: the schedule and the loss.
+        quantizer: the run's quantizer; L_pred is computed under it (`tuning.tuning_quantizer`).
+        objective: gives the grid of q in L_q.
+        texts: training token ids, (sequences, tokens).
+        held_out: token ids that decide which step was best.
+        seed: of the order of the texts.
+        folder: the run's own, where a tuning that diverges leaves its last good prefix.
+        calibration: statistics behind `found`, where the quantizer smooths.
+        keep: the linears that QFeM keeps, where the quantizer uses it.
+
+    """
+
+    name = "tuning"
+    found: Prefix
+    config: TuningConfig
+    quantizer: QuantizerConfig
+    objective: SearchConfig
+    texts: Tensor
+    held_out: Tensor
+    seed: int
+    folder: Path
+    calibration: Calibration | None = None
+    keep: frozenset[str] | None = None
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, schedule, loss with its grid, quantizer, texts and seed."""
+        under = tuning_quantizer(self.config, self.quantizer)
+        with_error = self.config.lambda_q != 0
+        keys = (*_KEYS, *(_OF_ERROR if with_error else ()))
+        grid = [self.objective.bits, self.objective.symmetric, self.objective.levels]
+        return {
+            "prefix": self.found.fingerprint,
+            "steps": self.config.total_steps,
+            "config": {key: getattr(self.config, key) for key in keys},
+            "grid": grid if with_error else None,
+            "quantizer": quantizer_identity(under, self.calibration, self.keep or frozenset()),
+            "texts": tensor_digest([self.texts, self.held_out]),
+            "seed": self.seed,
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Tune, from the checkpoint on where there is one.
+
+        Raises:
+            TuningError: the loss is not finite any more; the message says where the last good prefix is kept.
+
+        """
+        saved = workspace.checkpoint.load()
+        state = None if saved is None else TuningState.from_checkpoint(*saved, self.found)
+        context.log_series("tuning", [] if state is None else [asdict(step) for step in state.steps])
+        started = time.perf_counter() - (0.0 if saved is None else saved[0]["seconds"])
+        steps = tune_prefix(
+            context.lm,
+            self.found,
+            self.config,
+            self.quantizer,
+            self.objective,
+            self.texts,
+            self.held_out,
+            seed=self.seed,
+            calibration=None if self.calibration is None else self.calibration.ranges,
+            state=state,
+            keep=self.keep,
+        )
+        try:
+            for current in steps:
+                state = current
+                context.progress("tuning", len(state.steps), self.config.total_steps, "step")
+                context.log_series("tuning", [asdict(state.steps[-1])])
+                if workspace.checkpoint.due():
+                    scalars, tensors = state.to_checkpoint()
+                    workspace.checkpoint.save({**scalars, "seconds": time.perf_counter() - started}, tensors)
+        except TuningError as error:
+            if state is None:
+                raise
+            kept = self.folder / "last_good_prefix"
+            state.best.save(kept)
+            raise TuningError(
+                f"{error} -- the best prefix before that (step {state.best_step}) is kept in {kept}.safetensors"
+            ) from error
+        assert state is not None
+        state.best.save(workspace.folder / "prefix")
+        record = {
+            "steps": [asdict(step) for step in state.steps],
+            "best_step": state.best_step,
+            "best_loss": state.best_loss,
+            "initial_loss": state.initial_loss,
+            "seconds": time.perf_counter() - started,
+        }
+        write_json(workspace.folder / "tuning.json", record)
+
+    def read(self, context: Context, folder: Path) -> Tuned:
+        """The best prefix, with the metadata of the one that was found."""
+        stored = read_json(folder / "tuning.json")
+        record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
+        metadata = {**self.found.metadata, "tuning": self.config.name}
+        tuned = replace(Prefix.load(folder / "prefix"), metadata=metadata)
+        context.log_series("tuning", record["steps"])
+        return Tuned(tuned, record, float(record["seconds"]))
