@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import ItemsView, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from threading import RLock
 from typing import Any, Generic, TypeVar
@@ -27,7 +27,7 @@ class Plugins:
     """The entry points of the group, each loaded once."""
 
     def __init__(self) -> None:
-        self._loaded: dict[str, Any] = {}
+        self._modules: dict[str, str] = {}
         self._broken: ConfigError | None = None
 
     def load(self) -> None:
@@ -40,36 +40,33 @@ class Plugins:
         if self._broken is not None:
             raise self._broken
         for point in entry_points(group=GROUP):
-            if point.name not in self._loaded:
-                self._loaded[point.name] = None  # what it looks up while it is loaded finds the ones before it
+            name = f"{point.name} = {point.value}"
+            if name not in self._modules:
+                self._modules[name] = point.module  # what it looks up while it is loaded finds the ones before it
                 try:
-                    self._loaded[point.name] = loaded = point.load()
+                    loaded = point.load()
                     if callable(loaded):
                         loaded()
                 except Exception as error:
-                    self._broken = ConfigError(f"{_named(point)} cannot be loaded: {type(error).__name__}: {error}")
+                    package = f" of {point.dist.name}" if point.dist is not None else ""
+                    self._broken = ConfigError(
+                        f"the plugin {name}{package} cannot be loaded (mend or uninstall it): "
+                        f"{type(error).__name__}: {error}"
+                    )
                     raise self._broken from error
 
-    def sources(self) -> dict[str, dict[str, str]]:
-        """By plugin, the text of its Python files: of its module, or of all of its package's."""
+    def sources(self) -> dict[str, list[list[str]]]:
+        """By plugin, place and text of its Python files: of its module, or of all of its package's."""
         self.load()
-        return {
-            name: _sources(loaded.__module__ if callable(loaded) else loaded.__name__)
-            for name, loaded in self._loaded.items()
-        }
+        return {name: _sources(module) for name, module in self._modules.items()}
 
 
-def _named(point: EntryPoint) -> str:
-    package = f" of {point.dist.name}" if point.dist is not None else ""
-    return f"the plugin {point.name} = {point.value}{package} (mend or uninstall it)"
-
-
-def _sources(module: str) -> dict[str, str]:
+def _sources(module: str) -> list[list[str]]:
     root = sys.modules[module.partition(".")[0]]
     if not hasattr(root, "__path__"):
-        return {module: Path(str(root.__file__)).read_text(encoding="utf-8")}
-    files = sorted(path for folder in root.__path__ for path in Path(folder).rglob("*.py"))
-    return {str(path): path.read_text(encoding="utf-8") for path in files}
+        return [[module, Path(str(root.__file__)).read_text(encoding="utf-8")]]
+    files = sorted((path.relative_to(folder), path) for folder in root.__path__ for path in Path(folder).rglob("*.py"))
+    return [[place.as_posix(), path.read_text(encoding="utf-8")] for place, path in files]
 
 
 class Registry(Generic[Item]):
@@ -124,6 +121,10 @@ class Registry(Generic[Item]):
 
     def __len__(self) -> int:
         return len(self._all())
+
+    def items(self) -> ItemsView[str, Item]:
+        """All names with their items."""
+        return self._all().items()
 
     def _all(self) -> dict[str, Item]:
         with self._lock:
