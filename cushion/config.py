@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion.errors import ConfigError, did_you_mean
+from cushion.registry import SEARCH_METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("embedded", "wikitext2", "c4", "file")
@@ -24,11 +25,6 @@ WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
 RANGES = ("static", "dynamic")
 ROTATIONS = ("none", "hadamard")
-SEARCH_METHODS = ("none", "tokens", "bos", "newline", "random", "greedy", "qfep", "prefixquant")
-GIVEN_PREFIXES = ("tokens", "bos", "newline", "random")
-"""Search methods that search for nothing: the user's tokens, and the controls every table needs."""
-RULES = ("qfep", "prefixquant")
-"""The search methods that read the prefix off the token scales of the search text."""
 PROPOSALS = ("vocabulary", "sampled", "frequent", "outlier", "user")
 SCORINGS = ("full", "exact", "pruned")
 ROUND_TEXTS = ("first", "spikes", "start")
@@ -60,6 +56,16 @@ def one_of(key: str, value: str, options: tuple[str, ...]) -> None:
 def at_least(key: str, value: float | None, lowest: float) -> None:
     """Raise `ConfigError` unless `value` is None or at least `lowest`."""
     require(value is None or value >= lowest, key, value, f"it must be at least {lowest}")
+
+
+def changed_keys(section: str, part: Any, keys: tuple[str, ...], why: str) -> list[str]:
+    """A warning for each of `keys` that is not at its default in `part`, although it has no effect."""
+    defaults = type(part)()
+    return [
+        f"{section}.{key}={getattr(part, key)!r} has no effect {why}"
+        for key in keys
+        if getattr(part, key) != getattr(defaults, key)
+    ]
 
 
 @dataclass
@@ -358,7 +364,7 @@ class SearchConfig:
     user_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
-        one_of("search.method", self.method, SEARCH_METHODS)
+        method = SEARCH_METHODS[self.method]
         one_of("search.proposal", self.proposal, PROPOSALS)
         one_of("search.objective", self.objective, OBJECTIVES)
         one_of("search.start", self.start, STARTS)
@@ -391,12 +397,7 @@ class SearchConfig:
             require(bool(self.user_tokens), "search.user_tokens", self.user_tokens, reason)
             for token in self.user_tokens or []:
                 require(token >= 0, "search.user_tokens", self.user_tokens, "token ids are not negative")
-        if self.method == "tokens":
-            reason = "search.method=tokens needs search.tokens or search.token_ids, and only one of them"
-            require((self.tokens is None) != (self.token_ids is None), "search.tokens", self.tokens, reason)
-            require(self.token_ids != [] and self.tokens != "", "search.tokens", self.tokens, "the prefix is empty")
-            for token in self.token_ids or []:
-                require(token >= 0, "search.token_ids", self.token_ids, "token ids are not negative")
+        method.check(self)
 
 
 @dataclass
@@ -557,12 +558,13 @@ class RunConfig:
         at_least("seed", self.seed, 0)
         safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
         require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
-        if self.tuning.method != "none" and self.search.method == "none":
+        method = SEARCH_METHODS[self.search.method]
+        if self.tuning.method != "none" and method.find is None:
             raise ConfigError(
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
-        if self.search.method == "greedy" and self.search.replicas != 1 and self.model.device_map is not None:
+        if "replicas" in method.reads and self.search.replicas != 1 and self.model.device_map is not None:
             replicas = "null" if self.search.replicas is None else self.search.replicas
             raise ConfigError(
                 f"search.replicas={replicas} puts a copy of the model on each GPU, and model.device_map="

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cushion.config import RunConfig
+from cushion.config import RunConfig, SearchConfig, changed_keys
+from cushion.registry import SEARCH_METHODS
 
-_USED_BY_RULE = {
-    "qfep": ("texts", "text_length", "contexts", "outlier_tokens"),
-    "prefixquant": ("texts", "text_length", "eta", "max_length"),
-}
-"""The search keys that have an effect with a rule."""
+_GRID = ("bits", "symmetric", "levels")
+"""The search keys that have an effect with every method: the activations are measured with them."""
 
 
 def options_without_effect(config: RunConfig) -> list[str]:
@@ -19,37 +17,13 @@ def options_without_effect(config: RunConfig) -> list[str]:
     found: list[str] = []
 
     def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
-        defaults = type(part)()
-        found.extend(f"{section}.{k}={getattr(part, k)!r} has no effect {why}"
-                     for k in keys if getattr(part, k) != getattr(defaults, k))  # fmt: skip
+        found.extend(changed_keys(section, part, keys, why))
 
+    keys: tuple[str, ...]
     search, tuning, quantizer = config.search, config.tuning, config.quantizer
     if config.model.path.partition(":")[0] in ("embedded", "tiny"):
         changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
-    if search.method != "greedy":
-        shared = ("name", "method", "tokens", "token_ids", "length", "bits", "symmetric", "levels")
-        used = (*shared, *(("seed",) if search.method == "random" else _USED_BY_RULE.get(search.method, ())))
-        keys = tuple(f.name for f in dataclasses.fields(search) if f.name not in used)
-        changed("search", search, keys, f"with search.method={search.method}")
-    else:
-        changed("search", search, ("texts", "contexts", "outlier_tokens", "eta"), "with search.method=greedy")
-        if search.proposal in ("vocabulary", "user"):
-            changed("search", search, ("candidates",), f"with search.proposal={search.proposal}")
-        if search.proposal != "sampled":
-            changed("search", search, ("frequent", "seed"), f"with search.proposal={search.proposal}")
-        if search.proposal != "user":
-            changed("search", search, ("user_tokens",), f"with search.proposal={search.proposal}")
-        if search.scoring == "full":
-            changed("search", search, ("rounds",), "with search.scoring=full")
-    if search.method == "greedy" and search.proposal == "sampled" and search.frequent >= search.candidates:
-        found.append(
-            f"search.candidates={search.candidates} leaves no room for a seeded draw beside "
-            f"search.frequent={search.frequent}: the seed has no effect on the candidates"
-        )
-    if search.method != "tokens":
-        changed("search", search, ("tokens", "token_ids"), f"with search.method={search.method}")
-    if search.method != "random":
-        changed("search", search, ("length",), f"with search.method={search.method}")
+    found.extend(_search_keys(search))
     if not config.eval.tasks:
         keys = ("limit", "shots", "task_batch_size", "add_bos", "accuracy", "include_path", "samples")
         changed("eval", config.eval, keys, "without eval.tasks")
@@ -61,9 +35,6 @@ def options_without_effect(config: RunConfig) -> list[str]:
                 f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
                 "its share where another purpose names the same source"
             )
-    if search.method == "greedy" and search.objective == "maximum_activation":
-        grid_keys = ("bits", "symmetric", "levels")
-        changed("search", search, grid_keys, "on the search with search.objective=maximum_activation")
     if tuning.method == "none":
         keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
         changed("tuning", tuning, keys, "with tuning.method=none")
@@ -96,3 +67,10 @@ def options_without_effect(config: RunConfig) -> list[str]:
     elif not quantizer.qfem.search:
         changed("quantizer.qfem", quantizer.qfem, ("target", "texts", "curve"), "with quantizer.qfem.search=False")
     return found
+
+
+def _search_keys(search: SearchConfig) -> list[str]:
+    method = SEARCH_METHODS[search.method]
+    used = ("name", "method", *_GRID, *method.reads)
+    unread = tuple(field.name for field in dataclasses.fields(search) if field.name not in used)
+    return [*changed_keys("search", search, unread, f"with search.method={search.method}"), *method.idle(search)]

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
 from cushion.code import package_version
-from cushion.config import GIVEN_PREFIXES, RULES, QuantizerConfig, RunConfig, to_dict
+from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
 from cushion.evaluation.harness import mean_accuracy
@@ -27,7 +27,9 @@ from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunS
 from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
+from cushion.registry import PLUGINS
 from cushion.results import Row, RunResult, environment, finished_result
+from cushion.search.methods import METHODS
 from cushion.sources import local_files
 from cushion.step import runtime
 from cushion.steps import Steps
@@ -35,16 +37,14 @@ from cushion.tuning import tuning_quantizer
 
 logger = logging.getLogger(__name__)
 
-RULE_TITLES = {"qfep": "QFeP prefix", "prefixquant": "PrefixQuant prefix"}
-"""How the prefixes of the rules are called in tables."""
-
 
 def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
 
-    The hash covers the whole configuration but for tracking and places, the code of everything that decides a number,
-    the versions of torch and transformers, the device, and size and time of the files that the user names as text or
-    as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than this one's.
+    The hash covers the whole configuration but for tracking and places, the code of everything that decides a number
+    (of plugins too), the versions of torch and transformers, the device, and size and time of the files that the user
+    names as text or as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
+    this one's.
     """
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"]
@@ -53,6 +53,9 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
     if config.eval.tasks:
         identity["lm_eval"] = version("lm_eval")
+    plugins = PLUGINS.sources()
+    if plugins:
+        identity["plugins"] = plugins
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     output = Path(config.paths.output_dir).expanduser()
@@ -231,82 +234,16 @@ class _Run:
 
     def _find(self) -> _Stage | None:
         """The prefix that the search finds or the user names, or None."""
-        method = self.config.search.method
-        if method == "none":
+        method = METHODS[self.config.search.method]
+        found = self.steps.search(self._metadata())
+        if found is None:
             return None
-        if method in GIVEN_PREFIXES:
-            return self._given()
-        return self._find_by_rule() if method in RULES else self._find_greedily()
-
-    def _given(self) -> _Stage:
-        """The prefix of the user's tokens, or of a control's."""
-        method = self.config.search.method
-        self.result.search = {"method": method, "token_ids": self.start_tokens, "seconds": 0.0}
-        metadata = {**self._metadata(), "text": self.lm.decode(self.start_tokens)}
-        given = Prefix.from_tokens(self.lm.model, self.start_tokens, metadata)
-        title = "given prefix" if method == "tokens" else f"{method} prefix"
-        return _Stage("found", title, given, 0.0)
-
-    def _find_greedily(self) -> _Stage | None:
-        """The prefix of the greedy search, or None where no candidate lowers the objective enough."""
-        config = self.config.search
-        state, found = self.steps.search(self._metadata())
-        seconds = state.seconds_done
-        self.result.search = {
-            "method": config.method,
-            "proposal": config.proposal,
-            "scoring": config.scoring,
-            "objective": config.objective,
-            "tau": config.tau,
-            "start": self.start_tokens,
-            "token_ids": state.token_ids,
-            "stop_reason": state.stop_reason,
-            "steps": [asdict(step) for step in state.steps],
-            "proposal_token_forwards": state.proposal_token_forwards,
-            "proposal_seconds": state.proposal_seconds,
-            "token_forwards": state.token_forwards_done,
-            "seconds": seconds,
-        }
-        self.result.timings["search"] = seconds
-        if state.stop_reason == "budget":
-            outcome = (
-                "the prefix is the best that was verified by then" if state.token_ids else "none was verified by then"
-            )
-            self._warn(
-                f"the search ran out of its budget (search.budget_token_forwards={config.budget_token_forwards}, "
-                f"search.budget_seconds={config.budget_seconds}): {outcome}"
-            )
-        if not state.token_ids:
-            reason = (
-                "its budget ended before a candidate was verified that lowers"
-                if state.stop_reason == "budget"
-                else "the best candidate does not lower"
-            )
-            self._warn(
-                f"the search found no prefix: {reason} the objective to tau={config.tau} of what it was, so the run "
-                "goes on without one"
-            )
-            return None
-        return _Stage("found", "greedy prefix", found, seconds)
-
-    def _find_by_rule(self) -> _Stage | None:
-        """The prefix of QFeP or of PrefixQuant's rule, or None where the rule finds no outlier token."""
-        config = self.config.search
-        record, found = self.steps.search_by_rule(self._metadata())
-        self.result.search = {"method": config.method, **record}
-        self.result.timings["search"] = record["seconds"]
-        if not record["token_ids"]:
-            self._warn(
-                f"the search found no prefix: no token of the search text is an outlier above search.eta={config.eta} "
-                "times the median at a down projection, so the run goes on without one"
-            )
-            return None
-        if config.method == "prefixquant" and len(found) < record["length"]:
-            self._warn(
-                f"PrefixQuant's rule asks for a prefix of {record['length']} tokens, and this one has {len(found)}: it "
-                f"is cut to search.max_length={config.max_length}, or there are not as many different outlier tokens"
-            )
-        return _Stage("found", RULE_TITLES[config.method], found, record["seconds"])
+        self.result.search = {"method": method.name, **found.record}
+        if found.seconds is not None:
+            self.result.timings["search"] = found.seconds
+        for warning in found.warnings:
+            self._warn(warning)
+        return None if found.prefix is None else _Stage("found", method.title, found.prefix, found.seconds or 0.0)
 
     def _metadata(self) -> dict[str, Any]:
         return {

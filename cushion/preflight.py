@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
+from cushion.registry import SEARCH_METHODS
 
 PLAN = "plan-{}.json"
 _JOBLIB = ".JoblibLauncher"
@@ -118,7 +119,8 @@ def _check_device(config: RunConfig) -> None:
 def _check_replicas(config: RunConfig, sweep: DictConfig) -> None:
     """Each of joblib's processes has one GPU (`launching.gpu_of_its_own`), whatever the machine has."""
     replicas = config.search.replicas
-    if config.search.method == "greedy" and (replicas or 1) > 1 and sweep.hydra.launcher._target_.endswith(_JOBLIB):
+    several = "replicas" in SEARCH_METHODS[config.search.method].reads and (replicas or 1) > 1
+    if several and sweep.hydra.launcher._target_.endswith(_JOBLIB):
         raise ConfigError(
             f"search.replicas={replicas} needs as many GPUs, and with hydra/launcher="
             f"{sweep.hydra.runtime.choices['hydra/launcher']} each run has one: use search.replicas=1, or "

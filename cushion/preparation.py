@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cushion.config import RULES, EvalConfig, RunConfig
+from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.tasks import TaskSet, check_tasks, load_tasks
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.simulate import check_quantizer
+from cushion.search.methods import METHODS
 from cushion.search.replicas import check_replicas
 
 
@@ -96,14 +96,16 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     corpora = load_corpora(config.data, config.paths, _needed(config, measured))
     tasks = load_tasks(config.eval, config.paths)
     lm = load_language_model(config.model, config.paths, device)
-    start_tokens = _start_tokens(lm, config)
+    method = METHODS[config.search.method]
+    start_tokens = method.start_tokens(lm, config)
     _check(lm, config, tasks, start_tokens)
     blocks = {
         name: corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks)
         for name, purpose in measured.items()
     }
     texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens))
-    _check_budget(config, texts)
+    if texts.search is not None:
+        method.check_texts(config.search, texts.search)
     return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens)
 
 
@@ -113,67 +115,16 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
         "evaluation": True,
         "calibration": config.quantizer.needs_calibration_text,
         "tuning": config.tuning.method != "none",
-        "search": config.search.method in ("greedy", *RULES),
+        "search": METHODS[config.search.method].texts is not None,
     }
     return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured.values())
 
 
-def _start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
-    search = config.search
-    if search.method == "tokens":
-        ids = search.token_ids if search.token_ids is not None else lm.encode(search.tokens or "").tolist()
-        lm.check_token_ids(ids, "search.token_ids")
-        return ids
-    if search.method == "random":
-        return random_tokens(lm, search.length, config.search_seed)
-    if search.method == "bos" or (search.method == "greedy" and search.start == "bos"):
-        if lm.bos_token_id is None:
-            key, way_out = (
-                ("start", "search.start=empty") if search.method == "greedy" else ("method", "search=newline")
-            )
-            raise ConfigError(f"search.{key}=bos, but {lm.label} has no BOS token: use {way_out}")
-        return [lm.bos_token_id]
-    if search.method == "newline" or (search.method == "greedy" and search.start == "newline"):
-        return lm.encode("\n").tolist()
-    if search.method in RULES and lm.bos_token_id is None:
-        raise ConfigError(
-            f"search.method={search.method} puts a BOS token into the prefix, and {lm.label} has neither BOS nor EOS: "
-            "use search=greedy_sampled"
-        )
-    return []
-
-
-def random_tokens(lm: LanguageModel, length: int, seed: int) -> list[int]:
-    """A seeded draw of `length` distinct tokens, special ones left out: the control for what a search finds."""
-    special = set(lm.tokenizer.all_special_ids)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = (t for t in torch.randperm(lm.vocabulary_size, generator=generator).tolist() if t not in special)
-    tokens = list(islice(drawn, length))
-    if len(tokens) < length:
-        raise ConfigError(
-            f"search.length={length} is more than the {len(tokens)} tokens of {lm.label} that are not special: lower it"
-        )
-    return tokens
-
-
 def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
     check_quantizer(lm, config.quantizer)
-    search, longest = config.search, len(start_tokens)
-    if search.method == "greedy":
-        longest = max(longest, search.max_length)
-        if lm.context_length is not None and longest + search.text_length > lm.context_length:
-            raise ConfigError(
-                f"search.max_length={search.max_length} and search.text_length={search.text_length} need "
-                f"{longest + search.text_length} positions, but {lm.label} has {lm.context_length}: shorten one"
-            )
-    if search.method in RULES:
-        from_bos = int(search.method == "qfep")
-        longest = 3 if search.method == "qfep" else search.max_length
-        if lm.context_length is not None and search.text_length + from_bos > lm.context_length:
-            raise ConfigError(
-                f"search.text_length={search.text_length} needs {search.text_length + from_bos} positions, but "
-                f"{lm.label} has {lm.context_length}: shorten it"
-            )
+    method, started = METHODS[config.search.method], len(start_tokens)
+    method.check_model(config.search, lm, started)
+    longest = method.longest(config.search, started)
     check_evaluation(lm, config.eval, longest)
     check_tasks(lm, config.eval, tasks, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
@@ -187,18 +138,6 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
                 f"{key}={length} and a prefix of up to {longest} tokens do not fit the {lm.context_length} positions "
                 f"of {lm.label}: shorten the texts or the prefix"
             )
-
-
-def _check_budget(config: RunConfig, texts: Texts) -> None:
-    search, budget = config.search, config.search.budget_token_forwards
-    if search.method != "greedy" or search.proposal != "outlier" or texts.search is None or budget is None:
-        return
-    cost = texts.search.numel() + len(texts.search)  # one token stands in front of each
-    if cost >= budget:
-        raise ConfigError(
-            f"search.budget_token_forwards={budget} leaves nothing to search with: search.proposal=outlier runs the "
-            f"{len(texts.search)} texts of the search, {cost} token-forwards; raise it, or use another proposal"
-        )
 
 
 def _draw_texts(
@@ -216,11 +155,9 @@ def _draw_texts(
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
         if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
             calibration_texts = lm.with_bos(calibration_texts)
-    if search.method == "greedy":
-        steps = max(1, search.max_length - start_length)
-        search_texts = corpora["search"].samples(encode, search.text_length, steps, seed)
-    elif search.method in RULES:
-        search_texts = corpora["search"].samples(encode, search.text_length, search.texts, seed)
+    number = METHODS[search.method].texts
+    if number is not None:
+        search_texts = corpora["search"].samples(encode, search.text_length, number(search, start_length), seed)
     if tuning.method != "none":
         parts = [tuning.sequences, tuning.held_out_sequences]
         drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)

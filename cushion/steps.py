@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cushion.activations import MagnitudeCurve
 from cushion.artifacts import ArtifactStore
-from cushion.config import QuantizerConfig, RunConfig, SearchConfig
+from cushion.config import QuantizerConfig, RunConfig
 from cushion.evaluation.activation_map import ActivationMap, ActivationMapStep
 from cushion.evaluation.alpha_step import AlphaStep
 from cushion.evaluation.attention import AttentionShares, AttentionStep
@@ -28,17 +28,10 @@ from cushion.quantization.lazily import QuantizedLazily
 from cushion.quantization.qfem import without_rounding
 from cushion.quantization.qfem_steps import RatiosStep
 from cushion.row import Measured, measure_row
-from cushion.search.greedy import SearchState
-from cushion.search.greedy_steps import GreedySearch
-from cushion.search.prefixquant import PrefixQuantSearch
-from cushion.search.proposals import OutlierProposal, Proposal, propose
-from cushion.search.qfep import QfepSearch
-from cushion.search.rule_step import RuleSearch
+from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
 from cushion.tuning import tuning_quantizer
 from cushion.tuning_step import Tuned, TuningRun
-
-_RULES: dict[str, type[RuleSearch]] = {"qfep": QfepSearch, "prefixquant": PrefixQuantSearch}
 
 
 @dataclass(frozen=True)
@@ -63,38 +56,21 @@ class Steps:
         self._lm, self._texts = prepared.lm, prepared.texts
         self._context = Context(prepared.lm, ArtifactStore(config.paths.cache), emit)
 
-    def search(self, metadata: dict[str, Any]) -> tuple[SearchState, Prefix]:
-        """Run the greedy search; its whole record, and the prefix found (empty where nothing was).
+    def search(self, metadata: dict[str, Any]) -> Found | None:
+        """Find the prefix by the method of the configuration; None for a run without one.
 
         Args:
             metadata: kept with the prefix.
         """
-        config, texts = self._config.search, self._texts.search
-        assert texts is not None
-        proposal = self._propose(config, texts)
-        step = GreedySearch(config, texts, proposal, list(self._prepared.start_tokens))
-        state, found = compute(step, self._context)
-        return state, replace(found, metadata={**metadata, "text": self._lm.decode(state.token_ids)})
+        prepared = self._prepared
 
-    def _propose(self, config: SearchConfig, texts: Tensor) -> Proposal:
-        """The candidates of the greedy search; an artifact of its own where the model is run to name them."""
-        if config.proposal == "outlier":
-            return compute(OutlierProposal(config, texts), self._context)
-        return propose(self._lm, config, self._count_search_tokens, texts, self._config.search_seed)
+        def count_tokens() -> Tensor:
+            return prepared.corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
 
-    def _count_search_tokens(self) -> Tensor:
-        return self._prepared.corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
-
-    def search_by_rule(self, metadata: dict[str, Any]) -> tuple[dict[str, Any], Prefix]:
-        """Run QFeP or PrefixQuant's rule; its record, and the prefix found (empty where nothing was).
-
-        Args:
-            metadata: kept with the prefix.
-        """
-        config, texts = self._config.search, self._texts.search
-        assert texts is not None
-        record, found = compute(_RULES[config.method](config, texts), self._context)
-        return record, replace(found, metadata={**metadata, "text": self._lm.decode(record["token_ids"])})
+        context = SearchContext(
+            self._config, self._lm, prepared.start_tokens, metadata, self._texts.search, count_tokens, self._context
+        )
+        return METHODS[self._config.search.method].run(context)
 
     def tune(self, found: Prefix) -> Tuned:
         """Tune the keys and values of a prefix.

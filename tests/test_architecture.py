@@ -11,13 +11,15 @@ PACKAGE = ROOT / "cushion"
 
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations"},
-    {"artifacts", "code", "config", "progress"},
-    {"config_warnings", "sources"},
+    {"artifacts", "code", "registry", "progress"},
+    {"config"},
+    {"sources"},
     {"models"},
     {"data", "prefix", "step"},
     {"blockwise"},
     {"quantization"},
     {"search", "tuning"},
+    {"config_warnings"},
     {"tuning_step"},
     {"evaluation"},
     {"row", "results"},

@@ -17,7 +17,8 @@ from cushion.config import ModelConfig, QuantizerConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
 from cushion.prefix import Prefix
-from cushion.preparation import prepare, random_tokens
+from cushion.preparation import prepare
+from cushion.search.given import random_tokens
 
 Tiny = Callable[..., LanguageModel]
 CONF = config_folder()

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from cushion.registry import SEARCH_METHODS
 from cushion.reporting.collect import Run
 
 Config = dict[str, Any]
-_WITHOUT_TEXT = ("none", "tokens", "bos", "newline", "random")
-"""The methods of a search or a tuning that read no text."""
 
 
 def flatten(value: Any, name: str) -> dict[str, Any]:
@@ -63,8 +62,7 @@ def _part(config: Config, group: str) -> Config:
 def _source(purpose: str) -> Callable[[Config], str | None]:
     def read(config: Config) -> str | None:
         data = _part(config, "data")
-        idle = _part(config, purpose).get("method") in _WITHOUT_TEXT
-        if idle or not isinstance(data.get(purpose), dict):
+        if _reads_no_text(config, purpose) or not isinstance(data.get(purpose), dict):
             return None
         text = _text(data[purpose])
         if purpose == "evaluation":
@@ -72,6 +70,13 @@ def _source(purpose: str) -> Callable[[Config], str | None]:
         return text
 
     return read
+
+
+def _reads_no_text(config: Config, purpose: str) -> bool:
+    """Whether a run has no use for the text of a purpose; a method that is not installed here is taken to have."""
+    name = _part(config, purpose).get("method")
+    method = SEARCH_METHODS.get(name) if purpose == "search" else None
+    return name == "none" if method is None else method.texts is None
 
 
 def _text(source: Config) -> str:
@@ -89,8 +94,15 @@ def _calibration(config: Config) -> str | None:
     return f"{calibration['samples']} x {calibration['length']} tokens"
 
 
-def _of_greedy(read: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
-    return lambda config: read(_part(config, "search")) if _part(config, "search").get("method") == "greedy" else None
+def _of_search(key: str, read: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
+    """What `read` reads off a search whose method has an effect of `key`."""
+
+    def of(config: Config) -> str | None:
+        search = _part(config, "search")
+        method = SEARCH_METHODS.get(search.get("method"))
+        return None if method is None or key not in method.reads else read(search)
+
+    return of
 
 
 def _budget(search: Config) -> str | None:
@@ -148,8 +160,8 @@ _SETTINGS: dict[str, Callable[[Config], str | None]] = {
     "search text": _source("search"),
     "tuning text": _source("tuning"),
     "search": _named("search", "name"),
-    "search.scoring": _of_greedy(lambda search: search.get("scoring")),
-    "search budget": _of_greedy(_budget),
+    "search.scoring": _of_search("scoring", lambda search: search.get("scoring")),
+    "search budget": _of_search("budget_seconds", _budget),
     "tuning": _named("tuning", "name"),
     "tuning steps": _steps,
     "perplexity": _blocks,

@@ -20,6 +20,7 @@ from cushion.config import SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.registry import SEARCH_METHODS
 from cushion.search.objective import Judged, Objective
 
 
@@ -31,7 +32,7 @@ def check_replicas(config: SearchConfig, device: str) -> None:
 
     """
     gpus = torch.cuda.device_count() if torch.device(device).type == "cuda" else 0
-    if config.method == "greedy" and (config.replicas or 1) > max(gpus, 1):
+    if "replicas" in SEARCH_METHODS[config.method].reads and (config.replicas or 1) > max(gpus, 1):
         raise ConfigError(
             f"search.replicas={config.replicas} needs as many GPUs, and this run has {gpus}: use search.replicas=1, "
             "or null for as many as there are"

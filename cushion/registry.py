@@ -1,0 +1,160 @@
+"""Kinds of things that have names, and what there is of each: an addition is a module that registers itself.
+
+The modules of a kind's own package are found by looking into it; a user's package adds its own through the entry-point
+group `cushion.plugins`. What is registered is a light declaration: torch is imported by what it names, when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import ItemsView, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from threading import RLock
+from typing import Any, Generic, TypeVar
+
+from cushion.errors import ConfigError, did_you_mean
+
+GROUP = "cushion.plugins"
+"""The entry points that are loaded: modules that register things, or functions without arguments that do."""
+
+Item = TypeVar("Item")
+
+
+class Plugins:
+    """The entry points of the group, each loaded once."""
+
+    def __init__(self) -> None:
+        self._modules: dict[str, str] = {}
+        self._broken: ConfigError | None = None
+
+    def load(self) -> None:
+        """Let every plugin register what it has.
+
+        Raises:
+            ConfigError: one of them cannot be loaded; the message names it. Every later call raises it again.
+
+        """
+        if self._broken is not None:
+            raise self._broken
+        for point in entry_points(group=GROUP):
+            name = f"{point.name} = {point.value}"
+            if name not in self._modules:
+                self._modules[name] = point.module  # what it looks up while it is loaded finds the ones before it
+                try:
+                    loaded = point.load()
+                    if callable(loaded):
+                        loaded()
+                except Exception as error:
+                    package = f" of {point.dist.name}" if point.dist is not None else ""
+                    self._broken = ConfigError(
+                        f"the plugin {name}{package} cannot be loaded (mend or uninstall it): "
+                        f"{type(error).__name__}: {error}"
+                    )
+                    raise self._broken from error
+
+    def sources(self) -> dict[str, list[list[str]]]:
+        """By plugin, place and text of its Python files: of its module, or of all of its package's."""
+        self.load()
+        return {name: _sources(module) for name, module in self._modules.items()}
+
+
+def _sources(module: str) -> list[list[str]]:
+    root = sys.modules[module.partition(".")[0]]
+    if not hasattr(root, "__path__"):
+        return [[module, Path(str(root.__file__)).read_text(encoding="utf-8")]]
+    files = sorted((path.relative_to(folder), path) for folder in root.__path__ for path in Path(folder).rglob("*.py"))
+    return [[place.as_posix(), path.read_text(encoding="utf-8")] for place, path in files]
+
+
+class Registry(Generic[Item]):
+    """What there is of one kind, by name, in the order of registration: Cushion's own first.
+
+    Args:
+        key: the configuration key whose values the names are.
+        package: every module of this package is imported before the first look-up.
+        plugins: loaded after it.
+
+    """
+
+    def __init__(self, key: str, package: str, plugins: Plugins) -> None:
+        self.key, self._package, self._plugins = key, package, plugins
+        self._items: dict[str, Item] = {}
+        self._lock, self._is_complete = RLock(), False
+
+    def register(self, name: str, item: Item) -> Item:
+        """Add an item.
+
+        Raises:
+            ConfigError: there is one of this name.
+
+        """
+        if name in self._items:
+            raise ConfigError(f"{self.key}={name} is registered twice: give one of the two another name")
+        self._items[name] = item
+        return item
+
+    def __getitem__(self, name: str) -> Item:
+        """The item of this name.
+
+        Raises:
+            ConfigError: there is none; the message names all that there are, and the nearest.
+
+        """
+        items = self._all()
+        if name not in items:
+            allowed = f"choose one of {', '.join(items)}{did_you_mean(name, items)}"
+            raise ConfigError(f"{self.key}={name!r} is not allowed: {allowed}")
+        return items[name]
+
+    def get(self, name: object) -> Item | None:
+        """The item of this name, or None."""
+        return self._all().get(str(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def items(self) -> ItemsView[str, Item]:
+        """All names with their items."""
+        return self._all().items()
+
+    def _all(self) -> dict[str, Item]:
+        with self._lock:
+            if not self._is_complete:
+                self._is_complete = True  # what is imported here may look up names itself
+                try:
+                    package = importlib.import_module(self._package)
+                    for module in pkgutil.iter_modules(package.__path__, f"{self._package}."):
+                        importlib.import_module(module.name)
+                    self._plugins.load()
+                except BaseException:
+                    self._is_complete = False
+                    raise
+            return self._items
+
+
+def located(place: str) -> Any:
+    """What `module:attribute` names; its module is imported now.
+
+    Raises:
+        ConfigError: the module has no such attribute.
+
+    """
+    module, _, attribute = place.partition(":")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None:
+        raise ConfigError(f"{place!r} names nothing: it is written module:attribute")
+    return found
+
+
+PLUGINS = Plugins()
+SEARCH_METHODS: Registry[Any] = Registry("search.method", "cushion.search.built_in", PLUGINS)
+"""The ways of finding a prefix; `cushion.search.methods` says what one is."""
