@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cushion.config import RunConfig
+from cushion.checks import without_effect
+from cushion.config import QuantizerConfig, RunConfig
+from cushion.quantization.parts.registry import PARTS, unread
 
 _USED_BY_RULE = {
     "qfep": ("texts", "text_length", "contexts", "outlier_tokens"),
@@ -19,9 +21,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
     found: list[str] = []
 
     def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
-        defaults = type(part)()
-        found.extend(f"{section}.{k}={getattr(part, k)!r} has no effect {why}"
-                     for k in keys if getattr(part, k) != getattr(defaults, k))  # fmt: skip
+        found.extend(without_effect(section, part, keys, why))
 
     search, tuning, quantizer = config.search, config.tuning, config.quantizer
     if config.model.path.partition(":")[0] in ("embedded", "tiny"):
@@ -73,26 +73,26 @@ def options_without_effect(config: RunConfig) -> list[str]:
         found.append(
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
-    if quantizer.weights.bits is None and quantizer.activations.bits is None:
-        changed("quantizer", quantizer, ("targets",), "without quantized weights or activations")
-    if quantizer.weights.granularity != "per_group":
-        changed("quantizer.weights", quantizer.weights, ("group_size",),
-                f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
-    grids = (quantizer.activations, quantizer.kv_cache, quantizer.attention)
-    if not any(grid.bits is not None and not grid.symmetric for grid in grids):
-        changed("quantizer", quantizer, ("zero_point",), "without an asymmetric grid")
-    for key in ("kv_cache", "attention"):
-        if getattr(quantizer, key).bits is None:
-            changed(f"quantizer.{key}", getattr(quantizer, key), ("granularity", "symmetric"),
-                    f"with quantizer.{key}.bits=null")  # fmt: skip
-    if quantizer.rotation == "none":
-        changed("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")
+    found += _of_quantizer(quantizer)
+    return found
+
+
+_WITHOUT_A_READER = {
+    "levels": "without quantized weights, activations, cache or attention",
+    "zero_point": "without an asymmetric grid",
+    "targets": "without quantized weights or activations",
+}
+
+
+def _of_quantizer(quantizer: QuantizerConfig) -> list[str]:
+    found = [
+        warning
+        for key in unread(quantizer)
+        for warning in without_effect("quantizer", quantizer, (key,), _WITHOUT_A_READER[key])
+    ]
+    for part in PARTS.values():
+        found += part.warnings(quantizer)
     if not quantizer.needs_calibration_text:
-        changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
-                "without static ranges, smoothing or QFeM")  # fmt: skip
-    if quantizer.activations.bits is None:
-        changed("quantizer.qfem", quantizer.qfem, ("alpha", "search", "target", "texts", "curve"),
-                "with quantizer.activations.bits=None")  # fmt: skip
-    elif not quantizer.qfem.search:
-        changed("quantizer.qfem", quantizer.qfem, ("target", "texts", "curve"), "with quantizer.qfem.search=False")
+        keys, why = ("samples", "length"), "without static ranges, smoothing or QFeM"
+        found += without_effect("quantizer.calibration", quantizer.calibration, keys, why)
     return found

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cushion import activations, prefix, row, tuning
+from cushion import activations, checks, prefix, row, tuning
 from cushion import config as config_module
 from cushion.activations import ChannelRanges, MagnitudeCurve, MagnitudeStatistics, observe_inputs
 from cushion.artifacts import ArtifactStore, Workspace, read_json, reading, write_json
@@ -51,8 +51,14 @@ from cushion.quantization import (
     smoothquant,
 )
 from cushion.quantization import attention as attention_quantizer
+from cushion.quantization import quantizer as quantizer_module
 from cushion.quantization.alpha_search import AlphaSearch, search_alpha
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.parts import activations as activations_part
+from cushion.quantization.parts import attention as attention_part
+from cushion.quantization.parts import base, grids, kv_cache, registry, smoothing, weights
+from cushion.quantization.parts import qfem as qfem_part
+from cushion.quantization.parts import rotation as rotation_part
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
@@ -67,7 +73,9 @@ from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
 _ROTATION = (hadamard, replacements, rotation)
 _QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
-_COMMON = (sys.modules[__name__], config_module, architectures, experts, language_model, prefix, numerics)
+_PARTS = (base, grids, registry, weights, activations_part, kv_cache, attention_part)
+_CONFIG = (config_module, checks, quantizer_module, *_PARTS, smoothing, rotation_part, qfem_part)
+_COMMON = (sys.modules[__name__], *_CONFIG, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, batching, replicas, greedy),
     "proposal": (*_COMMON, activations, blockwise, objective, rounds, proposals),

@@ -29,11 +29,12 @@ from torch.nn import functional
 from transformers import get_scheduler
 
 from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
-from cushion.config import QFeMConfig, QuantizerConfig, SearchConfig, TuningConfig
+from cushion.config import QuantizerConfig, SearchConfig, TuningConfig
 from cushion.errors import TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid, fake_quantize
+from cushion.quantization.parts.registry import turned_off
 from cushion.quantization.simulate import quantized
 
 HALF_PRECISION_SCALING = 2.0**10
@@ -182,16 +183,7 @@ class TuningLoss:
 def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> QuantizerConfig:
     """The quantizer under which L_pred is computed: the run's own with dynamic ranges, or none."""
     if config.prediction_model == "full_precision":
-        return replace(
-            quantizer,
-            weights=replace(quantizer.weights, bits=None),
-            activations=replace(quantizer.activations, bits=None),
-            kv_cache=replace(quantizer.kv_cache, bits=None),
-            attention=replace(quantizer.attention, bits=None),
-            smoothing_alpha=None,
-            qfem=QFeMConfig(),
-            rotation="none",
-        )
+        return turned_off(quantizer, lambda part: True)
     return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from cushion.activations import ChannelRanges
-from cushion.config import EvalConfig, QFeMConfig, QuantizerConfig
+from cushion.config import EvalConfig, QuantizerConfig
 from cushion.errors import NotFiniteError
 from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.qfem import ModuleRatios
 from cushion.quantization.simulate import quantized
 
@@ -58,7 +59,11 @@ class AlphaSearch:
 def per_token(quantizer: QuantizerConfig) -> QuantizerConfig:
     """The quantizer that the target refers to: dynamic scales per token, everything else the same, no QFeM."""
     activations = replace(quantizer.activations, granularity="per_token", range="dynamic")
-    return replace(quantizer, activations=activations, qfem=QFeMConfig())
+    return replace(_without_qfem(quantizer), activations=activations)
+
+
+def _without_qfem(quantizer: QuantizerConfig) -> QuantizerConfig:
+    return PARTS["qfem"].off(quantizer)
 
 
 def curve_numbers(last: int, points: int) -> list[int]:
@@ -101,7 +106,7 @@ def search_alpha(
     settings, alphas = quantizer.qfem, ratios.thresholds()
     last = len(alphas) - 1
     at_most = (1 + 2 + max(0, last - 1).bit_length() + len(curve_numbers(last, settings.curve))) * len(texts)
-    under = replace(quantizer, qfem=QFeMConfig())
+    under = _without_qfem(quantizer)
     done = (len(state.points) + (state.reference is not None)) * len(texts)
     losses: list[BlockLoss] = []
 

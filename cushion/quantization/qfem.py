@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from cushion.activations import ChannelRanges, TokenScales, observe_inputs
-from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
+from cushion.config import QuantizerConfig
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.parts.registry import turned_off
 from cushion.quantization.simulate import quantized
 
 
@@ -56,14 +57,7 @@ class ModuleRatios:
 
 def without_rounding(quantizer: QuantizerConfig) -> QuantizerConfig:
     """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
-    return QuantizerConfig(
-        quantizer.name,
-        weights=WeightConfig(bits=None),
-        activations=ActivationConfig(bits=None),
-        smoothing_alpha=quantizer.smoothing_alpha,
-        rotation=quantizer.rotation,
-        rotation_seed=quantizer.rotation_seed,
-    )
+    return turned_off(quantizer, lambda part: not part.keeps_function)
 
 
 class RatioObserver:
