@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,9 +18,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cushion.activations import ChannelRanges
 from cushion.artifacts import ArtifactStore, Workspace, read_json, reading, write_json
-from cushion.config import EvalConfig, QuantizerConfig
+from cushion.config import EvalConfig
 from cushion.evaluation.harness import PrefixedModel, TaskScore, group_score, run_task, score
 from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
 from cushion.evaluation.tasks import EvaluationTask, TaskSet, task_batch_size
@@ -28,7 +27,7 @@ from cushion.events import Event, Progress
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.simulate import quantized
+from cushion.quantization.fitted import FittedQuantizer
 
 
 class DependsOn(Protocol):
@@ -52,8 +51,7 @@ class RowMeasurement:
     """Measures one model: a prefix, with or without a quantizer.
 
     Args:
-        ranges: calibration statistics behind this prefix, where the quantizer needs them.
-        keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+        fitted: the quantizer, fitted behind this prefix; None for the full-precision model.
         label: what progress bars call the row.
         depends_on: gives the cache keys; prefix and quantizer of this row are in them.
         emit: called with progress.
@@ -65,16 +63,15 @@ class RowMeasurement:
         lm: LanguageModel,
         config: EvalConfig,
         behind: Prefix,
-        quantizer: QuantizerConfig | None,
-        ranges: ChannelRanges | None,
-        keep: Set[str],
+        fitted: FittedQuantizer | None,
         label: str,
         store: ArtifactStore,
         depends_on: DependsOn,
         emit: Callable[[Event], None],
     ) -> None:
         self._lm, self._config, self._behind = lm, config, behind
-        self._quantizer, self._ranges, self._keep, self._label = quantizer, ranges, keep, label
+        self._fitted, self._label = fitted, label
+        self._quantizer = None if fitted is None else fitted.config
         self._store, self._depends_on, self._emit = store, depends_on, emit
         self._asked: PrefixedModel | None = None
         self._stack = ExitStack()
@@ -110,8 +107,8 @@ class RowMeasurement:
 
     def _quantize(self) -> None:
         """Put the quantizer on the model, the first time something has to be computed on it."""
-        if self._quantizer is not None and not self._is_quantized:
-            self._stack.enter_context(quantized(self._lm, self._quantizer, self._ranges, keep=self._keep))
+        if self._fitted is not None and not self._is_quantized:
+            self._stack.enter_context(self._fitted.on(self._lm))
             self._is_quantized = True
 
     def _perplexity(self, corpus: str, blocks: Tensor, is_one_of_many: bool) -> tuple[float, int, float]:

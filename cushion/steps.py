@@ -41,24 +41,28 @@ from cushion.preparation import Prepared
 from cushion.quantization import (
     alpha_search,
     calibration,
+    check,
+    fitted,
     hadamard,
     linear,
     numerics,
     qfem,
     replacements,
     rotation,
-    simulate,
+    smoothing,
     smoothquant,
 )
 from cushion.quantization import attention as attention_quantizer
 from cushion.quantization import quantizer as quantizer_module
 from cushion.quantization.alpha_search import AlphaSearch, search_alpha
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.parts import activations as activations_part
 from cushion.quantization.parts import attention as attention_part
-from cushion.quantization.parts import base, grids, kv_cache, registry, smoothing, weights
+from cushion.quantization.parts import base, grids, kv_cache, registry, weights
 from cushion.quantization.parts import qfem as qfem_part
 from cushion.quantization.parts import rotation as rotation_part
+from cushion.quantization.parts import smoothing as smoothing_part
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.quantization.rotation import rotated
 from cushion.row import Measured, RowMeasurement
@@ -72,9 +76,9 @@ from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
 _ROTATION = (hadamard, replacements, rotation)
-_QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, simulate)
+_QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, smoothing, check, fitted)
 _PARTS = (base, grids, registry, weights, activations_part, kv_cache, attention_part)
-_CONFIG = (config_module, checks, quantizer_module, *_PARTS, smoothing, rotation_part, qfem_part)
+_CONFIG = (config_module, checks, quantizer_module, *_PARTS, smoothing_part, rotation_part, qfem_part)
 _COMMON = (sys.modules[__name__], *_CONFIG, architectures, experts, language_model, prefix, numerics)
 CODE: dict[str, tuple[ModuleType, ...]] = {
     "search": (*_COMMON, activations, blockwise, objective, rounds, proposals, batching, replicas, greedy),
@@ -300,14 +304,12 @@ class Steps:
                 self._lm,
                 found,
                 config,
-                quantizer,
+                FittedQuantizer(quantizer, None if calibrated is None else calibrated.ranges, modules),
                 self._config.search,
                 texts,
                 held_out,
                 seed=self._config.seed,
-                calibration=None if calibrated is None else calibrated.ranges,
                 state=state,
-                keep=modules,
             )
             try:
                 for current in steps:
@@ -478,8 +480,8 @@ class Steps:
 
         def make(workspace: Workspace) -> None:
             started, observer = time.perf_counter(), RatioObserver()
-            ranges = None if calibrated is None else calibrated.ranges
-            for done in measure_ratios(self._lm, behind, texts, quantizer, observer, ranges):
+            fitted = FittedQuantizer(quantizer, None if calibrated is None else calibrated.ranges)
+            for done in measure_ratios(self._lm, behind, texts, fitted, observer):
                 self._emit(Progress(f"ratios, {title}", done, len(texts), "text"))
             record = {**asdict(observer.ratios()), "seconds": time.perf_counter() - started}
             write_json(workspace.folder / "ratios.json", record)
@@ -513,8 +515,8 @@ class Steps:
                 state.reference, before = saved[0]["reference"], saved[0]["seconds"]
                 state.points = {int(number): value for number, value in saved[0]["points"].items()}
             started, kept_points = time.perf_counter() - before, -1
-            ranges = None if calibrated is None else calibrated.ranges
-            for done, at_most in search_alpha(self._lm, behind, quantizer, ratios, texts, state, ranges):
+            fitted = FittedQuantizer(quantizer, None if calibrated is None else calibrated.ranges)
+            for done, at_most in search_alpha(self._lm, behind, fitted, ratios, texts, state):
                 self._emit(Progress(f"alpha search, {title}", done, at_most, "text"))
                 if state.reference is not None and len(state.points) != kept_points:
                     seconds = time.perf_counter() - started
@@ -571,13 +573,14 @@ class Steps:
         def depends_on(step: str, **others: Any) -> dict[str, Any]:
             return self._depends_on(step, prefix=behind.fingerprint, quantizer=identity, **others)
 
+        fitted = None
+        if quantizer is not None:
+            fitted = FittedQuantizer(quantizer, None if calibrated is None else calibrated.ranges, frozenset(keep))
         row = RowMeasurement(
             self._lm,
             self._config.eval,
             behind,
-            quantizer,
-            None if calibrated is None else calibrated.ranges,
-            keep,
+            fitted,
             label,
             self._store,
             depends_on,

@@ -33,6 +33,7 @@ from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.events import Event, Progress
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.results import RunResult
 
 Tiny = Callable[..., LanguageModel]
@@ -61,9 +62,8 @@ class Recorded:
         ranges: ChannelRanges | None = None,
     ) -> row.RowMeasurement:
         cache = ArtifactStore(store)
-        return row.RowMeasurement(
-            lm, config, behind, quantizer, ranges, frozenset(), "row", cache, self.depends_on, self.events.append
-        )
+        fitted = None if quantizer is None else FittedQuantizer(quantizer, ranges)
+        return row.RowMeasurement(lm, config, behind, fitted, "row", cache, self.depends_on, self.events.append)
 
 
 @pytest.mark.parametrize("quantizer", [STATIC, DYNAMIC, PER_TOKEN], ids=lambda quantizer: quantizer.name)
@@ -123,7 +123,8 @@ def test_a_row_from_the_cache_computes_nothing(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    for name in ("quantized", "run_task", "block_losses"):
+    monkeypatch.setattr(FittedQuantizer, "on", never)
+    for name in ("run_task", "block_losses"):
         monkeypatch.setattr(row, name, never)
     assert Recorded().row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q").measure(blocks, tasks, None) == first
 

@@ -20,6 +20,7 @@ from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
@@ -53,7 +54,7 @@ def measured(
     calibration: ChannelRanges | None = None,
 ) -> ModuleRatios:
     observer = RatioObserver()
-    steps = list(measure_ratios(lm, behind, texts, config or quantizer(), observer, calibration))
+    steps = list(measure_ratios(lm, behind, texts, FittedQuantizer(config or quantizer(), calibration), observer))
     assert steps == list(range(1, len(texts) + 1))
     return observer.ratios()
 
@@ -307,7 +308,7 @@ def test_everything_comes_off_bit_for_bit(tiny: Tiny, how: str) -> None:
     modules = [(name, id(module)) for name, module in lm.model.named_modules()]
     weights = [(name, id(weight), weight.clone()) for name, weight in lm.model.named_parameters()]
     hooks = sum(len(module._forward_pre_hooks) for module in lm.model.modules())
-    steps = measure_ratios(lm, EMPTY, texts, config, RatioObserver(), ranges)
+    steps = measure_ratios(lm, EMPTY, texts, FittedQuantizer(config, ranges), RatioObserver())
     next(steps)
     if how == "through":
         list(steps)
