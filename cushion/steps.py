@@ -34,6 +34,8 @@ from cushion.evaluation import attention, harness, perplexity, tasks
 from cushion.evaluation.activation_map import MAP_POSITIONS, ActivationMap, activation_map
 from cushion.evaluation.attention import AttentionShares, attention_shares
 from cushion.events import Event, Progress, Record
+from cushion.execution import registry as execution_registry
+from cushion.execution import simulated
 from cushion.hashing import digest, tensor_digest
 from cushion.models import LanguageModel, architectures, experts, language_model
 from cushion.prefix import Prefix
@@ -76,7 +78,17 @@ from cushion.search.scan import Scanned
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
 
 _ROTATION = (hadamard, replacements, rotation)
-_QUANTIZED = (*_ROTATION, attention_quantizer, linear, smoothquant, smoothing, check, fitted)
+_QUANTIZED = (
+    *_ROTATION,
+    attention_quantizer,
+    linear,
+    smoothquant,
+    smoothing,
+    check,
+    fitted,
+    execution_registry,
+    simulated,
+)
 _PARTS = (base, grids, registry, weights, activations_part, kv_cache, attention_part)
 _CONFIG = (config_module, checks, quantizer_module, *_PARTS, smoothing_part, rotation_part, qfem_part)
 _COMMON = (sys.modules[__name__], *_CONFIG, architectures, experts, language_model, prefix, numerics)

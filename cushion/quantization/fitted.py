@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
+from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.attention import quantized_attention
 from cushion.quantization.check import check_quantizer
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
-from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.numerics import Grid, QuantizedWeight, quantize_weight
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.rotation import rotated
@@ -41,11 +42,14 @@ class FittedQuantizer:
 
     @contextmanager
     @torch.no_grad()
-    def on(self, lm: LanguageModel, straight_through: bool = False) -> Iterator[LanguageModel]:
+    def on(
+        self, lm: LanguageModel, straight_through: bool = False, execution: str = "simulated"
+    ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 
         Args:
             straight_through: let gradients pass the rounding of activations and inside attention (for tuning).
+            execution: how quantized linears are computed, a name of `EXECUTIONS`.
 
         Raises:
             CalibrationError: `ranges` or `keep` is needed and missing, or `ranges` lacks a linear, or `keep` names
@@ -54,7 +58,7 @@ class FittedQuantizer:
 
         """
         assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
-        config = self.config
+        config, build = self.config, load_execution(execution)
         check_quantizer(lm, config)
         self._check_ranges(lm)
         self._check_keep(lm)
@@ -67,17 +71,18 @@ class FittedQuantizer:
             weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
             siblings = _siblings(lm)
             for name, linear in lm.linears(config.targets).items():
-                weight = linear.weight.detach()
+                plain = linear.weight.detach()
+                weight: Tensor | QuantizedWeight = plain
                 if weight_grid is not None:
-                    weight = quantize_weight(weight, weight_grid, config.weights.granularity, config.weights.group_size)
-                activation = self._activation(name, scales.get(name), straight_through, linear.weight.device)
+                    weight = quantize_weight(plain, weight_grid, config.weights.granularity, config.weights.group_size)
+                activation = self._activation(name, scales.get(name), straight_through, plain.device)
                 if activation is not None:
                     activation = activation.shared_with(siblings.get(name, []))
                 if weight_grid is None and activation is None:
                     continue
                 bias = None if linear.bias is None else linear.bias.detach()
                 parent, _, leaf = name.rpartition(".")
-                replacements.put(lm.model.get_submodule(parent), leaf, QuantizedLinear(weight, bias, activation))
+                replacements.put(lm.model.get_submodule(parent), leaf, build.linear(weight, bias, activation))
             yield lm
         finally:
             replacements.undo()
