@@ -26,6 +26,7 @@ INFRASTRUCTURE = frozenset(
     {
         "cushion",  # its version and names for users
         "cushion.artifacts",  # how a step is stored, locked and read
+        "cushion.checks",
         "cushion.code",
         "cushion.config",  # what it holds stands in the keys, value by value
         "cushion.config_warnings",
@@ -35,6 +36,9 @@ INFRASTRUCTURE = frozenset(
         "cushion.hashing",
         "cushion.models.embedded",  # weights stand in the keys by the model's fingerprint
         "cushion.models.tiny",
+        "cushion.quantization.parts",  # with its modules; what they decide stands in the identity of a quantizer
+        "cushion.quantization.quantizer",
+        "cushion.registry",
         "cushion.sources",
         "cushion.step",
     }
@@ -88,12 +92,17 @@ class Sources:
         return {part for name in names for part in _and_packages_above(name)} & known - {module}
 
     def closure(self, module: str, without: frozenset[str]) -> set[str]:
-        """A module and all that it imports, directly or through others, but for `without` and what only they import."""
+        """A module and all that it imports, directly or through others, but for `without` and what only they import.
+
+        A package that is left out is left out with its modules, but for the root, which is its own `__init__` alone.
+        """
         found, left = {module}, [module]
         while left:
-            for name in self.imports(left.pop()) - found - without:
-                found.add(name)
-                left.append(name)
+            for name in self.imports(left.pop()) - found:
+                package = name.rpartition(".")[0]
+                if name not in without and not ("." in package and package in without):
+                    found.add(name)
+                    left.append(name)
         return found
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:

@@ -13,18 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.errors import ConfigError, did_you_mean
+from cushion.checks import at_least, one_of, require
+from cushion.errors import ConfigError
+from cushion.quantization.parts.activations import ActivationConfig as ActivationConfig
+from cushion.quantization.parts.attention import AttentionConfig as AttentionConfig
+from cushion.quantization.parts.kv_cache import KvCacheConfig as KvCacheConfig
+from cushion.quantization.parts.qfem import QFeMConfig as QFeMConfig
+from cushion.quantization.parts.weights import WeightConfig as WeightConfig
+from cushion.quantization.quantizer import LEVELS, QuantizerConfig
+from cushion.quantization.quantizer import CalibrationConfig as CalibrationConfig
 from cushion.registry import SEARCH_METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOURCES = ("embedded", "wikitext2", "c4", "file")
 SPLITS = ("train", "validation", "test")
-LEVELS = ("full", "paper")
-ZERO_POINTS = ("real", "integer")
-WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-ACTIVATION_GRANULARITIES = ("per_tensor", "per_token")
-RANGES = ("static", "dynamic")
-ROTATIONS = ("none", "hadamard")
 PROPOSALS = ("vocabulary", "sampled", "frequent", "outlier", "user")
 SCORINGS = ("full", "exact", "pruned")
 ROUND_TEXTS = ("first", "spikes", "start")
@@ -40,32 +42,6 @@ BOS_POLICIES = ("none", "block")
 ACCURACIES = ("acc", "acc_norm")
 TRACKERS = ("none", "wandb")
 TRACKING_MODES = ("auto", "online", "offline")
-
-
-def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Raise `ConfigError` naming key, value and what is allowed unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key}={value!r} is not allowed: {allowed}")
-
-
-def one_of(key: str, value: str, options: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless `value` is one of `options`, with the nearest option as a hint."""
-    require(value in options, key, value, f"choose one of {', '.join(options)}{did_you_mean(value, options)}")
-
-
-def at_least(key: str, value: float | None, lowest: float) -> None:
-    """Raise `ConfigError` unless `value` is None or at least `lowest`."""
-    require(value is None or value >= lowest, key, value, f"it must be at least {lowest}")
-
-
-def changed_keys(section: str, part: Any, keys: tuple[str, ...], why: str) -> list[str]:
-    """A warning for each of `keys` that is not at its default in `part`, although it has no effect."""
-    defaults = type(part)()
-    return [
-        f"{section}.{key}={getattr(part, key)!r} has no effect {why}"
-        for key in keys
-        if getattr(part, key) != getattr(defaults, key)
-    ]
 
 
 @dataclass
@@ -156,144 +132,6 @@ class DataConfig:
             "tuning": self.tuning,
             "search": self.search,
         }
-
-
-@dataclass
-class WeightConfig:
-    """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision."""
-
-    bits: int | None = 8
-    granularity: str = "per_tensor"
-    group_size: int = 128
-
-
-@dataclass
-class ActivationConfig:
-    """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision."""
-
-    bits: int | None = 8
-    granularity: str = "per_tensor"
-    range: str = "static"
-    symmetric: bool = True
-
-
-@dataclass
-class KvCacheConfig:
-    """`quantizer.kv_cache`: the grid of the cached keys and values, dynamic. `bits: null` leaves them as they are."""
-
-    bits: int | None = None
-    granularity: str = "per_token"
-    symmetric: bool = False
-
-
-@dataclass
-class AttentionConfig:
-    """`quantizer.attention`: the grid of both inputs of both products of attention, dynamic. `bits: null`: none."""
-
-    bits: int | None = None
-    granularity: str = "per_tensor"
-    symmetric: bool = True
-
-
-@dataclass
-class CalibrationConfig:
-    """`quantizer.calibration`: how much text the static ranges and the smoothing statistics are taken from."""
-
-    samples: int = 16
-    length: int = 512
-
-
-@dataclass
-class QFeMConfig:
-    """`quantizer.qfem`: QFeM (arXiv 2405.14428, section 4.2), off unless `alpha` is set or `search` is on.
-
-    Linears whose input has a max/median ratio of token scales above `alpha` keep full-precision activations.
-    """
-
-    alpha: float | None = None
-    search: bool = False
-    target: float = 1.05
-    texts: int | None = None
-    curve: int = 0
-
-    def __post_init__(self) -> None:
-        alpha, target = self.alpha, self.target
-        require(alpha is None or 0 <= alpha < math.inf, "quantizer.qfem.alpha", alpha, "at least 0 and finite, or null")
-        require(0 < target < math.inf, "quantizer.qfem.target", target, "it must be positive and finite")
-        at_least("quantizer.qfem.texts", self.texts, 1)
-        at_least("quantizer.qfem.curve", self.curve, 0)
-        reason = "with quantizer.qfem.search=true alpha is what is looked for: set one of the two"
-        require(alpha is None or not self.search, "quantizer.qfem.alpha", alpha, reason)
-
-
-@dataclass
-class QuantizerConfig:
-    """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is)."""
-
-    name: str = "per_tensor_static"
-    weights: WeightConfig = field(default_factory=WeightConfig)
-    activations: ActivationConfig = field(default_factory=ActivationConfig)
-    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    levels: str = "full"
-    zero_point: str = "real"
-    smoothing_alpha: float | None = None
-    rotation: str = "none"
-    rotation_seed: int = 0
-    targets: list[str] = field(default_factory=lambda: ["all"])
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    qfem: QFeMConfig = field(default_factory=QFeMConfig)
-
-    def __post_init__(self) -> None:
-        weights, activations = self.weights, self.activations
-        cache, attention = self.kv_cache, self.attention
-        bits_of = {"weights": weights.bits, "activations": activations.bits}
-        for key, bits in {**bits_of, "kv_cache": cache.bits, "attention": attention.bits}.items():
-            allowed = "2 to 8, or null for full precision"
-            require(bits is None or 2 <= bits <= 8, f"quantizer.{key}.bits", bits, allowed)
-        one_of("quantizer.weights.granularity", weights.granularity, WEIGHT_GRANULARITIES)
-        at_least("quantizer.weights.group_size", weights.group_size, 1)
-        one_of("quantizer.activations.granularity", activations.granularity, ACTIVATION_GRANULARITIES)
-        one_of("quantizer.kv_cache.granularity", cache.granularity, ACTIVATION_GRANULARITIES)
-        one_of("quantizer.attention.granularity", attention.granularity, ACTIVATION_GRANULARITIES)
-        one_of("quantizer.activations.range", activations.range, RANGES)
-        if activations.granularity == "per_token":
-            reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
-            require(activations.range == "dynamic", "quantizer.activations.range", activations.range, reason)
-        one_of("quantizer.levels", self.levels, LEVELS)
-        one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
-        alpha = self.smoothing_alpha
-        require(alpha is None or 0 <= alpha <= 1, "quantizer.smoothing_alpha", alpha, "0 to 1, or null for none")
-        one_of("quantizer.rotation", self.rotation, ROTATIONS)
-        at_least("quantizer.rotation_seed", self.rotation_seed, 0)
-        require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
-        at_least("quantizer.calibration.samples", self.calibration.samples, 1)
-        at_least("quantizer.calibration.length", self.calibration.length, 2)
-        texts, samples = self.qfem.texts, self.calibration.samples
-        reason = f"there are quantizer.calibration.samples={samples} calibration texts"
-        require(texts is None or texts <= samples, "quantizer.qfem.texts", texts, reason)
-
-    @property
-    def is_full_precision(self) -> bool:
-        """Whether this quantizer leaves the model as it is."""
-        parts = (self.weights, self.activations, self.kv_cache, self.attention)
-        return all(part.bits is None for part in parts) and self.smoothing_alpha is None and self.rotation == "none"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether channel ranges over calibration text are needed: for static ranges and for smoothing."""
-        static = self.activations.bits is not None and self.activations.range == "static"
-        return static or self.smoothing_alpha is not None
-
-    @property
-    def uses_qfem(self) -> bool:
-        """Whether QFeM decides which linears keep full-precision activations."""
-        return self.activations.bits is not None and (self.qfem.search or self.qfem.alpha is not None)
-
-    @property
-    def needs_calibration_text(self) -> bool:
-        """Whether calibration text is needed: for channel ranges, or for QFeM's ratios."""
-        return self.needs_calibration or self.uses_qfem
 
 
 @dataclass

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from cushion.config import RunConfig, SearchConfig, changed_keys
+from cushion.checks import without_effect
+from cushion.config import QuantizerConfig, RunConfig, SearchConfig
+from cushion.quantization.parts.registry import PARTS, unread
 from cushion.registry import SEARCH_METHODS
 
 _GRID = ("bits", "symmetric", "levels")
@@ -17,7 +19,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
     found: list[str] = []
 
     def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
-        found.extend(changed_keys(section, part, keys, why))
+        found.extend(without_effect(section, part, keys, why))
 
     keys: tuple[str, ...]
     search, tuning, quantizer = config.search, config.tuning, config.quantizer
@@ -44,28 +46,28 @@ def options_without_effect(config: RunConfig) -> list[str]:
         found.append(
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
-    if quantizer.weights.bits is None and quantizer.activations.bits is None:
-        changed("quantizer", quantizer, ("targets",), "without quantized weights or activations")
-    if quantizer.weights.granularity != "per_group":
-        changed("quantizer.weights", quantizer.weights, ("group_size",),
-                f"with quantizer.weights.granularity={quantizer.weights.granularity}")  # fmt: skip
-    grids = (quantizer.activations, quantizer.kv_cache, quantizer.attention)
-    if not any(grid.bits is not None and not grid.symmetric for grid in grids):
-        changed("quantizer", quantizer, ("zero_point",), "without an asymmetric grid")
-    for key in ("kv_cache", "attention"):
-        if getattr(quantizer, key).bits is None:
-            changed(f"quantizer.{key}", getattr(quantizer, key), ("granularity", "symmetric"),
-                    f"with quantizer.{key}.bits=null")  # fmt: skip
-    if quantizer.rotation == "none":
-        changed("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")
+    found += _of_quantizer(quantizer)
+    return found
+
+
+_WITHOUT_A_READER = {
+    "levels": "without quantized weights, activations, cache or attention",
+    "zero_point": "without an asymmetric grid",
+    "targets": "without quantized weights or activations",
+}
+
+
+def _of_quantizer(quantizer: QuantizerConfig) -> list[str]:
+    found = [
+        warning
+        for key in unread(quantizer)
+        for warning in without_effect("quantizer", quantizer, (key,), _WITHOUT_A_READER[key])
+    ]
+    for part in PARTS.values():
+        found += part.warnings(quantizer)
     if not quantizer.needs_calibration_text:
-        changed("quantizer.calibration", quantizer.calibration, ("samples", "length"),
-                "without static ranges, smoothing or QFeM")  # fmt: skip
-    if quantizer.activations.bits is None:
-        changed("quantizer.qfem", quantizer.qfem, ("alpha", "search", "target", "texts", "curve"),
-                "with quantizer.activations.bits=None")  # fmt: skip
-    elif not quantizer.qfem.search:
-        changed("quantizer.qfem", quantizer.qfem, ("target", "texts", "curve"), "with quantizer.qfem.search=False")
+        keys, why = ("samples", "length"), "without static ranges, smoothing or QFeM"
+        found += without_effect("quantizer.calibration", quantizer.calibration, keys, why)
     return found
 
 
@@ -73,4 +75,4 @@ def _search_keys(search: SearchConfig) -> list[str]:
     method = SEARCH_METHODS[search.method]
     used = ("name", "method", *_GRID, *method.reads)
     unread = tuple(field.name for field in dataclasses.fields(search) if field.name not in used)
-    return [*changed_keys("search", search, unread, f"with search.method={search.method}"), *method.idle(search)]
+    return [*without_effect("search", search, unread, f"with search.method={search.method}"), *method.idle(search)]

@@ -287,7 +287,7 @@ class _Run:
         return list(distinct.values())
 
     def _row(self, stage: _Stage, quantizer: QuantizerConfig | None, curve: MagnitudeCurve, error: float) -> Row:
-        kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", _scheme(quantizer))
+        kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
         if len(stage.prefix):
             label += f" + {stage.title}"
         name = kind if stage.key == "none" else f"{kind}_{stage.key}"
@@ -434,11 +434,3 @@ def _truncation_warning(truncated: dict[str, int], label: str, length: int, shot
         f"{counts} of eval.tasks lost the start of their context ({label}): with the answer they are longer "
         f"than {room}{way_out}"
     )
-
-
-def _scheme(quantizer: QuantizerConfig) -> str:
-    """`per_tensor_static W8A8`, the way the field writes it."""
-    scheme = f"{quantizer.name} W{quantizer.weights.bits or 16}A{quantizer.activations.bits or 16}"
-    scheme += "" if quantizer.kv_cache.bits is None else f"KV{quantizer.kv_cache.bits}"
-    scheme += "" if quantizer.attention.bits is None else f" attention {quantizer.attention.bits}"
-    return scheme if quantizer.rotation == "none" or quantizer.name == "rotation" else f"{scheme} rotated"

@@ -14,7 +14,7 @@ from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.tasks import TaskSet, check_tasks, load_tasks
 from cushion.models import LanguageModel, check_model, load_language_model
-from cushion.quantization.simulate import check_quantizer
+from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
 from cushion.search.replicas import check_replicas
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -28,13 +28,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import get_scheduler
 
-from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
-from cushion.config import QFeMConfig, QuantizerConfig, SearchConfig, TuningConfig
+from cushion.activations import observe_inputs, observe_outputs
+from cushion.config import QuantizerConfig, SearchConfig, TuningConfig
 from cushion.errors import TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.numerics import Grid, fake_quantize
-from cushion.quantization.simulate import quantized
+from cushion.quantization.parts.registry import turned_off
 
 HALF_PRECISION_SCALING = 2.0**10
 """Factor on the loss of a float16 model during the backward pass, taken out of the gradients again."""
@@ -182,16 +183,7 @@ class TuningLoss:
 def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> QuantizerConfig:
     """The quantizer under which L_pred is computed: the run's own with dynamic ranges, or none."""
     if config.prediction_model == "full_precision":
-        return replace(
-            quantizer,
-            weights=replace(quantizer.weights, bits=None),
-            activations=replace(quantizer.activations, bits=None),
-            kv_cache=replace(quantizer.kv_cache, bits=None),
-            attention=replace(quantizer.attention, bits=None),
-            smoothing_alpha=None,
-            qfem=QFeMConfig(),
-            rotation="none",
-        )
+        return turned_off(quantizer, lambda part: True)
     return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
 
 
@@ -199,24 +191,20 @@ def tune_prefix(
     lm: LanguageModel,
     found: Prefix,
     config: TuningConfig,
-    quantizer: QuantizerConfig,
+    fitted: FittedQuantizer,
     objective: SearchConfig,
     texts: Tensor,
     held_out: Tensor,
     seed: int,
-    calibration: ChannelRanges | None = None,
     state: TuningState | None = None,
-    keep: Set[str] | None = None,
 ) -> Iterator[TuningState]:
     """Tune the keys and values of `found`.
 
     Args:
-        quantizer: the run's quantizer; L_pred is computed under it (see `tuning_quantizer`).
+        fitted: the run's quantizer, fitted behind `found`; L_pred is computed under it (see `tuning_quantizer`).
         texts: training token ids, (sequences, tokens).
         held_out: token ids that decide which step was best, (sequences, tokens).
-        calibration: statistics behind `found`, needed when the quantizer smooths.
         state: go on from here instead of from the start.
-        keep: linears whose input stays in full precision behind `found`, needed when the quantizer uses QFeM.
 
     Yields:
         The state after every step, the same object each time; its `best` is the prefix to keep. Between two steps the
@@ -227,7 +215,8 @@ def tune_prefix(
 
     """
     loss_of = TuningLoss(lm, config, objective)
-    with quantized(lm, tuning_quantizer(config, quantizer), calibration, straight_through=True, keep=keep):
+    under = replace(fitted, config=tuning_quantizer(config, fitted.config))
+    with under.on(lm, straight_through=True):
         if state is None:
             initial = _held_out_loss(loss_of, found, held_out, config)
             if not math.isfinite(initial):

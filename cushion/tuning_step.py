@@ -15,6 +15,7 @@ from cushion.errors import TuningError
 from cushion.hashing import tensor_digest
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.step import Context, Step
 from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
@@ -104,14 +105,12 @@ class TuningRun(Step[Tuned]):
             context.lm,
             self.found,
             self.config,
-            self.quantizer,
+            FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges, self.keep),
             self.objective,
             self.texts,
             self.held_out,
             seed=self.seed,
-            calibration=None if self.calibration is None else self.calibration.ranges,
             state=state,
-            keep=self.keep,
         )
         try:
             for current in steps:

@@ -11,12 +11,17 @@ PACKAGE = ROOT / "cushion"
 
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations"},
-    {"artifacts", "code", "registry", "progress"},
+    {"artifacts", "code", "registry", "progress", "checks"},
+    {"quantization/parts"},
+    {"quantization/quantizer"},
     {"config"},
     {"sources"},
     {"models"},
     {"data", "prefix", "step"},
     {"blockwise"},
+    {"quantization/numerics"},
+    {"quantization/linear"},
+    {"execution"},
     {"quantization"},
     {"search", "tuning"},
     {"config_warnings"},
@@ -39,36 +44,46 @@ TOO_LONG = {"config.py", "pipeline.py", "evaluation/tasks.py"}
 """Files that are longer still; none may join them."""
 
 
-def rank_of(name: str) -> int:
-    ranks = [number for number, names in enumerate(RANKS) if name in names]
-    assert len(ranks) == 1, f"{name} stands in {len(ranks)} ranks of tests/test_architecture.py, not in one"
+def unit_of(module: str) -> str:
+    """What a module, `quantization/linear`, is ranked as: itself, or the package nearest above it that has a rank."""
+    named = [name for names in RANKS for name in names if module == name or module.startswith(f"{name}/")]
+    assert named, f"{module} stands in no rank of tests/test_architecture.py"
+    return max(named, key=len)
+
+
+def rank_of(unit: str) -> int:
+    ranks = [number for number, names in enumerate(RANKS) if unit in names]
+    assert len(ranks) == 1, f"{unit} stands in {len(ranks)} ranks of tests/test_architecture.py, not in one"
     return ranks[0]
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The packages and modules of Cushion that a file imports, by the first part of their names."""
+    """The modules of Cushion that a file imports, `quantization/linear`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports are absolute"
-            module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "cushion" else [module]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            inside = len(parts) > 1 and parts[0] == "cushion"
-            if inside and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file()):
-                yield parts[1]
+            top, *parts = name.split(".")
+            while top == "cushion" and parts:
+                place = "/".join(parts)
+                if (PACKAGE / place).is_dir() or (PACKAGE / f"{place}.py").is_file():
+                    yield place
+                    break
+                parts.pop()
 
 
 def test_a_package_imports_only_from_packages_below_it() -> None:
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if own == "__init__":
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
+        if module == "__init__":
             continue
-        for other in imports(path):
+        own = unit_of(module)
+        for other in map(unit_of, imports(path)):
             if other != own and rank_of(other) >= rank_of(own):
                 wrong.append(f"{path.relative_to(ROOT)} imports {other}, which does not stand below {own}")
     assert not wrong, "\n".join(wrong)

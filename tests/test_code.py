@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import cushion.steps  # noqa: F401 - defines every step
+import cushion.search.greedy_prefix
+import cushion.search.rule_prefix
+import cushion.steps  # noqa: F401 - with the two above, every step is defined
 from cushion import code
 from cushion.code import INFRASTRUCTURE, Sources
 from cushion.step import Step

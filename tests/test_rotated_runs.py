@@ -17,6 +17,7 @@ from cushion.models import load_language_model
 from cushion.prefix import Prefix
 from cushion.preparation import prepare
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.rotation import rotated
 from cushion.quantization.simulate import quantized
 from cushion.tuning import tune_prefix, tuning_quantizer
@@ -122,7 +123,7 @@ def test_tuning_measures_the_error_where_the_quantizer_stands(text_file: Path, t
                 lm,
                 Prefix.from_tokens(lm.model, [3, 4]),
                 config.tuning,
-                config.quantizer,
+                FittedQuantizer(config.quantizer),
                 config.search,
                 texts,
                 held_out,

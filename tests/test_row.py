@@ -131,7 +131,7 @@ def test_a_row_from_the_cache_computes_nothing(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    for module, name in ((lazily, "quantized"), (task_step, "run_task"), (perplexity_step, "block_losses")):
+    for module, name in ((lazily.FittedQuantizer, "on"), (task_step, "run_task"), (perplexity_step, "block_losses")):
         monkeypatch.setattr(module, name, never)
     assert measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", blocks, tasks) == first
 

@@ -22,6 +22,7 @@ from cushion.config import ActivationConfig, QuantizerConfig, SearchConfig, Tuni
 from cushion.errors import TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.numerics import Grid
 from cushion.tuning import (
     TuningLoss,
@@ -52,7 +53,8 @@ def tuning(lm: LanguageModel, config: TuningConfig, state: TuningState | None = 
     """The generator of `tune_prefix` with the rest filled in."""
     given = {"quantizer": QuantizerConfig(), "texts": some_texts(), "held_out": some_texts(4, seed=1), **options}
     found = given.pop("found", None) or Prefix.from_tokens(lm.model, TOKENS, {"text": "kept"})
-    return tune_prefix(lm, found, config, objective=SearchConfig(), seed=0, state=state, **given)
+    fitted = FittedQuantizer(given.pop("quantizer"))
+    return tune_prefix(lm, found, config, fitted, objective=SearchConfig(), seed=0, state=state, **given)
 
 
 def last(states: Any) -> TuningState:

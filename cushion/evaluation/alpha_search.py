@@ -8,20 +8,20 @@ that the perplexity falls with every linear that is kept; what was evaluated on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from cushion.activations import ChannelRanges
-from cushion.config import EvalConfig, QFeMConfig, QuantizerConfig
+from cushion.config import EvalConfig, QuantizerConfig
 from cushion.errors import NotFiniteError
 from cushion.evaluation.perplexity import BlockLoss, block_losses, perplexity
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.qfem import ModuleRatios
-from cushion.quantization.simulate import quantized
 
 
 @dataclass
@@ -58,7 +58,11 @@ class AlphaSearch:
 def per_token(quantizer: QuantizerConfig) -> QuantizerConfig:
     """The quantizer that the target refers to: dynamic scales per token, everything else the same, no QFeM."""
     activations = replace(quantizer.activations, granularity="per_token", range="dynamic")
-    return replace(quantizer, activations=activations, qfem=QFeMConfig())
+    return replace(_without_qfem(quantizer), activations=activations)
+
+
+def _without_qfem(quantizer: QuantizerConfig) -> QuantizerConfig:
+    return PARTS["qfem"].off(quantizer)
 
 
 def curve_numbers(last: int, points: int) -> list[int]:
@@ -75,20 +79,19 @@ def curve_numbers(last: int, points: int) -> list[int]:
 def search_alpha(
     lm: LanguageModel,
     behind: Prefix,
-    quantizer: QuantizerConfig,
+    fitted: FittedQuantizer,
     ratios: ModuleRatios,
     texts: Tensor,
     state: AlphaSearch,
-    calibration: ChannelRanges | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Find alpha for `quantizer` behind a prefix.
+    """Find alpha for a quantizer behind a prefix.
 
     Args:
-        quantizer: the quantizer, with the target in its `qfem`.
+        fitted: the quantizer, fitted behind the same prefix, with the target in its `qfem`. What it keeps is what is
+            looked for.
         ratios: of the linears that are quantized.
         texts: calibration token ids, (texts, tokens); each is run alone.
         state: filled in place; points that it has are not evaluated again.
-        calibration: channel ranges behind the same prefix, where the quantizer needs them.
 
     Yields:
         The number of texts run, and how many there will be at most. Between two the quantizer is still on the model:
@@ -98,18 +101,18 @@ def search_alpha(
         NotFiniteError: the per-token quantizer has no finite perplexity on these texts.
 
     """
-    settings, alphas = quantizer.qfem, ratios.thresholds()
+    settings, alphas = fitted.config.qfem, ratios.thresholds()
     last = len(alphas) - 1
     at_most = (1 + 2 + max(0, last - 1).bit_length() + len(curve_numbers(last, settings.curve))) * len(texts)
-    under = replace(quantizer, qfem=QFeMConfig())
+    under = _without_qfem(fitted.config)
     done = (len(state.points) + (state.reference is not None)) * len(texts)
     losses: list[BlockLoss] = []
 
-    def run_under(config: QuantizerConfig, keep: Set[str]) -> Iterator[tuple[int, int]]:
+    def run_under(config: QuantizerConfig, keep: frozenset[str]) -> Iterator[tuple[int, int]]:
         """Fill `losses`. The last text is for the caller to report, once the state has what came out."""
         nonlocal done
         losses.clear()
-        with quantized(lm, config, calibration, keep=keep):
+        with replace(fitted, config=config, keep=keep).on(lm):
             for loss in block_losses(lm, behind, texts, EvalConfig(batch_size=1)):
                 losses.append(loss)
                 done += 1
@@ -127,7 +130,7 @@ def search_alpha(
         yield done, at_most
 
     if state.reference is None:
-        yield from run_under(per_token(quantizer), frozenset())
+        yield from run_under(per_token(fitted.config), frozenset())
         state.reference = perplexity(losses)
         yield done, at_most
     yield from evaluate(0)

@@ -15,6 +15,7 @@ from cushion.evaluation.alpha_search import AlphaSearch, search_alpha
 from cushion.hashing import tensor_digest
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.qfem_steps import MeasuredRatios
 from cushion.step import Context, Step
@@ -73,9 +74,9 @@ class AlphaStep(Step[dict[str, Any]]):
             state.reference, before = saved[0]["reference"], saved[0]["seconds"]
             state.points = {int(number): value for number, value in saved[0]["points"].items()}
         started, kept_points = time.perf_counter() - before, -1
-        ranges = None if self.calibration is None else self.calibration.ranges
+        fitted = FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges)
         ratios = self._ratios(context)
-        for done, at_most in search_alpha(context.lm, self.behind, self.quantizer, ratios, self._used(), state, ranges):
+        for done, at_most in search_alpha(context.lm, self.behind, fitted, ratios, self._used(), state):
             context.progress(f"alpha search, {self.title}", done, at_most, "text")
             if state.reference is not None and len(state.points) != kept_points:
                 seconds = time.perf_counter() - started

@@ -428,7 +428,7 @@ def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None) -> in
     """
     if config.task_batch_size is not None:
         return config.task_batch_size
-    return 1 if _spans_batch(quantizer) else BATCH_SIZE
+    return 1 if quantizer is not None and quantizer.spans_batch else BATCH_SIZE
 
 
 def check_tasks(
@@ -462,19 +462,11 @@ def check_tasks(
                 f"no room is left for its context in the {lm.context_length} positions of {lm.label}: "
                 "shorten the prefix"
             )
-    if (config.task_batch_size or 1) > 1 and _spans_batch(quantizer):
+    if (config.task_batch_size or 1) > 1 and quantizer.spans_batch:
         raise ConfigError(
             f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "
             "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1 or null"
         )
-
-
-def _spans_batch(quantizer: QuantizerConfig | None) -> bool:
-    if quantizer is None:
-        return False
-    dynamic: list[Any] = [quantizer.kv_cache, quantizer.attention]
-    dynamic += [quantizer.activations] if quantizer.activations.range == "dynamic" else []
-    return any(grid.bits is not None and grid.granularity == "per_tensor" for grid in dynamic)
 
 
 @contextmanager

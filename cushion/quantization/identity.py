@@ -7,6 +7,7 @@ from typing import Any
 
 from cushion.config import QuantizerConfig
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.parts.registry import PARTS
 
 
 def quantizer_identity(
@@ -21,25 +22,15 @@ def quantizer_identity(
         keep: the linears that QFeM keeps in full precision.
 
     """
-    weights, activations = quantizer.weights, quantizer.activations
-    found: dict[str, Any] = {"smoothing_alpha": quantizer.smoothing_alpha, "rotation": rotation_of(quantizer)}
-    if weights.bits is not None:
-        size = weights.group_size if weights.granularity == "per_group" else None
-        found["weights"] = [weights.bits, weights.granularity, size]
-    if activations.bits is not None:
-        found["activations"] = [activations.bits, activations.granularity, activations.range, activations.symmetric]
+    found: dict[str, Any] = {}
+    shared: set[str] = set()
+    for part in PARTS.values():
+        if part.is_on(quantizer):
+            found |= part.identity(quantizer)
+            shared |= part.reads(quantizer)
+    found |= {key: getattr(quantizer, key) for key in sorted(shared)}
+    if keep:
         found["keep"] = sorted(keep)
-    for key in ("kv_cache", "attention"):
-        part = getattr(quantizer, key)
-        if part.bits is not None:
-            found[key] = [part.bits, part.granularity, part.symmetric]
-    grids = (activations, quantizer.kv_cache, quantizer.attention)
-    if weights.bits is not None or any(grid.bits is not None for grid in grids):
-        found["levels"] = quantizer.levels
-    if any(grid.bits is not None and not grid.symmetric for grid in grids):
-        found["zero_point"] = quantizer.zero_point
-    if weights.bits is not None or activations.bits is not None:
-        found["targets"] = list(quantizer.targets)
     if calibration is not None and quantizer.needs_calibration:
         found["calibration"] = calibration.key
     return found

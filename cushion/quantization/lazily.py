@@ -11,8 +11,8 @@ from cushion.config import QuantizerConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
-from cushion.quantization.simulate import quantized
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class QuantizedLazily:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
             ranges = None if self.calibration is None else self.calibration.ranges
-            self._stack.enter_context(quantized(self.lm, self.quantizer, ranges, keep=self.keep))
+            self._stack.enter_context(FittedQuantizer(self.quantizer, ranges, self.keep).on(self.lm))
             self._is_on = True
 
     def identity(self) -> dict[str, Any]:

@@ -83,12 +83,18 @@ def fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> 
         A new tensor of the shape and dtype of `values`.
 
     """
+    codes = quantize(values, scale, offset, grid)
+    if grid.symmetric:
+        return codes.mul_(scale.float()).to(values.dtype)
+    return codes.mul_(scale.float()).add_(offset.float()).to(values.dtype)
+
+
+def quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """The codes `clamp(round((X - z) / s))`, whole numbers in a new float32 tensor; arguments as `fake_quantize`."""
     low, high = grid.bounds
     if grid.symmetric:
-        codes = (values.float() / scale.float()).round_().clamp_(low, high)
-        return codes.mul_(scale.float()).to(values.dtype)
-    codes = (values.float() - offset.float()).div_(scale.float()).round_().clamp_(low, high)
-    return codes.mul_(scale.float()).add_(offset.float()).to(values.dtype)
+        return (values.float() / scale.float()).round_().clamp_(low, high)
+    return (values.float() - offset.float()).div_(scale.float()).round_().clamp_(low, high)
 
 
 def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -101,8 +107,36 @@ def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[
     return values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
 
 
-def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: int | None = None) -> Tensor:
-    """Quantize-dequantize the weight of a linear layer.
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """The weight of a linear layer as codes, scales and offsets.
+
+    Args:
+        codes: whole numbers in float32, in which a weight that is not finite stays so; (out_features, in_features), or
+            (out_features, groups, group_size) where groups of inputs have scales of their own.
+        scale: float32, broadcastable to `codes`.
+        offset: as `scale`; None on a symmetric grid.
+        shape: (out_features, in_features).
+        dtype: of the weight that was quantized.
+
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, a new tensor of `shape` and `dtype`: what `fake_quantize` gives."""
+        values = self.codes * self.scale
+        if self.offset is not None:
+            values.add_(self.offset)
+        return values.to(self.dtype).reshape(self.shape)
+
+
+def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: int | None = None) -> QuantizedWeight:
+    """Quantize the weight of a linear layer.
 
     Args:
         weight: `(out_features, in_features)`.
@@ -110,9 +144,6 @@ def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: in
         granularity: `per_tensor` (one scale), `per_channel` (one scale per output row) or `per_group` (one scale per
             output row and `group_size` neighbouring inputs).
         group_size: number of inputs per group; must divide `in_features`.
-
-    Returns:
-        A new tensor of the same shape and dtype.
 
     """
     dims: tuple[int, ...]
@@ -126,4 +157,5 @@ def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: in
     else:
         raise AssertionError(f"unknown weight granularity {granularity!r}")
     scale, offset = grid.parameters(*dynamic_range(shaped.float(), dims))
-    return fake_quantize(shaped, scale, offset, grid).reshape(weight.shape)
+    codes = quantize(shaped, scale, offset, grid)
+    return QuantizedWeight(codes, scale, None if grid.symmetric else offset, weight.shape, weight.dtype)

@@ -14,17 +14,18 @@ import math
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cushion.activations import ChannelRanges, TokenScales, observe_inputs
-from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
+from cushion.activations import TokenScales, observe_inputs
+from cushion.config import QuantizerConfig
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.simulate import quantized
+from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.parts.registry import turned_off
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,7 @@ class ModuleRatios:
 
 def without_rounding(quantizer: QuantizerConfig) -> QuantizerConfig:
     """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
-    return QuantizerConfig(
-        quantizer.name,
-        weights=WeightConfig(bits=None),
-        activations=ActivationConfig(bits=None),
-        smoothing_alpha=quantizer.smoothing_alpha,
-        rotation=quantizer.rotation,
-        rotation_seed=quantizer.rotation_seed,
-    )
+    return turned_off(quantizer, lambda part: not part.keeps_function)
 
 
 class RatioObserver:
@@ -119,24 +113,22 @@ def measure_ratios(
     lm: LanguageModel,
     behind: Prefix,
     texts: Tensor,
-    quantizer: QuantizerConfig,
+    fitted: FittedQuantizer,
     observer: RatioObserver,
-    calibration: ChannelRanges | None = None,
 ) -> Iterator[int]:
     """Run `texts` through the model as the quantizer finds it, without any rounding, and let `observer` collect.
 
     Args:
         texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
-        quantizer: its smoothing is in place while the inputs are seen.
+        fitted: its rotation and smoothing are in place while the inputs are seen.
         observer: filled in place, with all linears of the decoder blocks.
-        calibration: channel ranges behind the same prefix, needed where the quantizer smooths.
 
     Yields:
         The number of texts done. Between two texts the smoothing is still on the model: close the generator before
         using the model for anything else.
 
     """
-    with quantized(lm, without_rounding(quantizer), calibration):
+    with replace(fitted, config=without_rounding(fitted.config)).on(lm):
         for done, text in enumerate(texts, start=1):
             with observe_inputs(lm.linears(), observer):
                 lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)

@@ -14,6 +14,7 @@ from cushion.config import QuantizerConfig
 from cushion.hashing import digest, tensor_digest
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
 from cushion.step import Context, Step
@@ -59,8 +60,8 @@ class RatiosStep(Step[MeasuredRatios]):
     def make(self, context: Context, workspace: Workspace) -> None:
         """Run the texts, and keep every ratio and which linears share an input."""
         started, observer = time.perf_counter(), RatioObserver()
-        ranges = None if self.calibration is None else self.calibration.ranges
-        for done in measure_ratios(context.lm, self.behind, self.texts, self.quantizer, observer, ranges):
+        fitted = FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges)
+        for done in measure_ratios(context.lm, self.behind, self.texts, fitted, observer):
             context.progress(f"ratios, {self.title}", done, len(self.texts), "text")
         record = {**asdict(observer.ratios()), "seconds": time.perf_counter() - started}
         write_json(workspace.folder / "ratios.json", record)

@@ -19,6 +19,7 @@ from cushion.evaluation.alpha_search import AlphaSearch, curve_numbers, per_toke
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios
 
@@ -36,7 +37,7 @@ def quantizer(qfem: QFeMConfig, **changes: Any) -> QuantizerConfig:
 
 def ratios_of(lm: LanguageModel, texts: Tensor, config: QuantizerConfig, behind: Prefix = EMPTY) -> ModuleRatios:
     observer = RatioObserver()
-    for _ in measure_ratios(lm, behind, texts, config, observer):
+    for _ in measure_ratios(lm, behind, texts, FittedQuantizer(config), observer):
         pass
     return observer.ratios()
 
@@ -104,7 +105,7 @@ def test_the_search_finds_what_a_brute_force_over_all_thresholds_finds(
     for target in TARGETS:
         config = quantizer(QFeMConfig(search=True, target=target), activations=activations)
         state = AlphaSearch()
-        list(search_alpha(lm, EMPTY, config, ratios, texts, state, ranges))
+        list(search_alpha(lm, EMPTY, FittedQuantizer(config, ranges), ratios, texts, state))
         assert state.reference == pytest.approx(reference, rel=1e-4)
         for number, value in state.points.items():
             assert value == pytest.approx(curve[number], rel=1e-4)
@@ -126,7 +127,7 @@ def test_behind_a_prefix_the_same_search_runs_on_what_the_prefix_leaves(
     behind = Prefix.from_tokens(lm.model, [17, 42])
     config = quantizer(QFeMConfig(search=True, target=1.1, curve=50))
     ratios, state = ratios_of(lm, texts, config, behind), AlphaSearch()
-    list(search_alpha(lm, behind, config, ratios, texts, state))
+    list(search_alpha(lm, behind, FittedQuantizer(config), ratios, texts, state))
     assert sorted(state.points) == list(range(len(ratios.thresholds()))), "so long a curve has every point"
     assert state.found == min(number for number in state.points if state.within(number, 1.1))
     assert set(ratios.above(ratios.thresholds()[state.found])) == PLANTED
@@ -141,19 +142,19 @@ def test_a_search_that_was_stopped_goes_on_with_the_next_point(
     config = quantizer(QFeMConfig(search=True, curve=3))
     ratios = ratios_of(lm, texts, config)
     whole = AlphaSearch()
-    steps = list(search_alpha(lm, EMPTY, config, ratios, texts, whole))
+    steps = list(search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, whole))
     assert [done for done, _ in steps[:-1]] == list(range(1, len(steps)))
     assert all(done <= at_most == steps[-1][0] for done, at_most in steps)
 
     state, modules = AlphaSearch(), [id(module) for module in lm.model.modules()]
-    broken = search_alpha(lm, EMPTY, config, ratios, texts, state)
+    broken = search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, state)
     for _ in range(stop):
         next(broken)
     broken.close()
     assert [id(module) for module in lm.model.modules()] == modules
     finished = stop // len(texts)  # whole points, the reference included
     assert len(state.points) + (state.reference is not None) == finished
-    rest = list(search_alpha(lm, EMPTY, config, ratios, texts, state))
+    rest = list(search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, state))
     assert rest[0][0] == finished * len(texts) + 1
     assert len(rest) == len(steps) - finished * len(texts)
     assert state == whole
@@ -172,15 +173,15 @@ def test_a_quantizer_that_destroys_the_model_is_outside_every_target(tiny: Tiny)
     config = quantizer(QFeMConfig(search=True, target=1e30))
     ratios = ratios_of(lm, texts, config)
     healthy = AlphaSearch()
-    list(search_alpha(lm, EMPTY, config, ratios, texts, healthy))
+    list(search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, healthy))
     assert healthy.found == 0
     assert healthy.within(0, 1e30)
     broken = AlphaSearch(healthy.reference, {0: None})  # the loss was not finite
-    list(search_alpha(lm, EMPTY, config, ratios, texts, broken))
+    list(search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, broken))
     assert broken.found == 1
     lm.model.get_submodule("lm_head").weight.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match="no finite perplexity"):
-        list(search_alpha(lm, EMPTY, config, ratios, texts, AlphaSearch()))
+        list(search_alpha(lm, EMPTY, FittedQuantizer(config), ratios, texts, AlphaSearch()))
     assert not any(isinstance(module, QuantizedLinear) for module in lm.model.modules())
 
 

@@ -21,6 +21,7 @@ from cushion.models.language_model import _refuse_offloading
 from cushion.models.tiny import tiny_model
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.simulate import quantized
 from cushion.search.greedy import SearchState, greedy_search
@@ -67,7 +68,7 @@ def everything(lm: LanguageModel) -> dict[str, Any]:
         error = Objective(SearchConfig())(lm, prefix, texts[:1], skip=0)
     with quantized(lm, SMOOTHED, ranges):
         losses = [loss.loss for loss in block_losses(lm, prefix, texts, EvalConfig())]
-    *_, tuned = tune_prefix(lm, prefix, TUNING, SMOOTHED, SearchConfig(), texts, texts[:2], 0, ranges)
+    *_, tuned = tune_prefix(lm, prefix, TUNING, FittedQuantizer(SMOOTHED, ranges), SearchConfig(), texts, texts[:2], 0)
     return {
         "tokens": state.token_ids,
         "objectives": [step.objective_after for step in state.steps],

@@ -18,7 +18,8 @@ from cushion.config import ActivationConfig, AttentionConfig, KvCacheConfig, Qua
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix, PrefixCache
-from cushion.quantization.simulate import check_quantizer, quantized
+from cushion.quantization.check import check_quantizer
+from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
 REPLACEABLE = ("llama", "mistral", "qwen2", "opt")

@@ -44,7 +44,7 @@ def test_w8a8_is_the_product_of_what_the_formulas_give(granularity: str, symmetr
     quantizer = ActivationQuantizer(
         Grid(8, symmetric), "per_token" if granularity == "per_token" else "per_tensor", static_range
     )
-    linear = QuantizedLinear(quantize_weight(weight, Grid(8, True), "per_tensor"), bias, quantizer)
+    linear = QuantizedLinear(quantize_weight(weight, Grid(8, True), "per_tensor").dequantize(), bias, quantizer)
     torch.testing.assert_close(linear(values), expected, rtol=1e-5, atol=1e-5)
     full_precision = values @ weight.T + bias
     assert not torch.allclose(linear(values), full_precision, rtol=1e-5, atol=1e-5)

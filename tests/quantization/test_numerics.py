@@ -64,7 +64,7 @@ def test_symmetric_per_channel_agrees_with_torch(bits: int) -> None:
         weight, scale, zero_points, 0, -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
     )
     keep = away_from_ties(weight / scale[:, None])
-    assert torch.equal(quantize_weight(weight, grid, "per_channel")[keep], expected[keep])
+    assert torch.equal(quantize_weight(weight, grid, "per_channel").dequantize()[keep], expected[keep])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -221,7 +221,7 @@ def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype: to
     assert result.dtype == dtype and result.shape == values.shape
     assert torch.equal(result, fake_quantize(values.float(), scale, offset, grid).to(dtype))
     for granularity in ("per_tensor", "per_channel", "per_group"):
-        weight = quantize_weight(values, grid, granularity, 4)
+        weight = quantize_weight(values, grid, granularity, 4).dequantize()
         assert weight.dtype == dtype and weight.shape == values.shape
 
 
@@ -235,7 +235,9 @@ def test_the_input_is_never_changed_in_place(dtype: torch.dtype, grid: Grid) -> 
     scale, offset = grid.parameters(low, high)
     parameters = scale.clone(), offset.clone()
     results = [fake_quantize(values, scale, offset, grid)]
-    results += [quantize_weight(values, grid, name, 4) for name in ("per_tensor", "per_channel", "per_group")]
+    results += [
+        quantize_weight(values, grid, name, 4).dequantize() for name in ("per_tensor", "per_channel", "per_group")
+    ]
     for result in results:
         assert result.data_ptr() != values.data_ptr()
         result.fill_(0)
@@ -251,17 +253,19 @@ def test_the_input_is_never_changed_in_place(dtype: torch.dtype, grid: Grid) -> 
 @pytest.mark.parametrize("group_size", [1, 4, 16])
 def test_groups_are_channels_of_the_reshaped_weight(bits: int, group_size: int) -> None:
     grid, weight = Grid(bits, symmetric=True), draw(6, 16)
-    channels = quantize_weight(weight.reshape(-1, group_size), grid, "per_channel").reshape(6, 16)
-    groups = quantize_weight(weight, grid, "per_group", group_size)
+    channels = quantize_weight(weight.reshape(-1, group_size), grid, "per_channel").dequantize().reshape(6, 16)
+    groups = quantize_weight(weight, grid, "per_group", group_size).dequantize()
     assert torch.equal(groups, channels)
-    first = quantize_weight(weight[2:3, :group_size], grid, "per_tensor")  # a group knows nothing of the others
+    # a group knows nothing of the others
+    first = quantize_weight(weight[2:3, :group_size], grid, "per_tensor").dequantize()
     assert torch.equal(groups[2:3, :group_size], first)
 
 
 def test_the_whole_row_as_one_group_is_per_channel() -> None:
     weight = draw(6, 16)
     assert torch.equal(
-        quantize_weight(weight, Grid(4, True), "per_group", 16), quantize_weight(weight, Grid(4, True), "per_channel")
+        quantize_weight(weight, Grid(4, True), "per_group", 16).dequantize(),
+        quantize_weight(weight, Grid(4, True), "per_channel").dequantize(),
     )
 
 
@@ -269,7 +273,7 @@ def test_finer_granularity_confines_an_outlier_to_its_own_scale() -> None:
     weight = draw(8, 32)
     weight[3, 5] = 1000.0
     errors = {
-        name: (quantize_weight(weight, Grid(8, True), name, 8) - weight).abs()
+        name: (quantize_weight(weight, Grid(8, True), name, 8).dequantize() - weight).abs()
         for name in ("per_tensor", "per_channel", "per_group")
     }
     everywhere_else = torch.arange(8) != 3

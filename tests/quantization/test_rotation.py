@@ -30,9 +30,10 @@ from cushion.models.architectures import ARCHITECTURES, Architecture, ResidualSt
 from cushion.models.tiny import VOCABULARY_SIZE, byte_tokenizer
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.check import check_quantizer
 from cushion.quantization.hadamard import randomized_hadamard
 from cushion.quantization.rotation import check_rotation, rotated
-from cushion.quantization.simulate import check_quantizer, quantized
+from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
 ROTATABLE = SMOOTHABLE  # the families and the variants whose norms stand before their readers

@@ -18,8 +18,9 @@ from cushion.errors import CalibrationError, ConfigError, CushionError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.quantization.check import check_quantizer
 from cushion.quantization.linear import QuantizedLinear
-from cushion.quantization.simulate import check_quantizer, quantized
+from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cushion.config import SearchConfig, changed_keys
+from cushion.checks import without_effect
+from cushion.config import SearchConfig
 from cushion.errors import ConfigError
 from cushion.search.methods import SearchMethod, register
 
@@ -48,7 +49,7 @@ def _idle(search: SearchConfig) -> list[str]:
     found: list[str] = []
 
     def changed(keys: tuple[str, ...], why: str) -> None:
-        found.extend(changed_keys("search", search, keys, why))
+        found.extend(without_effect("search", search, keys, why))
 
     if search.proposal in ("vocabulary", "user"):
         changed(("candidates",), f"with search.proposal={search.proposal}")

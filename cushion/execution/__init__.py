@@ -1,0 +1,1 @@
+"""How a quantized linear is computed."""

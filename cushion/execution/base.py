@@ -1,0 +1,26 @@
+"""What an execution is: from codes, scales and offsets to the module that stands for a linear."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from cushion.quantization.linear import ActivationQuantizer
+from cushion.quantization.numerics import QuantizedWeight
+
+
+class Execution(Protocol):
+    """One way to compute quantized linears."""
+
+    def linear(
+        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
+    ) -> nn.Module:
+        """The module that stands for a linear.
+
+        Args:
+            weight: quantized, or (out_features, in_features) where it stays in full precision.
+            bias: (out_features,) or None, in full precision.
+            activation: quantizer of the input, or None to leave it in full precision.
+
+        """

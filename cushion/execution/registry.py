@@ -1,0 +1,19 @@
+"""The executions by name. Nothing is imported before it is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cushion.execution.base import Execution
+
+EXECUTIONS: dict[str, str] = {"simulated": "cushion.execution.simulated:Simulated"}
+"""`module:class` of an `Execution` that is made without arguments."""
+
+
+def load_execution(name: str) -> Execution:
+    """The execution of this name."""
+    module, _, attribute = EXECUTIONS[name].partition(":")
+    execution: Execution = getattr(import_module(module), attribute)()
+    return execution

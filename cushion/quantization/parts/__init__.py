@@ -1,0 +1,1 @@
+"""The parts of a quantizer: configuration, checks and declarations, without torch."""

@@ -1,0 +1,40 @@
+"""Rotation of the residual stream. Its keys are `rotation` and `rotation_seed`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cushion.checks import at_least, one_of, without_effect
+from cushion.quantization.parts.base import Part, Quantizer
+
+ROTATIONS = ("none", "hadamard")
+
+
+class Rotation(Part):
+    """The residual stream multiplied by an orthogonal matrix, folded into the weights."""
+
+    fields = ("rotation", "rotation_seed")
+    keeps_function = True
+
+    def is_on(self, quantizer: Quantizer) -> bool:
+        """Whether it rotates."""
+        return quantizer.rotation != "none"
+
+    def off(self, quantizer: Quantizer) -> Quantizer:
+        """The stream as it is."""
+        return replace(quantizer, rotation="none", rotation_seed=0)
+
+    def check(self, quantizer: Quantizer) -> None:
+        """A known rotation and a seed that is not negative."""
+        one_of("quantizer.rotation", quantizer.rotation, ROTATIONS)
+        at_least("quantizer.rotation_seed", quantizer.rotation_seed, 0)
+
+    def label(self, quantizer: Quantizer) -> str:
+        """` rotated`, unless the quantizer's name says so."""
+        return " rotated" if self.is_on(quantizer) and quantizer.name != "rotation" else ""
+
+    def warnings(self, quantizer: Quantizer) -> list[str]:
+        """A seed without a rotation."""
+        if self.is_on(quantizer):
+            return []
+        return without_effect("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")

@@ -1,0 +1,62 @@
+"""Quantized weights of the linears in the decoder blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cushion.checks import at_least, one_of, without_effect
+from cushion.quantization.parts.base import NOTHING, Part, Quantizer
+from cushion.quantization.parts.grids import check_bits, grid_keys
+
+WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+
+
+@dataclass
+class WeightConfig:
+    """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision."""
+
+    bits: int | None = 8
+    granularity: str = "per_tensor"
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_bits("quantizer.weights.bits", self.bits)
+        one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
+        at_least("quantizer.weights.group_size", self.group_size, 1)
+
+
+class Weights(Part):
+    """The weights of the targeted linears, symmetric."""
+
+    fields = ("weights",)
+
+    def is_on(self, quantizer: Quantizer) -> bool:
+        """Whether there are bits."""
+        return quantizer.weights.bits is not None
+
+    def off(self, quantizer: Quantizer) -> Quantizer:
+        """Weights in full precision."""
+        return replace(quantizer, weights=WeightConfig(bits=None))
+
+    def reads(self, quantizer: Quantizer) -> frozenset[str]:
+        """The targets, and the levels of the grid."""
+        return grid_keys(symmetric=True) | {"targets"} if self.is_on(quantizer) else NOTHING
+
+    def identity(self, quantizer: Quantizer) -> dict[str, Any]:
+        """The grid; the size of groups where there are groups."""
+        weights = quantizer.weights
+        size = weights.group_size if weights.granularity == "per_group" else None
+        return {"weights": {"bits": weights.bits, "granularity": weights.granularity, "group_size": size}}
+
+    def label(self, quantizer: Quantizer) -> str:
+        """`W8`."""
+        return f"W{quantizer.weights.bits or 16}"
+
+    def warnings(self, quantizer: Quantizer) -> list[str]:
+        """The size of groups without groups."""
+        weights = quantizer.weights
+        if weights.granularity == "per_group":
+            return []
+        why = f"with quantizer.weights.granularity={weights.granularity}"
+        return without_effect("quantizer.weights", weights, ("group_size",), why)

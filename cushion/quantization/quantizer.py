@@ -1,0 +1,92 @@
+"""The configuration of a quantizer: its parts, what they share, and what is asked of all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cushion.checks import at_least, one_of, require
+from cushion.quantization.parts.activations import ActivationConfig
+from cushion.quantization.parts.attention import AttentionConfig
+from cushion.quantization.parts.kv_cache import KvCacheConfig
+from cushion.quantization.parts.qfem import QFeMConfig
+from cushion.quantization.parts.registry import PARTS
+from cushion.quantization.parts.weights import WeightConfig
+
+LEVELS = ("full", "paper")
+ZERO_POINTS = ("real", "integer")
+
+
+@dataclass
+class CalibrationConfig:
+    """`quantizer.calibration`: how much text the static ranges and the smoothing statistics are taken from."""
+
+    samples: int = 16
+    length: int = 512
+
+    def __post_init__(self) -> None:
+        at_least("quantizer.calibration.samples", self.samples, 1)
+        at_least("quantizer.calibration.length", self.length, 2)
+
+
+@dataclass
+class QuantizerConfig:
+    """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is).
+
+    Every field but `name`, `calibration` and those of `SHARED` belongs to one part of `PARTS`.
+    """
+
+    name: str = "per_tensor_static"
+    weights: WeightConfig = field(default_factory=WeightConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    levels: str = "full"
+    zero_point: str = "real"
+    smoothing_alpha: float | None = None
+    rotation: str = "none"
+    rotation_seed: int = 0
+    targets: list[str] = field(default_factory=lambda: ["all"])
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    qfem: QFeMConfig = field(default_factory=QFeMConfig)
+
+    def __post_init__(self) -> None:
+        one_of("quantizer.levels", self.levels, LEVELS)
+        one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
+        require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
+        for part in PARTS.values():
+            part.check(self)
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether this quantizer leaves the model as it is."""
+        return not any(part.is_on(self) for part in PARTS.values())
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What must be measured on calibration text for all parts together."""
+        return frozenset[str]().union(*(part.statistics(self) for part in PARTS.values()))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether channel ranges over calibration text are needed: for static ranges and for smoothing."""
+        return "ranges" in self.statistics
+
+    @property
+    def needs_calibration_text(self) -> bool:
+        """Whether calibration text is needed: for channel ranges, or for QFeM's ratios."""
+        return bool(self.statistics)
+
+    @property
+    def uses_qfem(self) -> bool:
+        """Whether QFeM decides which linears keep full-precision activations."""
+        return PARTS["qfem"].is_on(self)
+
+    @property
+    def spans_batch(self) -> bool:
+        """Whether a range depends on the texts that happen to stand in the same batch."""
+        return any(part.spans_batch(self) for part in PARTS.values())
+
+    @property
+    def scheme(self) -> str:
+        """`per_tensor_static W8A8`, the way the field writes it."""
+        return f"{self.name} {''.join(part.label(self) for part in PARTS.values())}"

@@ -1,0 +1,165 @@
+"""The parts of a quantizer: every field has one, what is off does nothing, and whoever asks, asks all of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import pytest
+
+from cushion.config import (
+    ActivationConfig,
+    AttentionConfig,
+    KvCacheConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    RunConfig,
+    TuningConfig,
+    WeightConfig,
+)
+from cushion.config_warnings import options_without_effect
+from cushion.quantization.parts.base import Part
+from cushion.quantization.parts.registry import PARTS, SHARED, turned_off, unread
+from cushion.quantization.qfem import without_rounding
+from cushion.tuning import tuning_quantizer
+
+FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
+EVERYTHING = QuantizerConfig(
+    "everything",
+    weights=WeightConfig(4, "per_group", 16),
+    activations=ActivationConfig(6, symmetric=False),
+    kv_cache=KvCacheConfig(4, "per_tensor"),
+    attention=AttentionConfig(5),
+    levels="paper",
+    zero_point="integer",
+    smoothing_alpha=0.25,
+    rotation="hadamard",
+    rotation_seed=3,
+    targets=["q_proj"],
+    qfem=QFeMConfig(alpha=3.0, texts=2),
+)
+
+
+def test_every_field_of_a_quantizer_belongs_to_exactly_one_part() -> None:
+    owned = [name for part in PARTS.values() for name in part.fields]
+    assert sorted([*owned, *SHARED, "name", "calibration"]) == sorted(field.name for field in fields(QuantizerConfig))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -> None:
+    part, off = PARTS[name], PARTS[name].off(EVERYTHING)
+    assert part.is_on(EVERYTHING)
+    assert not part.is_on(off)
+    changed = [one.name for one in fields(off) if getattr(off, one.name) != getattr(EVERYTHING, one.name)]
+    assert set(changed) == set(part.fields)
+    assert part.statistics(off) == part.reads(off) == frozenset()
+    assert not part.spans_batch(off)
+    assert part.off(off) == off
+
+
+@pytest.mark.parametrize(
+    ("part", "statistics", "reads", "spans_batch", "label"),
+    [
+        ("weights", set(), {"levels", "targets"}, False, "W4"),
+        ("activations", {"ranges"}, {"levels", "zero_point", "targets"}, False, "A6"),
+        ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
+        ("attention", set(), {"levels"}, True, " attention 5"),
+        ("smoothing", {"ranges"}, set(), False, ""),
+        ("rotation", set(), set(), False, " rotated"),
+        ("qfem", {"token_scales"}, set(), False, ""),
+    ],
+)
+def test_what_a_part_declares(part: str, statistics: set[str], reads: set[str], spans_batch: bool, label: str) -> None:
+    one = PARTS[part]
+    assert one.statistics(EVERYTHING) == statistics
+    assert one.reads(EVERYTHING) == reads
+    assert one.spans_batch(EVERYTHING) == spans_batch
+    assert one.label(EVERYTHING) == label
+
+
+def test_a_quantizer_is_what_its_parts_are_together() -> None:
+    assert EVERYTHING.statistics == {"ranges", "token_scales"}
+    assert EVERYTHING.spans_batch
+    assert EVERYTHING.scheme == "everything W4A6KV4 attention 5 rotated"
+    nothing = turned_off(EVERYTHING, lambda part: True)
+    assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
+    assert nothing.is_full_precision
+    assert nothing.statistics == frozenset()
+    assert nothing.scheme == "everything W16A16"
+    assert replace(nothing, name="rotation", rotation="hadamard").scheme == "rotation W16A16"
+    assert unread(nothing) == SHARED
+
+
+def test_what_no_part_reads_has_no_effect() -> None:
+    rotated = QuantizerConfig(
+        "rotation", WeightConfig(bits=None), ActivationConfig(bits=None),
+        levels="paper", zero_point="integer", rotation="hadamard", targets=["q_proj"],
+    )  # fmt: skip
+    assert options_without_effect(RunConfig(quantizer=rotated)) == [
+        "quantizer.levels='paper' has no effect without quantized weights, activations, cache or attention",
+        "quantizer.zero_point='integer' has no effect without an asymmetric grid",
+        "quantizer.targets=['q_proj'] has no effect without quantized weights or activations",
+    ]
+    with_cache = replace(rotated, kv_cache=KvCacheConfig(4))
+    assert [warning.partition("=")[0] for warning in options_without_effect(RunConfig(quantizer=with_cache))] == [
+        "quantizer.targets"
+    ]
+
+
+# ---- a part of somebody else's --------------------------------------------------------------------------------------
+
+
+@dataclass
+class NoiseConfig:
+    bits: int | None = None
+
+
+@dataclass
+class NoisyConfig(QuantizerConfig):
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+
+
+class Noise(Part):
+    fields = ("noise",)
+
+    def is_on(self, quantizer: Any) -> bool:
+        return quantizer.noise.bits is not None
+
+    def off(self, quantizer: Any) -> Any:
+        return replace(quantizer, noise=NoiseConfig())
+
+    def statistics(self, quantizer: Any) -> frozenset[str]:
+        return frozenset({"ranges"}) if self.is_on(quantizer) else frozenset()
+
+    def spans_batch(self, quantizer: Any) -> bool:
+        return self.is_on(quantizer)
+
+    def label(self, quantizer: Any) -> str:
+        return " noisy" if self.is_on(quantizer) else ""
+
+    def warnings(self, quantizer: Any) -> list[str]:
+        return ["noise is loud"] if self.is_on(quantizer) else []
+
+
+def test_a_part_that_is_added_is_asked_and_turned_off_with_nothing_else_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PARTS, "noise", Noise())
+    plain = NoisyConfig("plain", WeightConfig(bits=None), ActivationConfig(bits=None))
+    noisy = replace(plain, noise=NoiseConfig(3))
+    assert plain.is_full_precision
+    assert not noisy.is_full_precision
+    assert noisy.needs_calibration
+    assert noisy.spans_batch
+    assert noisy.scheme == "plain W16A16 noisy"
+    assert options_without_effect(RunConfig(quantizer=noisy)) == ["noise is loud"]
+    assert without_rounding(noisy) == plain
+    assert tuning_quantizer(FULL_PRECISION, noisy) == plain
+    assert without_rounding(replace(noisy, rotation="hadamard")) == replace(plain, rotation="hadamard")
+
+
+def test_the_configuration_needs_no_torch() -> None:
+    script = "import sys, cushion.config_warnings; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
