@@ -61,7 +61,7 @@ def execute(config: RunConfig) -> Path:
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
-    from cushion.reporting.tables import comparison_table, metric_table, task_table
+    from cushion.reporting.tables import comparison_table, further_tables
     from cushion.results import FILE_NAME
     from cushion.tracking import TRACKING_FILE, WandbTracker, noted
 
@@ -87,10 +87,9 @@ def execute(config: RunConfig) -> Path:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
     print(comparison_table(record))
     print()
-    for table in (task_table(record), metric_table(record)):
-        if table:
-            print(table)
-            print()
+    for table in further_tables(record):
+        print(table)
+        print()
     if result.prefix is not None:
         print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
     for figure in figures_of(record, folder).values():

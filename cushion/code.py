@@ -2,7 +2,7 @@
 
 A cached result must not outlive the code that made it, and must outlive everything else. The version of a module is a
 hash over its import closure: its own syntax tree and those of all modules of the same package that it imports, directly
-or through others, also inside of functions. Comments, docstrings and formatting are not in a syntax tree, so they
+or through others, also inside of functions or lazily by the name `module:attribute`. Comments, docstrings and formatting are not in a syntax tree, so they
 change no version; neither do the modules of `INFRASTRUCTURE`, which decide no number, or only through what stands in
 the keys themselves.
 
@@ -13,6 +13,7 @@ code before it computed.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -89,6 +90,7 @@ class Sources:
                 base = self._absolute(module, node)
                 whole = [f"{base}.{alias.name}" for alias in node.names]
                 names |= {name if name in known else base for name in whole}
+        names |= {match[1] for node in ast.walk(self._tree[module]) if (match := _lazily_named(node))}
         return {part for name in names for part in _and_packages_above(name)} & known - {module}
 
     def closure(self, module: str, without: frozenset[str]) -> set[str]:
@@ -127,6 +129,13 @@ def _imports(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
             yield from _imports(node.orelse)
         else:
             yield from _imports(ast.iter_child_nodes(node))
+
+
+def _lazily_named(node: ast.AST) -> re.Match[str] | None:
+    """What a string `module:attribute` names, to be imported when it is used."""
+    if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+        return None
+    return re.fullmatch(r"([\w.]+):\w+", node.value)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -25,6 +25,7 @@ from cushion.evaluation.harness import mean_accuracy
 from cushion.evaluation.tasks import local_task_files, own_task_files, task_batch_size
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
+from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.registry import PLUGINS
@@ -192,15 +193,9 @@ class _Run:
             self._keep(final.prefix)
         for stage, quantizer in self._rows(none, found or none, final):
             self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
-        last = self.result.rows[-1]
-        self.result.metrics = {
-            "perplexity": last.perplexity,
-            "accuracy": {name: last.tasks[name]["value"] for name in last.tasks},
-            "accuracy_mean": last.accuracy,
-            "accuracy_stderr": last.accuracy_stderr,
-            "largest_activation": last.largest_activation,
-            "quantization_error": last.quantization_error,
-        }
+        own = self.result.rows[-1]
+        keys = [column.key for column in columns([asdict(own)], Place.RUN)]
+        self.result.metrics = {key: own.values[key] for key in keys if key in own.values}
 
     def _measure(self, stage: _Stage) -> tuple[MagnitudeCurve, float]:
         return self.steps.measure_activations(stage.prefix, stage.title)
@@ -312,19 +307,18 @@ class _Run:
         values = {f"{task}/{name}": found.value for task, found in measured.tasks.items()}
         if values:
             self.emit(Record("accuracy", len(self.result.rows), {**values, f"mean/{name}": mean and mean[0]}))
+        tasks = {task: asdict(found) for task, found in measured.tasks.items()}
+        seconds = stage.seconds + keep_seconds + measured.seconds
+        found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds)
         return Row(
             name=name,
             label=label,
             prefix=self.lm.decode(stage.prefix.token_ids),
             quantized=quantizer is not None,
-            perplexity=measured.perplexity,
-            largest_activation=curve.largest,
-            quantization_error=error,
-            seconds=stage.seconds + keep_seconds + measured.seconds,
+            stage=stage.key,
+            values=row_values(found),
             tokens=measured.tokens,
-            tasks={task: asdict(found) for task, found in measured.tasks.items()},
-            accuracy=None if mean is None else mean[0],
-            accuracy_stderr=None if mean is None else mean[1],
+            tasks=tasks,
         )
 
     def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:

@@ -1,4 +1,4 @@
-"""The result of a run, and its one file: result.json, schema version 1, written atomically.
+"""The result of a run, and its one file: result.json, schema version 2, written atomically.
 
 docs/results.md describes every field for readers of the file; tables and figures are made from it alone.
 """
@@ -15,9 +15,11 @@ from typing import Any
 import cushion
 from cushion.artifacts import read_json, write_json
 from cushion.errors import ArtifactError
+from cushion.metrics.columns import parts
+from cushion.schema import FILE_NAME as FILE_NAME
+from cushion.schema import SCHEMA_VERSION as SCHEMA_VERSION
+from cushion.schema import current, way_out
 
-SCHEMA_VERSION = 1
-FILE_NAME = "result.json"
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "accelerate")
 
 
@@ -25,26 +27,23 @@ _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omeg
 class Row:
     """One line of the comparison: a model with or without quantizer and prefix, and what was measured on it.
 
-    `perplexity` and `tokens`, the number of tokens it was averaged over, by corpus; `tasks` by task or group of tasks
-    (the fields of `evaluation.harness.TaskScore`), `accuracy` the mean over the tasks that were asked for and
-    `accuracy_stderr` its standard error (None without any); `largest_activation` and `quantization_error` (L_q) are
-    over the texts of the activation curves, on the full-precision model behind this row's prefix; `seconds` is what the
-    row cost in all: finding and tuning its prefix, calibrating, and evaluating (as first computed, also where the cache
-    had it).
+    `stage` says whose prefix it has (`cushion.schema.STAGES`); `values` holds its numbers by the key of their column
+    (`cushion.metrics`), None where one was not measured; `tokens` by corpus the number of tokens that a perplexity was
+    averaged over; `tasks` by task or group of tasks the fields of `evaluation.harness.TaskScore`.
     """
 
     name: str
     label: str
     prefix: str
     quantized: bool
-    perplexity: dict[str, float]
-    largest_activation: float
-    quantization_error: float
-    seconds: float
+    stage: str
+    values: dict[str, float | None]
     tokens: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    accuracy: float | None = None
-    accuracy_stderr: float | None = None
+
+    def under(self, key: str) -> dict[str, float | None]:
+        """The values below a key by what follows it: `under("perplexity")` has one for each corpus."""
+        return parts({"values": self.values}, key)
 
 
 @dataclass
@@ -78,24 +77,17 @@ class RunResult:
 
     @classmethod
     def read(cls, path: Path) -> RunResult:
-        """Read a result.json.
+        """Read a result.json, of this schema version or an older one.
 
         Raises:
             ArtifactError: the file is damaged or of another schema version.
 
         """
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{path} is not a result of schema version {SCHEMA_VERSION}: "
-                f"delete the folder {path.parent} and run again"
-            )
+        record = current(read_json(path), path)
         try:
             return cls(**{**record, "rows": [Row(**row) for row in record["rows"]]})
         except (TypeError, KeyError) as error:
-            raise ArtifactError(
-                f"{path} is damaged ({error}): delete the folder {path.parent} and run again"
-            ) from error
+            raise ArtifactError(f"{path} is damaged ({error}): {way_out(path)}") from error
 
 
 def finished_result(folder: Path) -> RunResult | None:

@@ -23,7 +23,8 @@ from cushion.artifacts import read_json, write_json
 from cushion.config import ModelConfig, TrackingConfig
 from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
-from cushion.reporting.tables import other_metrics
+from cushion.flat import flatten
+from cushion.metrics.columns import Place, columns
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class WandbTracker:
             mode=cast(Any, mode),
             dir=str(event.folder),
             tags=list(dict.fromkeys([*self._config.tags, *(name[:64] for name in names.values() if name != "none")])),
-            config={**flatten(event.config), **names},
+            config={**flatten(event.config, separator="/"), **names},
             settings=wandb.Settings(
                 console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
             ),
@@ -250,18 +251,14 @@ def chosen(config: dict[str, Any]) -> dict[str, str]:
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """The final numbers of a run under keys that are the same in every run, whatever its quantizer and prefix are.
 
-    `perplexity/<corpus>/<row>`, `accuracy/<task>/<row>`, `tasks/<task>/<metric>/<row>` for what is no accuracy, and
-    `largest_activation/<row>`, `quantization_error/<row>`, `seconds/<row>`; `<row>` is the row's `name` in result.json.
-    The numbers of the run's own row besides without `/<row>`.
+    `<key of the column>/<row>`, where `<row>` is the row's `name` in result.json; the numbers of the run's own row
+    besides without `/<row>`. docs/reports.md lists the keys.
     """
-    found = flatten(result["metrics"])
-    for row in result["rows"]:
-        name = row["name"]
-        found |= {f"perplexity/{corpus}/{name}": value for corpus, value in row["perplexity"].items()}
-        found |= {f"accuracy/{task}/{name}": score["value"] for task, score in row["tasks"].items()}
-        found |= {f"tasks/{task}/{metric}/{name}": value for task, metric, value in other_metrics(row)}
-        found |= {f"{key}/{name}": row[key] for key in ("largest_activation", "quantization_error", "seconds")}
-        found[f"accuracy/mean/{name}"] = row["accuracy"]
+    rows, own = result["rows"], result["metrics"]
+    found = {column.named(Place.RUN): own.get(column.key) for column in columns(rows, Place.RUN)}
+    for column in columns(rows, Place.TRACKER_ROW):
+        key = column.named(Place.TRACKER_ROW)
+        found |= {f"{key}/{row['name']}": row["values"].get(column.key) for row in rows}
     for kind in ("search", "tuning"):
         record = result[kind] or {}
         found |= {f"{kind}/total_{key}": record[key] for key in ("seconds", "token_forwards") if key in record}
@@ -274,22 +271,12 @@ def _comparison(rows: list[dict[str, Any]]) -> Any:
     """The rows of a result as a W&B table."""
     import wandb
 
-    corpora = list(rows[0]["perplexity"]) if rows else []
-    tasks = list(rows[0]["tasks"]) if rows else []
-    others = list(dict.fromkeys((task, metric) for row in rows for task, metric, _ in other_metrics(row)))
-    columns: list[str | int] = [
-        "row", "label", "prefix", *(f"perplexity {corpus}" for corpus in corpora), *tasks,
-        *(f"{task} {metric}" for task, metric in others), "accuracy", "accuracy_stderr",
-        "largest_activation", "quantization_error", "seconds",
-    ]  # fmt: skip
-    table = wandb.Table(columns=columns)
+    there = columns(rows, Place.TRACKER_TABLE)
+    titles: list[str | int] = ["row", "label", "prefix", *(column.named(Place.TRACKER_TABLE) for column in there)]
+    table = wandb.Table(columns=titles)
     for row in rows:
-        other = {(task, metric): value for task, metric, value in other_metrics(row)}
-        table.add_data(
-            row["name"], row["label"], row["prefix"], *(row["perplexity"][corpus] for corpus in corpora),
-            *(row["tasks"][task]["value"] for task in tasks), *(other.get(key) for key in others), row["accuracy"],
-            row["accuracy_stderr"], row["largest_activation"], row["quantization_error"], row["seconds"],
-        )  # fmt: skip
+        values = (row["values"].get(column.key) for column in there)
+        table.add_data(row["name"], row["label"], row["prefix"], *values)
     return table
 
 
@@ -318,14 +305,3 @@ def _reachable(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined with slashes."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -104,7 +104,7 @@ def configured(overrides: list[str]) -> RunConfig:
     return to_run_config(compose("config", overrides))
 
 
-def only_value(record: dict[str, float]) -> float:
+def only_value(record: dict[str, float | None]) -> float | None:
     """Perplexity on the one corpus that is evaluated."""
     (value,) = record.values()
     return value
@@ -142,7 +142,7 @@ def bench(options: argparse.Namespace) -> None:
             "share_of_exhaustive": search["token_forwards"] / whole,
             "seconds": search["seconds"],
             "quantization_error": objective(lm, Prefix.from_tokens(lm.model, found), texts[:1], 0).item(),
-            "perplexity": only_value(result.metrics["perplexity"]),
+            "perplexity": only_value(result.rows[-1].under("perplexity")),
         }
         rows.append(row)
         print(line(row), flush=True)

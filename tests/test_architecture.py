@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
 
 RANKS = (
-    {"errors", "events", "hashing", "launching", "activations"},
-    {"artifacts", "code", "registry", "progress", "checks"},
+    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1"},
+    {"artifacts", "code", "registry", "progress", "checks", "schema"},
+    {"metrics"},
     {"quantization/parts"},
     {"quantization/quantizer"},
     {"config"},

@@ -71,7 +71,8 @@ def test_a_closure_has_what_is_imported_directly_through_others_and_inside_of_fu
         tmp_path,
         step="from p.middle import x\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.types\n",
         middle="def f():\n    from p import late\n",
-        late="from .sub.inner import y\n",
+        late="from .sub.inner import y\nNAMED = {'a': 'p.named:Thing', 'b': 'p:nothing here'}\n",
+        named="",
         sub__inner="import os\nfrom p import infrastructure\n",
         infrastructure="import p.behind\n",
         behind="",
@@ -79,7 +80,7 @@ def test_a_closure_has_what_is_imported_directly_through_others_and_inside_of_fu
         other="",
     )
     found = sources.closure("p.step", frozenset({"p.infrastructure"}))
-    assert found == {"p", "p.step", "p.middle", "p.late", "p.sub", "p.sub.inner"}
+    assert found == {"p", "p.step", "p.middle", "p.late", "p.named", "p.sub", "p.sub.inner"}
 
 
 def test_what_is_left_out_of_versions_exists_and_every_step_has_a_version() -> None:

@@ -75,7 +75,9 @@ def test_a_control_is_the_prefix_of_its_tokens(
 
     given = small_config(text_file, tmp_path)
     given.search = SearchConfig(name="tokens", method="tokens", token_ids=wanted)
-    assert [row.perplexity for row in pipeline.run(given).rows] == [row.perplexity for row in result.rows]
+    assert [row.under("perplexity") for row in pipeline.run(given).rows] == [
+        row.under("perplexity") for row in result.rows
+    ]
 
 
 def test_a_control_needs_no_text_to_search(text_file: Path, tmp_path: Path) -> None:
@@ -237,5 +239,5 @@ def test_a_control_stands_before_every_quantizer(
     rows = ["full_precision", "full_precision_found", "quantized", "quantized_found"]
     assert [row.name for row in result.rows] == (rows[:2] if config.quantizer.is_full_precision else rows)
     for without, behind in zip(result.rows[::2], result.rows[1::2], strict=True):
-        assert without.perplexity != behind.perplexity
+        assert without.under("perplexity") != behind.under("perplexity")
         assert (without.prefix, behind.prefix) == ("", result.prefix and result.prefix["text"])

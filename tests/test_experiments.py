@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from cushion.cli import config_folder, register_schema, to_run_config
 from cushion.config import RunConfig, to_dict
+from cushion.flat import flatten
 from cushion.reporting.published import PublishedTable, load_published, published_folder, published_names
-from cushion.reporting.runs import flatten
 
 FILES = sorted((config_folder() / "experiment").glob("*.yaml"))
 CUT = sorted((config_folder() / "experiment" / "smollm2").glob("*.yaml"))

@@ -52,11 +52,12 @@ def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
     assert result.status == "completed"
     assert [row.name for row in result.rows] == TUNED_ROWS
     for row in result.rows:
-        numbers = [*row.perplexity.values(), row.largest_activation, row.quantization_error, row.seconds]
-        assert all(math.isfinite(number) and number > 0 for number in numbers), row
-        assert list(row.perplexity) == ["text"]
+        assert list(row.values) == ["perplexity/text", "largest_activation", "quantization_error", "seconds"]
+        assert all(number is not None and math.isfinite(number) and number > 0 for number in row.values.values()), row
     assert [row.quantized for row in result.rows] == [False, False, True, True, True]
-    assert result.metrics["perplexity"] == result.rows[-1].perplexity
+    assert [row.stage for row in result.rows] == ["none", "tuned", "none", "found", "tuned"]
+    own = result.rows[-1].values
+    assert result.metrics == {key: value for key, value in own.items() if key != "seconds"}
     assert RunResult.read(folder / FILE_NAME) == result
 
     assert result.search is not None
@@ -107,7 +108,7 @@ def test_a_rows_perplexity_is_that_of_an_independent_computation(text_file: Path
     for block in tokens.split(config.eval.block_length):
         scores = torch.log_softmax(lm.model(input_ids=block[None]).logits[0].double(), dim=-1)
         losses += [-scores[position, block[position + 1]].item() for position in range(len(block) - 1)]
-    assert result.rows[0].perplexity["text"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert result.rows[0].under("perplexity")["text"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
 def test_without_controls_only_the_runs_own_row_is_evaluated(text_file: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_two_quantizers_share_one_search_and_one_evaluation_of_full_precision(te
     assert results[0].search == results[1].search
     shared = [[row for row in result.rows if not row.quantized] for result in results]
     assert shared[0] == shared[1]
-    assert results[0].rows[-1].perplexity != results[1].rows[-1].perplexity
+    assert results[0].rows[-1].under("perplexity") != results[1].rows[-1].under("perplexity")
 
 
 @pytest.mark.parametrize("change", ["tau", "seed", "text"])
@@ -351,7 +352,7 @@ def test_a_run_that_failed_is_completed_by_the_next_try(text_file: Path, tmp_pat
 
 def test_a_damaged_artifact_is_named_whichever_step_it_is_of(text_file: Path, tmp_path: Path) -> None:
     config = tuning_config(text_file, tmp_path / "out")
-    perplexities = [row.perplexity for row in pipeline.run(config).rows]
+    perplexities = [row.under("perplexity") for row in pipeline.run(config).rows]
     for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
         files = [path for path in (tmp_path / "out" / "cache" / step).glob("*/*") if path.name != "depends_on.json"]
         sound = {path: path.read_bytes() for path in files}
@@ -362,7 +363,7 @@ def test_a_damaged_artifact_is_named_whichever_step_it_is_of(text_file: Path, tm
             pipeline.run(config)
         for path, content in sound.items():
             path.write_bytes(content)
-    assert [row.perplexity for row in pipeline.run(config).rows] == perplexities
+    assert [row.under("perplexity") for row in pipeline.run(config).rows] == perplexities
 
 
 @pytest.mark.parametrize(

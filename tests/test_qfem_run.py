@@ -75,7 +75,7 @@ def test_a_fixed_alpha_keeps_exactly_the_planted_linears_in_every_row(text_file:
                 scores = lm.model(block[None], past_key_values=cache, use_cache=True).logits[0].log_softmax(-1)
                 losses += [-scores[position, block[position + 1]].item() for position in range(31)]
         expected = math.exp(sum(losses) / len(losses))
-        assert result.rows[row].perplexity["text"] == pytest.approx(expected, rel=1e-5)
+        assert result.rows[row].under("perplexity")["text"] == pytest.approx(expected, rel=1e-5)
     assert result.qfem["none"]["ratios"] != result.qfem["found"]["ratios"]
     assert result.warnings == []
 
@@ -102,7 +102,7 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
         kept = [point["kept_modules"] for point in search["points"]]
         assert kept == sorted(set(kept))
         assert (kept[0], kept[-1]) == (0, len(record["ratios"])), "a curve reaches from none to all"
-        assert result.rows[row].seconds >= record["seconds"] > 0
+        assert (result.rows[row].values["seconds"] or 0.0) >= record["seconds"] > 0
 
         again = with_tokens(text_file, tmp_path / "out", QFeMConfig(alpha=record["alpha"]))
         again.quantizer.name = "fixed"
@@ -110,7 +110,7 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
         fixed = pipeline.run(again, [later.append])
         assert fixed.qfem is not None
         assert fixed.qfem[stage]["kept"] == record["kept"]
-        assert fixed.rows[row].perplexity == result.rows[row].perplexity
+        assert fixed.rows[row].under("perplexity") == result.rows[row].under("perplexity")
         assert not any(s.startswith(("ratios", "alpha")) for s in stages(later)), "the ratios are shared"
 
     draw_figures(asdict(result), tmp_path / "drawn")
@@ -128,11 +128,11 @@ def test_keeping_none_shares_every_row_with_the_plain_quantizer(text_file: Path,
     events: list[Event] = []
     none = pipeline.run(with_tokens(text_file, tmp_path / "out", QFeMConfig(alpha=1e9)), [events.append])
     assert stages(events) == ["ratios, no prefix", "ratios, given prefix"]
-    assert [row.perplexity for row in none.rows] == [row.perplexity for row in plain.rows]
+    assert [row.under("perplexity") for row in none.rows] == [row.under("perplexity") for row in plain.rows]
     assert [("keeps no linear in full precision" in warning) for warning in none.warnings] == [True, True]
     every = pipeline.run(with_tokens(text_file, tmp_path / "out", QFeMConfig(alpha=0.0)))
-    assert [row.perplexity for row in every.rows[2:]] != [row.perplexity for row in plain.rows[2:]]
-    assert [row.perplexity for row in every.rows[:2]] == [row.perplexity for row in plain.rows[:2]]
+    assert [row.under("perplexity") for row in every.rows[2:]] != [row.under("perplexity") for row in plain.rows[2:]]
+    assert [row.under("perplexity") for row in every.rows[:2]] == [row.under("perplexity") for row in plain.rows[:2]]
 
 
 def test_targets_limit_what_is_measured_and_kept(text_file: Path, tmp_path: Path) -> None:

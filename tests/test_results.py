@@ -16,7 +16,7 @@ from cushion.results import FILE_NAME, SCHEMA_VERSION, Row, RunResult, environme
 
 
 def result() -> RunResult:
-    row = Row("quantized", "naive W8A8", "\n", True, {"text": 12.5}, 3.0, 0.25, 1.5)
+    row = Row("quantized", "naive W8A8", "\n", True, "none", {"perplexity/text": 12.5, "seconds": 1.5})
     return RunResult("completed", to_dict(RunConfig()), environment("cpu"), prefix=None, rows=[row], warnings=["a"])
 
 
@@ -44,8 +44,8 @@ def damaged(change: dict[str, object]) -> str:
     ("content", "message"),
     [
         ("{", r"result\.json is damaged"),
-        ("[]", r"result\.json is not a result of schema version 1"),
-        (damaged({"schema_version": 99}), r"result\.json is not a result of schema version 1"),
+        ("[]", r"result\.json is not a result of schema version 1 or 2"),
+        (damaged({"schema_version": 99}), r"result\.json is not a result of schema version 1 or 2"),
         (damaged({"unknown": 1}), r"result\.json is damaged .*unknown"),
         (damaged({"rows": [{"name": "x"}]}), r"result\.json is damaged"),
         (damaged({"rows": None}), r"result\.json is damaged"),

@@ -65,7 +65,7 @@ def test_a_run_with_search_tuning_and_rotation(text_file: Path, tmp_path: Path, 
     assert result.tuning is not None and all(step["gradient_norm"] > 0 for step in result.tuning["steps"])
 
     prefix = Prefix.load(pipeline.run_folder(config) / "prefix")
-    own = result.rows[-1].perplexity["text"]
+    own = result.rows[-1].under("perplexity")["text"]
     assert recomputed(config, prefix) == pytest.approx(own, rel=1e-6)
     with pytest.raises(CalibrationError, match="those of a model with rotation"):
         recomputed(config, prefix, turn=False)
@@ -82,11 +82,11 @@ def test_a_rotated_run_shares_search_and_full_precision_but_no_calibration(text_
     assert len(folders(config, "calibration")) == 2 * len(calibrations)
     shared = [[row for row in result.rows if not row.quantized] for result in (first, second)]
     assert shared[0] == shared[1]
-    assert first.rows[-1].perplexity != second.rows[-1].perplexity
+    assert first.rows[-1].under("perplexity") != second.rows[-1].under("perplexity")
 
     other = turned(searching_config(text_file, tmp_path / "out"))
     other.quantizer.rotation_seed = 4
-    assert pipeline.run(other).rows[-1].perplexity != second.rows[-1].perplexity
+    assert pipeline.run(other).rows[-1].under("perplexity") != second.rows[-1].under("perplexity")
     assert len(folders(config, "calibration")) == 3 * len(calibrations)
 
 
@@ -95,7 +95,7 @@ def test_a_rotation_without_quantization_is_a_row_that_equals_full_precision(tex
     config.quantizer.weights.bits = config.quantizer.activations.bits = None
     rows = pipeline.run(config).rows
     assert [row.name for row in rows] == ["full_precision", "quantized"]
-    assert rows[1].perplexity["text"] == pytest.approx(rows[0].perplexity["text"], rel=1e-5)
+    assert rows[1].under("perplexity")["text"] == pytest.approx(rows[0].under("perplexity")["text"], rel=1e-5)
 
 
 def test_a_full_precision_loss_is_under_no_rotation_and_nothing_quantized_inside_attention(

@@ -245,13 +245,13 @@ def test_further_corpora_have_a_perplexity_each(text_file: Path, tmp_path: Path,
     result = pipeline.run(config)
     assert set(result.data) >= {"evaluation", "further.backwards", "further.shouted"}
     for one in result.rows:
-        assert list(one.perplexity) == ["text", "backwards", "shouted"]
-        assert len(set(one.perplexity.values())) == 3
+        assert list(one.under("perplexity")) == ["text", "backwards", "shouted"]
+        assert len(set(one.under("perplexity").values())) == 3
     full = result.rows[0]
     lm = tiny()
     for name, path in {"text": text_file, **more}.items():
         expected, count = by_hand(lm, [], lm.encode(path.read_text()).tolist(), 32, 4)
-        assert full.perplexity[name] == pytest.approx(expected, rel=1e-5)
+        assert full.under("perplexity")[name] == pytest.approx(expected, rel=1e-5)
         assert full.tokens[name] == count == 4 * 31
 
 
@@ -282,9 +282,9 @@ def test_a_prefix_in_the_block_shortens_the_blocks_behind_it(
         for one, before, length in zip(result.rows, ([], prompt), (32, 29 if within else 32), strict=True):
             blocks = len(tokens) // length if count is None else count
             expected, predicted = by_hand(lm, before, tokens, length, blocks)
-            assert one.perplexity["text"] == pytest.approx(expected, rel=1e-5)
+            assert one.under("perplexity")["text"] == pytest.approx(expected, rel=1e-5)
             assert one.tokens["text"] == predicted == blocks * (length - 1)
-    assert found[True].rows[0].perplexity == found[False].rows[0].perplexity
+    assert found[True].rows[0].under("perplexity") == found[False].rows[0].under("perplexity")
 
 
 def test_a_prefix_that_fills_the_block_is_refused(text_file: Path, tmp_path: Path) -> None:
@@ -308,7 +308,8 @@ def with_tasks(text: Path, output: Path, include_path: str, *names: str) -> RunC
 
 
 def without_seconds(result: RunResult) -> list[dict[str, Any]]:
-    return [{key: value for key, value in vars(one).items() if key != "seconds"} for one in result.rows]
+    rows = [vars(one) for one in result.rows]
+    return [{**row, "values": {k: v for k, v in row["values"].items() if k != "seconds"}} for row in rows]
 
 
 @pytest.mark.parametrize("how", ["inside the task", "between the tasks"])
@@ -342,7 +343,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
     unbroken = pipeline.run(with_tasks(text_file, tmp_path / "unbroken", include_path, *names))
     assert without_seconds(resumed) == without_seconds(unbroken)
     assert list(resumed.rows[0].tasks) == list(names)
-    assert resumed.rows[0].accuracy == pytest.approx(
+    assert resumed.rows[0].values["accuracy/mean"] == pytest.approx(
         sum(resumed.rows[0].tasks[name]["value"] for name in names) / len(names)
     )
 
@@ -376,10 +377,10 @@ def test_tasks_alone_need_no_perplexity(text_file: Path, tmp_path: Path, include
     config = with_tasks(text_file, tmp_path, include_path, "copa")
     config.eval.perplexity = False
     result = pipeline.run(config)
-    assert result.rows[-1].perplexity == result.rows[-1].tokens == {}
-    assert result.metrics["perplexity"] == {}
-    assert result.metrics["accuracy"] == {"copa": result.rows[-1].tasks["copa"]["value"]}
-    assert result.metrics["accuracy_mean"] == result.rows[-1].accuracy == result.rows[-1].tasks["copa"]["value"]
+    assert result.rows[-1].under("perplexity") == result.rows[-1].tokens == {}
+    assert not any(key.startswith("perplexity/") for key in result.metrics)
+    for values in (result.metrics, result.rows[-1].values):
+        assert values["accuracy/copa"] == values["accuracy/mean"] == result.rows[-1].tasks["copa"]["value"]
     assert result.evaluation["tasks"]["copa"]["origin"] == str((tmp_path / "data" / FILES["copa"]).resolve())
 
 

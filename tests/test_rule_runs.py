@@ -137,7 +137,7 @@ def test_qfep_goes_with_smoothquant(text_file: Path, tmp_path: Path, family: str
     result = pipeline.run(config)
     assert result.rows[-1].label == "smoothquant_o2 W8A8 + QFeP prefix"
     assert result.prefix is not None and len(result.prefix["token_ids"]) == 3
-    full, quantized = result.rows[1].perplexity["text"], result.rows[-1].perplexity["text"]
+    full, quantized = result.rows[1].under("perplexity")["text"], result.rows[-1].under("perplexity")["text"]
     assert full != quantized and math.isclose(full, quantized, rel_tol=0.2)
 
 

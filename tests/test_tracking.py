@@ -21,9 +21,11 @@ from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
 from cushion.config import RunConfig, SearchConfig, TrackingConfig, to_dict
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
+from cushion.flat import flatten
+from cushion.metrics.columns import Measured, row_values
 from cushion.reporting.figures import draw_figures
 from cushion.results import finished_result
-from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, flatten, summary
+from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, summary
 
 OFFLINE = TrackingConfig(mode="offline")
 
@@ -74,9 +76,9 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     }  # fmt: skip
 
     for row in result.rows:
-        assert run.summary[f"perplexity/text/{row.name}"] == row.perplexity["text"]
-        assert run.summary[f"largest_activation/{row.name}"] == row.largest_activation
-    assert run.summary["perplexity/text"] == result.metrics["perplexity"]["text"]
+        assert run.summary[f"perplexity/text/{row.name}"] == row.values["perplexity/text"]
+        assert run.summary[f"largest_activation/{row.name}"] == row.values["largest_activation"]
+    assert run.summary["perplexity/text"] == result.metrics["perplexity/text"]
     assert not any(key.startswith("perplexity/") for values in run.history for key in values), "numbers, not curves"
     assert run.summary["tuning/total_seconds"] == result.tuning["seconds"]
     assert {"comparison", "figures/activation_curves"} <= {
@@ -97,18 +99,21 @@ def test_runs_with_different_quantizers_have_the_same_keys(text_file: Path, tmp_
 
 def scored(metric: str | None, **metrics: float | None) -> dict[str, Any]:
     value = None if metric is None else metrics[metric]
-    return {"metric": metric, "value": value, "metrics": {k: {"value": v, "stderr": None} for k, v in metrics.items()}}
+    return {
+        "metric": metric,
+        "value": value,
+        "stderr": None,
+        "metrics": {k: {"value": v, "stderr": None} for k, v in metrics.items()},
+    }
 
 
 def test_what_a_task_measures_that_is_no_accuracy_is_in_the_summary() -> None:
-    row = {
-        "name": "quantized", "label": "naive", "perplexity": {}, "largest_activation": 1.0, "quantization_error": 2.0,
-        "seconds": 3.0, "accuracy": 0.5,
-        "tasks": {"one": scored("acc", acc=0.5, f1=0.4), "two": scored(None, word_perplexity=12.5, overflown=None)},
-    }  # fmt: skip
+    tasks = {"one": scored("acc", acc=0.5, f1=0.4), "two": scored(None, word_perplexity=12.5, overflown=None)}
+    values = row_values(Measured({}, tasks, (0.5, None), 1.0, 2.0, 3.0))
+    row = {"name": "quantized", "label": "naive", "values": values, "tasks": tasks}
     found = summary({"rows": [row], "metrics": {}, "search": None, "tuning": None, "prefix": None})
-    tasks = {key: value for key, value in found.items() if key.startswith(("accuracy/", "tasks/"))}
-    assert tasks == {
+    of_tasks = {key: value for key, value in found.items() if key.startswith(("accuracy/", "tasks/"))}
+    assert of_tasks == {
         "accuracy/one/quantized": 0.5, "accuracy/mean/quantized": 0.5, "tasks/two/word_perplexity/quantized": 12.5,
     }  # fmt: skip
 
@@ -157,7 +162,7 @@ def test_a_run_that_goes_on_after_a_kill_is_one_run_and_logs_nothing_twice(
         assert [row[f"{kind}/step"] for row in run.history if f"{kind}/step" in row] == list(
             range(len(record["steps"]))
         )
-    assert run.summary["perplexity/text"] == result.metrics["perplexity"]["text"]
+    assert run.summary["perplexity/text"] == result.metrics["perplexity/text"]
 
     cli.execute(config)
     assert json.loads((folder / TRACKING_FILE).read_text()) == after, "what was logged to its end is left alone"
@@ -417,4 +422,4 @@ def test_wandbs_own_setting_of_the_mode_wins(monkeypatch: pytest.MonkeyPatch, mo
 
 
 def test_nested_values_are_joined_with_slashes() -> None:
-    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}, separator="/") == {"a/b": 1, "a/c/d": 2, "e": 3}

@@ -11,14 +11,12 @@ from typing import Any
 
 from cushion.config import ModelConfig
 from cushion.errors import ArtifactError
+from cushion.schema import FILE_NAME, STAGES, current, way_out
 
-FILE_NAME = "result.json"
-SCHEMA_VERSION = 1
-"""As in `cushion.results`, which writes the file and takes seconds to import, with torch."""
 _NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, "rows": list, "timings": dict}
 """What a report cannot do without; everything else may be absent, as in a run that failed early or an older file."""
-_NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "perplexity": dict}
-_NUMBERS_OF_A_ROW = ("largest_activation", "quantization_error", "seconds", "accuracy", "accuracy_stderr")
+_NEEDED_OF_A_ROW: dict[str, type] = {"name": str, "label": str, "prefix": str, "quantized": bool, "stage": str,
+                                   "values": dict}  # fmt: skip
 _NUMBERS_OF_A_TASK = ("value", "stderr", "samples")
 _NUMBERS_OF_A_STEP = {"search": ("seconds", "token_forwards"), "tuning": ("seconds",)}
 
@@ -109,14 +107,17 @@ def _files(folders: Iterable[Path]) -> list[Path]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result.json; an `ArtifactError` that names it and the way out if it is damaged."""
-    way_out = f"delete the folder {path.parent} and run again"
+    """The content of a result.json in the current schema version, whichever it was written in.
+
+    Raises:
+        ArtifactError: it is damaged; the message names the file and the way out.
+
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): {way_out}") from error
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-        raise ArtifactError(f"{path} is not a result of schema version {SCHEMA_VERSION}: {way_out}")
+        raise ArtifactError(f"{path} is damaged ({error}): {way_out(path)}") from error
+    record = current(record, path)
     problems = list(_wrong(record, _NEEDED, "result"))
     for number, row in enumerate(record["rows"] if not problems else []):
         problems += _wrong_row(row, f"rows[{number}]")
@@ -128,7 +129,7 @@ def read_result(path: Path) -> dict[str, Any]:
         seed = record["config"].get("seed", 0)
         problems += [] if isinstance(seed, int) else [f"config.seed={seed!r} is no whole number"]
     if problems:
-        raise ArtifactError(f"{path} is damaged ({'; '.join(problems)}): {way_out}")
+        raise ArtifactError(f"{path} is damaged ({'; '.join(problems)}): {way_out(path)}")
     return record
 
 
@@ -140,17 +141,21 @@ def _wrong_row(row: Any, where: str) -> Iterator[str]:
     if problems := list(_wrong(row, _NEEDED_OF_A_ROW, where)):
         yield from problems
         return
-    yield from _no_numbers({key: row.get(key) for key in _NUMBERS_OF_A_ROW}, where)
-    yield from _no_numbers(row["perplexity"], f"{where}.perplexity")
+    if row["stage"] not in STAGES:
+        yield f"{where}.stage={row['stage']!r} is none of {', '.join(STAGES)}"
+    yield from _no_numbers(row["values"], f"{where}.values")
     tasks = row.get("tasks") or {}
     if not isinstance(tasks, dict):
         yield f"{where}.tasks is no dict"
         return
     for task, scores in tasks.items():
-        if isinstance(scores, dict):
-            yield from _no_numbers({key: scores.get(key) for key in _NUMBERS_OF_A_TASK}, f"{where}.tasks.{task}")
-        else:
+        if not isinstance(scores, dict):
             yield f"{where}.tasks.{task} is no dict"
+            continue
+        yield from _no_numbers({key: scores.get(key) for key in _NUMBERS_OF_A_TASK}, f"{where}.tasks.{task}")
+        metrics = scores.get("metrics") or {}
+        if not (isinstance(metrics, dict) and all(isinstance(found, dict) for found in metrics.values())):
+            yield f"{where}.tasks.{task}.metrics is no dict of dicts"
 
 
 def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:

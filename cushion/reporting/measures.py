@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from cushion.metrics.columns import Column, Place, Row, metrics, ordinary, parts
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Cell
 
-Row = dict[str, Any]
-STAGES = ("none", "found", "tuned")
 MISSING = Cell("missing", kind="missing")
 FAILED = Cell("failed", kind="failed")
-
-
-def stage_of(row: Row) -> str:
-    """Whose prefix a row has: `none`, `found` or `tuned`."""
-    ending = str(row["name"]).rpartition("_")[2]
-    return ending if ending in STAGES else "none"
 
 
 @dataclass(frozen=True)
@@ -36,47 +28,27 @@ class Measure:
     """Reads the standard error of the number, in its unit; None where there is none."""
 
 
-def ordinary(value: float) -> str:
-    """Two decimals, or three digits where the number is huge."""
-    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.3g}"
+def measure_of(column: Column) -> Measure:
+    """A column of the rows as a measure."""
+    return Measure(
+        column.named(Place.REPORT),
+        lambda _, row: column.shown(row),
+        column.written(Place.REPORT),
+        lambda _, row: column.shown_error(row),
+    )
 
 
-def perplexity_of(corpus: str | None) -> Callable[[Run, Row], float | None]:
-    """Reads the perplexity on a corpus; with None the only one that there is."""
-
-    def read(_: Run, row: Row) -> float | None:
-        by_corpus: dict[str, float] = row["perplexity"]
-        if corpus in by_corpus:
-            return by_corpus[corpus]
-        return next(iter(by_corpus.values())) if len(by_corpus) == 1 else None
-
-    return read
-
-
-def task_of(task: str) -> Callable[[Run, Row], float | None]:
-    """Reads the main metric of a zero-shot task, in per cent."""
+def of_part(column: Column, part: str | None) -> Measure:
+    """What a published table names: the column, or the one below its key for `part`; by default the only one there."""
 
     def read(_: Run, row: Row) -> float | None:
-        return _per_cent((row.get("tasks") or {}).get(task, {}).get("value"))
+        if column.key in row["values"]:
+            return column.shown(row)
+        there = parts(row, column.key)
+        known = part if part in there else next(iter(there)) if len(there) == 1 else None
+        return None if known is None else replace(column, key=f"{column.key}/{known}").shown(row)
 
-    return read
-
-
-def error_of_task(task: str) -> Callable[[Run, Row], float | None]:
-    """Reads the standard error of a task's main metric, in per cent."""
-
-    def read(_: Run, row: Row) -> float | None:
-        return _per_cent((row.get("tasks") or {}).get(task, {}).get("stderr"))
-
-    return read
-
-
-def _per_cent(value: float | None) -> float | None:
-    return None if value is None else 100.0 * value
-
-
-def _of_row(key: str) -> Callable[[Run, Row], float | None]:
-    return lambda _, row: row.get(key)
+    return replace(measure_of(column), read=read)
 
 
 def _magnitude(key: str) -> Callable[[Run, Row], float | None]:
@@ -84,7 +56,7 @@ def _magnitude(key: str) -> Callable[[Run, Row], float | None]:
 
     def read(run: Run, row: Row) -> float | None:
         curves = run.record.get("activations", {}).get("curves", {})
-        stage = stage_of(row)
+        stage = row["stage"]
         if "none" not in curves or stage not in curves:
             return None
         largest: list[float] = curves["none"]["top1"]
@@ -106,7 +78,7 @@ def _qfem(number: Callable[[list[float], list[float]], float | None]) -> Callabl
     """A number of the ratios of all linears and of those kept in full precision, behind a row's prefix."""
 
     def read(run: Run, row: Row) -> float | None:
-        found = (run.record.get("qfem") or {}).get(stage_of(row))
+        found = (run.record.get("qfem") or {}).get(row["stage"])
         if found is None or not found.get("ratios"):
             return None
         ratios: dict[str, float] = found["ratios"]
@@ -115,17 +87,7 @@ def _qfem(number: Callable[[list[float], list[float]], float | None]) -> Callabl
     return read
 
 
-MEASURES: dict[str, Measure] = {
-    "perplexity": Measure("perplexity", perplexity_of(None), ordinary),
-    "accuracy": Measure(
-        "accuracy, %",
-        lambda _, row: _per_cent(row.get("accuracy")),
-        ordinary,
-        lambda _, row: _per_cent(row.get("accuracy_stderr")),
-    ),
-    "largest_activation": Measure("largest activation", _of_row("largest_activation"), lambda value: f"{value:.1f}"),
-    "quantization_error": Measure("L_q", _of_row("quantization_error"), lambda value: f"{value:.3g}"),
-    "seconds": Measure("seconds", _of_row("seconds"), lambda value: f"{value:.0f}"),
+_OF_A_RUN: dict[str, Measure] = {
     "top1": Measure("top-1", _magnitude("top1"), ordinary),
     "top10_percent": Measure("top 10 %", _magnitude("top10_percent"), ordinary),
     "median": Measure("median", _magnitude("median"), ordinary),
@@ -138,6 +100,13 @@ MEASURES: dict[str, Measure] = {
         "smallest ratio kept", _qfem(lambda _, kept: min(kept, default=None)), lambda value: f"{value:.4g}"
     ),
 }
+"""What is read off a run's curves, search, tuning and QFeM, by the name that a published table gives it."""
+
+
+def measures(part: str | None = None) -> dict[str, Measure]:
+    """What a published table can name, by name; `part` chooses among a metric's columns: a corpus."""
+    of_rows = {name: of_part(column, part) for metric in metrics() for name, column in metric.measures.items()}
+    return of_rows | _OF_A_RUN
 
 
 def over_seeds(

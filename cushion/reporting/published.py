@@ -18,21 +18,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cushion.errors import ArtifactError, did_you_mean
+from cushion.flat import flatten
+from cushion.metrics.perplexity import KEY as PERPLEXITY
+from cushion.metrics.perplexity import corpora as corpora_of
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import (
-    FAILED,
-    MEASURES,
-    MISSING,
-    STAGES,
-    Measure,
-    over_seeds,
-    perplexity_of,
-    spread_notes,
-    stage_of,
-)
-from cushion.reporting.settings import flatten, numbered, shared_settings
+from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, spread_notes
+from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
+from cushion.schema import STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
@@ -70,8 +64,8 @@ class PublishedTable:
         """How a value of a dimension is written."""
         if dimension == "model":
             return self.models.get(key, {}).get("title", key)
-        if dimension == "measure" and key in MEASURES:
-            return MEASURES[key].title
+        if dimension == "measure" and key in (known := measures()):
+            return known[key].title
         return str(self.specification.get("titles", {}).get(key, key))
 
 
@@ -173,8 +167,8 @@ def _check(table: PublishedTable, path: Path) -> None:
                 f"{path}: there is no dimension {dimension!r} (there are {', '.join(sorted(dimensions))})"
             )
     for measure in table.keys("measure"):
-        if measure not in MEASURES:
-            raise ArtifactError(f"{path}: there is no measure {measure!r}{did_you_mean(measure, MEASURES)}")
+        if measure not in measures():
+            raise ArtifactError(f"{path}: there is no measure {measure!r}{did_you_mean(measure, measures())}")
     for model in table.keys("model"):
         if model not in table.models:
             raise ArtifactError(
@@ -273,7 +267,7 @@ def _combinations(table: PublishedTable, dimensions: list[str], others: list[str
 
 
 def _plain(at: Coordinates, value: float | None) -> Cell:
-    return Cell(NONE) if value is None else Cell(MEASURES[at["measure"]].format(value), value=value, kind="published")
+    return Cell(NONE) if value is None else Cell(measures()[at["measure"]].format(value), value=value, kind="published")
 
 
 def _planned_seeds(missing: Sequence[RunState], model: str) -> set[int]:
@@ -309,22 +303,21 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, c
     done = [run for run in fitting if run.completed]
     if not done:
         return FAILED if fitting else MISSING
-    measure = MEASURES[at["measure"]]
-    if at["measure"] == "perplexity":
-        measure = Measure(measure.title, perplexity_of(table.specification.get("corpus")), measure.format)
+    measure = measures(table.specification.get("corpus"))[at["measure"]]
     stage, quantized = wanted.get("stage"), wanted.get("quantized")
     by_seed: dict[int, list[float]] = {}
     error: float | None = None
     for run in done:
         for row in run.record["rows"]:
-            if stage not in (None, stage_of(row)) or quantized not in (None, row["quantized"]):
+            if stage not in (None, row["stage"]) or quantized not in (None, row["quantized"]):
                 continue
             value = measure.read(run, row)
             if value is not None:
                 by_seed.setdefault(run.seed, []).append(value)
                 error = measure.error(run, row) if error is None else error
-                if at["measure"] == "perplexity":
-                    corpora |= set(row["perplexity"]) if len(row["perplexity"]) == 1 else set()
+                if at["measure"] == PERPLEXITY:
+                    measured = corpora_of([row])
+                    corpora |= set(measured) if len(measured) == 1 else set()
                 if at["measure"] == "accuracy" and row.get("tasks"):
                     scored.add(tuple(task for task, score in row["tasks"].items() if score["metric"] is not None))
     if not by_seed:

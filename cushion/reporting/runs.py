@@ -6,21 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cushion.flat import flatten
+from cushion.metrics.columns import Place, columns
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import (
-    FAILED,
-    MEASURES,
-    MISSING,
-    Measure,
-    error_of_task,
-    ordinary,
-    over_seeds,
-    perplexity_of,
-    spread_notes,
-    task_of,
-)
-from cushion.reporting.settings import flatten, numbered, shared_settings
+from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, over_seeds, spread_notes
+from cushion.reporting.settings import numbered, shared_settings
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "eval")
 _EVERY_SETTING = ("model", *_GROUPS, "device")
@@ -40,7 +31,8 @@ def experiment_table(
     """
     numbers = numbered(runs) if numbers is None else numbers
     settings = varying(runs)
-    measures = _measures(runs)
+    rows = [row for run in runs for row in run.record["rows"]]
+    measures = [measure_of(column) for column in columns(rows, Place.REPORT)]
     titles = ["run", "model", *settings, "row", "prefix", "seeds"]
     head = [[Cell(title) for title in (*titles, *(measure.title for measure in measures))]]
     body = []
@@ -76,23 +68,6 @@ def _measured(measure: Measure, same: Sequence[tuple[Run, dict[str, Any]]]) -> C
     if not read:
         return Cell(NONE)
     return over_seeds([value for value, _ in read], measure.format, read[0][1], len(same))
-
-
-def _measures(runs: Sequence[Run]) -> list[Measure]:
-    """The columns: every corpus, every task and their mean where there are any, then what every row has."""
-    rows = [row for run in runs for row in run.record["rows"]]
-    corpora = dict.fromkeys(corpus for row in rows for corpus in row["perplexity"])
-    tasks = dict.fromkeys(task for row in rows for task in row.get("tasks") or {})
-    columns = [Measure(f"perplexity {corpus}", _strict(corpus), ordinary) for corpus in corpora]
-    columns += [Measure(f"{task}, %", task_of(task), ordinary, error_of_task(task)) for task in tasks]
-    if any(row.get("accuracy") is not None for row in rows):
-        columns.append(MEASURES["accuracy"])
-    return [*columns, *(MEASURES[name] for name in ("largest_activation", "quantization_error", "seconds"))]
-
-
-def _strict(corpus: str) -> Callable[[Run, dict[str, Any]], float | None]:
-    read = perplexity_of(corpus)
-    return lambda run, row: read(run, row) if corpus in row["perplexity"] else None
 
 
 def varying(runs: Iterable[Run]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the configurations of several runs have in common, in one line of words, and a configuration as flat keys."""
+"""What the configurations of several runs have in common, in one line of words."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from cushion.registry import SEARCH_METHODS
 from cushion.reporting.collect import Run
 
 Config = dict[str, Any]
-
-
-def flatten(value: Any, name: str) -> dict[str, Any]:
-    """Nested records as one, keys joined with dots."""
-    if not isinstance(value, dict):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= flatten(inner, f"{name}.{key}")
-    return flat
 
 
 def shared_settings(runs: Sequence[Run], numbers: Mapping[Path, int]) -> list[str]:

@@ -1,70 +1,36 @@
-"""The comparison of a run as plain-text tables, from result.json alone."""
+"""The comparison of a run as plain-text tables, from result.json alone: columns as the metrics declare them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from cushion.metrics.columns import Column, Place, columns
 
 
 def comparison_table(result: dict[str, Any]) -> str:
-    """The rows of a result: perplexity, mean accuracy, largest activation, L_q and seconds, one line each."""
-    rows = result["rows"]
-    corpora = list(rows[0]["perplexity"]) if rows else []
-    with_accuracy = any(row["accuracy"] is not None for row in rows)
-    accuracy = ["accuracy"] if with_accuracy else []
-    header = ["", *(f"perplexity {corpus}" for corpus in corpora), *accuracy, "largest activation", "L_q", "seconds"]
-    lines = [
-        [
-            row["label"],
-            *(_number(row["perplexity"][corpus]) for corpus in corpora),
-            *([_share(row["accuracy"], row["accuracy_stderr"])] if with_accuracy else []),
-            f"{row['largest_activation']:.1f}",
-            f"{row['quantization_error']:.3g}",
-            f"{row['seconds']:.0f}",
-        ]
-        for row in rows
-    ]
-    return _aligned([header, *lines])
+    """The rows of a result, one line each."""
+    return _table("", result["rows"], columns(result["rows"], Place.COMPARISON), Place.COMPARISON)
 
 
-def task_table(result: dict[str, Any]) -> str:
-    """Accuracy of every row on every task, in per cent with its standard error; empty without such tasks."""
-    rows = result["rows"]
-    names = [task for task, score in rows[0]["tasks"].items() if score["metric"] is not None] if rows else []
-    if not names:
-        return ""
-    header = ["accuracy, %", *names, "mean"]
-    lines = [
-        [
-            row["label"],
-            *(_share(row["tasks"][name]["value"], row["tasks"][name]["stderr"]) for name in names),
-            _share(row["accuracy"], row["accuracy_stderr"]),
-        ]
-        for row in rows
-    ]
-    return _aligned([header, *lines])
+def further_tables(result: dict[str, Any]) -> list[str]:
+    """The tables of the metrics that have too many columns for the comparison; none without such numbers."""
+    by_heading: dict[str, list[Column]] = {}
+    for column in columns(result["rows"], Place.FURTHER):
+        by_heading.setdefault(column.table or "", []).append(column)
+    return [_table(heading, result["rows"], there, Place.FURTHER) for heading, there in by_heading.items()]
 
 
-def other_metrics(row: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """What lm-eval measured on the tasks that have no accuracy (word_perplexity, say): task, metric, value."""
-    return [
-        (task, metric, found["value"])
-        for task, score in row["tasks"].items()
-        if score["metric"] is None
-        for metric, found in score["metrics"].items()
-        if found["value"] is not None
-    ]
+def _table(heading: str, rows: Sequence[dict[str, Any]], shown: Sequence[Column], place: Place) -> str:
+    lines = [[row["label"], *(_cell(column, row, place) for column in shown)] for row in rows]
+    return _aligned([[heading, *(column.named(place) for column in shown)], *lines])
 
 
-def metric_table(result: dict[str, Any]) -> str:
-    """Every row on the tasks that have no accuracy; empty without any."""
-    names = list(dict.fromkeys((task, metric) for row in result["rows"] for task, metric, _ in other_metrics(row)))
-    if not names:
-        return ""
-    lines = []
-    for row in result["rows"]:
-        values = {(task, metric): value for task, metric, value in other_metrics(row)}
-        lines.append([row["label"], *(_plain(values[name]) if name in values else "-" for name in names)])
-    return _aligned([["", *(f"{task} {metric}" for task, metric in names)], *lines])
+def _cell(column: Column, row: dict[str, Any], place: Place) -> str:
+    value, error, written = column.shown(row), column.shown_error(row), column.written(place)
+    if value is None:
+        return "-"
+    return written(value) if error is None else f"{written(value)} ± {written(error)}"
 
 
 def _aligned(lines: list[list[str]]) -> str:
@@ -75,17 +41,3 @@ def _aligned(lines: list[list[str]]) -> str:
         return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
 
     return "\n".join([text(lines[0]), "  ".join("-" * width for width in widths), *map(text, lines[1:])])
-
-
-def _share(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" if stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.6g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"

@@ -10,16 +10,17 @@ from typing import Any
 
 from matplotlib import pyplot
 
+from cushion.flat import flatten
+from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
-from cushion.reporting.measures import stage_of
 from cushion.reporting.runs import varying
-from cushion.reporting.settings import flatten
+from cushion.schema import STAGES
 
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""
 
-STAGES = {"none": "no prefix", "found": "found prefix", "tuned": "tuned prefix"}
+_TITLES = {"none": "no prefix", "found": "found prefix", "tuned": "tuned prefix"}
 _LINES = {"none": ":", "found": "--", "tuned": "-"}
 _LOGARITHMIC_FROM = 30.0
 _COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
@@ -57,20 +58,19 @@ def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
     tokens that a search ran through the model where the runs differ in their search.
     """
     done = [(number, run) for number, run in runs if run.completed]
-    corpora = [corpus for _, run in done for row in run.record["rows"] for corpus in row["perplexity"]]
-    if not corpora:
+    measured = corpora([row for _, run in done for row in run.record["rows"]])
+    if not measured:
         return
+    corpus = measured[0]
     keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
     swept = [key for key in keys if _is_swept([setting(run, key) for _, run in done])]
     if len(swept) == 1:
         others = [key for key in keys if key not in swept]
-        yield from _tradeoff("tradeoff", swept[0], corpora[0], runs, lambda run: setting(run, swept[0]), others, swept)
+        yield from _tradeoff("tradeoff", swept[0], corpus, runs, lambda run: setting(run, swept[0]), others, swept)
     of_search = [key for key in keys if key.startswith("search.")]
     if of_search:
         others = [key for key in keys if key not in of_search]
-        yield from _tradeoff(
-            "cost", "token-forwards of the search", corpora[0], runs, _token_forwards, others, of_search
-        )
+        yield from _tradeoff("cost", "token-forwards of the search", corpus, runs, _token_forwards, others, of_search)
 
 
 def _is_swept(values: Sequence[Any]) -> bool:
@@ -121,7 +121,7 @@ def _tradeoff(
         points.sort(key=lambda point: point.x)
     with_prefix = any(stage != "none" for stage, _ in series)
     if with_prefix and len({point.x for points in series.values() for point in points}) > 1:
-        in_order = sorted(series.items(), key=lambda item: (list(STAGES).index(item[0][0]), item[0][1]))
+        in_order = sorted(series.items(), key=lambda item: (STAGES.index(item[0][0]), item[0][1]))
         yield Tradeoff(kind, axis, corpus, dict(in_order), tuple(sorted(drawn)))
 
 
@@ -144,13 +144,14 @@ def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
     quantized = any(row["quantized"] for row in rows)
     if stage == "found" and _found_nothing(run):
         stage = "none"
-    values = [row["perplexity"].get(corpus) for row in rows if (stage_of(row), row["quantized"]) == (stage, quantized)]
+    key = key_of(corpus)
+    values = [row["values"].get(key) for row in rows if (row["stage"], row["quantized"]) == (stage, quantized)]
     return values[0] if values else None
 
 
 def _found_nothing(run: Run) -> bool:
     searched = setting(run, "search.method") or setting(run, "search.name") or "none"
-    return searched != "none" and all(stage_of(row) == "none" for row in run.record["rows"])
+    return searched != "none" and all(row["stage"] == "none" for row in run.record["rows"])
 
 
 def setting(run: Run, key: str) -> Any:
@@ -185,7 +186,7 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             markersize=4.5,
             linewidth=1.4,
             capsize=2.5,
-            label=", ".join(filter(None, (STAGES[stage], apart))).replace("$", r"\$"),
+            label=", ".join(filter(None, (_TITLES[stage], apart))).replace("$", r"\$"),
         )
         for point in points:
             words = [point.label] if tradeoff.kind == "cost" else []

@@ -15,12 +15,21 @@ ROWS = {
 }
 
 
-def row(name: str, perplexity: float, prefix: str = "a", **others: Any) -> dict[str, Any]:
+def row(
+    name: str, perplexity: float | None, prefix: str = "a", corpus: str = "wikitext2", accuracy: float | None = None,
+    accuracy_stderr: float | None = None, tasks: dict[str, dict[str, Any]] | None = None, **values: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of one corpus; `values` are further columns, or others in place of those here."""
     label, quantized = ROWS[name]
+    stage = name.rpartition("_")[2] if name.endswith(("found", "tuned")) else "none"
+    scores = {f"accuracy/{task}": score.get("value") for task, score in (tasks or {}).items()}
+    scores |= {f"accuracy_stderr/{task}": score.get("stderr") for task, score in (tasks or {}).items()}
+    if accuracy is not None:
+        scores |= {"accuracy/mean": accuracy, "accuracy_stderr/mean": accuracy_stderr}
+    found = {f"perplexity/{corpus}": perplexity, **scores, "largest_activation": 10.0, "quantization_error": 5.0}
     return {
         "name": name, "label": label, "prefix": "" if name in ("full_precision", "quantized") else prefix,
-        "quantized": quantized, "perplexity": {"wikitext2": perplexity}, "largest_activation": 10.0,
-        "quantization_error": 5.0, "seconds": 3.0, **others,
+        "quantized": quantized, "stage": stage, "values": {**found, "seconds": 3.0, **values}, "tasks": tasks or {},
     }  # fmt: skip
 
 
@@ -40,7 +49,7 @@ def record(
         group, _, name = key.partition(".")
         config[group][name] = others.pop(key)
     return {
-        "schema_version": 1, "status": "completed", "config": config, "error": None,
+        "schema_version": 2, "status": "completed", "config": config, "error": None,
         "environment": {"cushion": "0.1", "packages": {"torch": "2", "transformers": "5"}, "device": "cpu",
                         "git": {"commit": "0123456789abcdef", "dirty": True}},
         "rows": [row("quantized", 20.0)] if rows is None else rows, "timings": {"total": 12.0}, **others,

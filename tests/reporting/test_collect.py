@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from records import failed, record, write
+from records import failed, record, row, write
 
 from cushion.errors import ArtifactError
 from cushion.reporting.cli import write_report
@@ -52,7 +52,7 @@ def without(key: str) -> dict[str, Any]:
 
 
 DAMAGED = {
-    "half a file": '{"schema_version": 1, "status"',
+    "half a file": '{"schema_version": 2, "status"',
     "no JSON": "nothing",
     "no record": "[]",
     "other version": json.dumps({**record(), "schema_version": 99}),
@@ -77,21 +77,30 @@ def test_a_damaged_result_is_named_with_the_way_out(tmp_path: Path, damage: str)
 
 
 def planted(**others: Any) -> dict[str, Any]:
+    """A result of one row with some of its fields replaced."""
+    return {**record(), "rows": [{**row("quantized", 20.0), **others}]}
+
+
+def valued(**values: Any) -> dict[str, Any]:
     """A result of one row with some of its values replaced."""
-    return {**record(), "rows": [{**record()["rows"][0], **others}]}
+    return {**record(), "rows": [row("quantized", 20.0, **values)]}
 
 
 NO_NUMBERS = {
-    "rows[0].perplexity.wikitext2='abc' is no number": planted(perplexity={"wikitext2": "abc"}),
-    "rows[0].seconds=[3.0] is no number": planted(seconds=[3.0]),
-    "rows[0].largest_activation=True is no number": planted(largest_activation=True),
-    "rows[0].accuracy='0.5' is no number": planted(accuracy="0.5"),
+    "rows[0].values.perplexity/wikitext2='abc' is no number": valued(**{"perplexity/wikitext2": "abc"}),
+    "rows[0].values.seconds=[3.0] is no number": valued(seconds=[3.0]),
+    "rows[0].values.largest_activation=True is no number": valued(largest_activation=True),
+    "rows[0].values.accuracy/mean='0.5' is no number": valued(**{"accuracy/mean": "0.5"}),
+    "rows[0].stage='late' is none of none, found, tuned": planted(stage="late"),
+    "rows[0].values is no dict": planted(values=[1.0]),
+    "rows[0] has no 'stage'": {**record(), "rows": [{k: v for k, v in row("quantized", 1.0).items() if k != "stage"}]},
     "rows[0].tasks.piqa.value={} is no number": planted(tasks={"piqa": {"value": {}}}),
     "rows[0].tasks.piqa is no dict": planted(tasks={"piqa": 0.5}),
+    "rows[0].tasks.piqa.metrics is no dict of dicts": planted(tasks={"piqa": {"value": 0.5, "metrics": {"acc": 0.5}}}),
     "timings.total='12' is no number": {**record(), "timings": {"total": "12"}},
-    "rows[0].perplexity.wikitext2=inf is no number": planted(perplexity={"wikitext2": float("inf")}),
-    "rows[0].quantization_error=nan is no number": planted(quantization_error=float("nan")),
-    "rows[0].seconds=-inf is no number": planted(seconds=float("-inf")),
+    "rows[0].values.perplexity/wikitext2=inf is no number": valued(**{"perplexity/wikitext2": float("inf")}),
+    "rows[0].values.quantization_error=nan is no number": valued(quantization_error=float("nan")),
+    "rows[0].values.seconds=-inf is no number": valued(seconds=float("-inf")),
     "search.seconds='1' is no number": {**record(), "search": {"seconds": "1", "token_forwards": 5}},
     "search.token_forwards=[5] is no number": {**record(), "search": {"token_forwards": [5]}},
     "search is no dict": {**record(), "search": [1]},
@@ -116,8 +125,8 @@ def test_what_is_no_number_is_named_with_its_file(tmp_path: Path, problem: str) 
 
 
 def test_numbers_that_were_not_measured_are_no_damage(tmp_path: Path) -> None:
-    sparse = planted(perplexity={"wikitext2": None}, accuracy=None, seconds=None, tasks={"piqa": {"value": 1}})
-    del sparse["rows"][0]["largest_activation"], sparse["timings"]["total"]
+    sparse = {**record(), "rows": [row("quantized", None, seconds=None, tasks={"piqa": {"value": 1}})]}
+    del sparse["rows"][0]["values"]["largest_activation"], sparse["timings"]["total"]
     (run,) = collect([write(tmp_path, sparse)])
     assert run.record == sparse
     write_report([tmp_path], tmp_path / "report")

@@ -201,8 +201,7 @@ def test_qfems_modules_are_those_behind_no_prefix(tmp_path: Path) -> None:
 
 
 def test_another_corpus_is_said(tmp_path: Path) -> None:
-    other = row("quantized", 20.0)
-    other["perplexity"] = {"embedded": 20.0}
+    other = row("quantized", 20.0, corpus="embedded")
     table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=[other]))
     assert "Ours is measured on embedded, not on wikitext2." in table.notes
 

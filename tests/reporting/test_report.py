@@ -206,7 +206,7 @@ def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -
     for seed in (0, 1):
         config = tuning_config(text_file, tmp_path / "outputs")
         config.seed, config.experiment = seed, "mine"
-        expected.append(pipeline.run(config).rows[-1].perplexity["text"])
+        expected.append(pipeline.run(config).rows[-1].under("perplexity")["text"])
     write_report([tmp_path / "outputs"], tmp_path / "report")
     lines = (tmp_path / "report" / "runs" / "mine.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + 5

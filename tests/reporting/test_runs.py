@@ -81,7 +81,7 @@ def test_a_measure_that_some_seeds_lack_says_of_how_many_it_is(tmp_path: Path) -
 def test_corpora_tasks_and_accuracy_have_columns_and_absence_shows(tmp_path: Path) -> None:
     tasks = {"piqa": {"metric": "acc", "value": 0.75, "stderr": 0.01, "samples": 100}}
     rows = [row("full_precision", 10.0, tasks=tasks, accuracy=0.755, accuracy_stderr=0.0125), row("quantized", 20.0)]
-    rows[0]["perplexity"]["c4"] = 12.5
+    rows[0]["values"]["perplexity/c4"] = 12.5
     table = experiment_table("default", collect([write(tmp_path, record(rows=rows))]))
     assert column(table, "piqa, %") == ["75.00 ± 1.00", "-"]
     assert column(table, "accuracy, %") == ["75.50 ± 1.25", "-"]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from cushion.reporting.tables import comparison_table, metric_table, task_table
+from cushion.metrics.columns import Measured, row_values
+from cushion.reporting.tables import comparison_table, further_tables
 
 
-def row(label: str, perplexity: dict[str, float]) -> dict[str, Any]:
-    return {
-        "label": label,
-        "perplexity": perplexity,
-        "largest_activation": 1234.56,
-        "quantization_error": 98765.4,
-        "seconds": 12.4,
-        "tasks": {},
-        "accuracy": None,
-        "accuracy_stderr": None,
-    }
+def row(label: str, perplexity: dict[str, float], **others: Any) -> dict[str, Any]:
+    """A row; `others` are what was found on it beyond its perplexities."""
+    found = {"tasks": {}, "accuracy": None, **others}
+    measured = Measured(perplexity, largest_activation=1234.56, quantization_error=98765.4, seconds=12.4, **found)
+    return {"label": label, "values": row_values(measured), "tasks": found["tasks"]}
+
+
+def task_table(*rows: dict[str, Any]) -> list[str]:
+    (table,) = further_tables({"rows": rows})
+    return table.splitlines()
 
 
 def test_there_is_a_line_for_every_row_with_its_numbers() -> None:
@@ -43,8 +43,8 @@ def test_accuracies_stand_in_per_cent_with_their_standard_errors() -> None:
         "piqa": {"metric": "acc", "value": 0.625, "stderr": 0.034, "metrics": {}},
         "mmlu_stem": {"metric": "acc", "value": 0.25, "stderr": None, "metrics": {}},
     }
-    with_tasks = {**row("naive", {}), "tasks": tasks, "accuracy": 0.4375, "accuracy_stderr": 0.017}
-    header, _, line = task_table({"rows": [with_tasks]}).splitlines()
+    with_tasks = row("naive", {}, tasks=tasks, accuracy=(0.4375, 0.017))
+    header, _, line = task_table(with_tasks)
     assert header.split() == ["accuracy,", "%", "piqa", "mmlu_stem", "mean"]
     assert line.split("  ")[0] == "naive"
     assert [cell for cell in line.split("  ")[1:] if cell.strip()] and line.endswith("43.8 ± 1.7")
@@ -60,18 +60,16 @@ def test_what_a_task_measures_that_is_no_accuracy_has_a_table_of_its_own() -> No
         metrics = {"word_perplexity": {"value": word_perplexity, "stderr": None}, "bits": {"value": 0.5, "stderr": 0.1}}
         return {"wikitext": {"metric": None, "value": None, "stderr": None, "metrics": metrics}}
 
-    rows = [{**row("full precision", {}), "tasks": tasks(21.25)}, {**row("naive", {}), "tasks": tasks(None)}]
-    assert task_table({"rows": rows}) == "", "none of it is an accuracy"
-    header, _, first, second = metric_table({"rows": rows}).splitlines()
+    rows = [row("full precision", {}, tasks=tasks(21.25)), row("naive", {}, tasks=tasks(None))]
+    header, _, first, second = task_table(*rows)
+    assert "accuracy" not in header, "none of it is an accuracy"
     assert header.split("  ")[-2:] == ["wikitext word_perplexity", "wikitext bits"]
     assert first.split() == ["full", "precision", "21.25", "0.5"]
     assert second.split() == ["naive", "-", "0.5"], "it overflowed"
 
 
 def test_there_is_no_table_of_tasks_without_tasks() -> None:
-    assert task_table({"rows": [row("x", {"one": 1.0})]}) == ""
-    assert metric_table({"rows": [row("x", {"one": 1.0})]}) == ""
-    assert task_table({"rows": []}) == ""
+    assert further_tables({"rows": [row("x", {"one": 1.0})]}) == further_tables({"rows": []}) == []
     assert "accuracy" not in comparison_table({"rows": [row("x", {"one": 1.0})]})
 
 

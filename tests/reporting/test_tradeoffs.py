@@ -22,7 +22,7 @@ def run_of(perplexity: float, **others: Any) -> dict[str, Any]:
     rows = [row("full_precision", 1.0), row("full_precision_tuned", 2.0), row("quantized", 900.0),
             row("quantized_found", perplexity), row("quantized_tuned", perplexity / 2)]  # fmt: skip
     for number, one in enumerate(rows):
-        one["perplexity"]["c4"] = 5000.0 + number
+        one["values"]["perplexity/c4"] = 5000.0 + number
     return record(rows=rows, **others)
 
 

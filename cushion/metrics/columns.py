@@ -1,0 +1,161 @@
+"""Columns of the comparison, and the registry of the metrics that declare them.
+
+Tables, reports, CSV files and trackers loop over the columns and name no metric. A row of result.json holds its numbers
+in `values`, by the columns' keys.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+"""A row of result.json, as plain JSON."""
+
+Values = dict[str, float | None]
+"""Numbers by the key of their column; None where a number was not measured or is not finite."""
+
+
+class Place(Enum):
+    """Where a column can stand."""
+
+    COMPARISON = auto()
+    """The table that a run prints."""
+    FURTHER = auto()
+    """A further table that a run prints: that of `Column.table`."""
+    REPORT = auto()
+    """The table of an experiment's runs, in all its formats."""
+    TRACKER_TABLE = auto()
+    """A tracker's table of the rows."""
+    TRACKER_ROW = auto()
+    """A tracker's final numbers, of every row, as `<key>/<name of the row>`."""
+    RUN = auto()
+    """The run's own numbers: those of its last row in `metrics` of result.json, and in a tracker as `<key>`."""
+
+
+EVERYWHERE = frozenset(Place) - {Place.FURTHER}
+
+
+def ordinary(value: float) -> str:
+    """Two decimals, or three digits where the number is huge."""
+    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every row: its key in `values`, and how it is shown.
+
+    `unit` is shown behind the title in reports; a value in `%` is kept as a fraction of one, and shown times 100.
+    `error` is the key of its standard error, in the same unit. `titles` and `formats` say where it is called or written
+    otherwise than by `title` (for the keys of a tracker: by `key`) and `format`.
+    """
+
+    key: str
+    title: str
+    unit: str = ""
+    format: Callable[[float], str] = ordinary
+    lower_is_better: bool | None = None
+    error: str | None = None
+    places: frozenset[Place] = EVERYWHERE
+    table: str | None = None
+    """The first heading of the further table that it stands in."""
+    titles: Mapping[Place, str] = field(default_factory=dict)
+    formats: Mapping[Place, Callable[[float], str]] = field(default_factory=dict)
+
+    def named(self, place: Place) -> str:
+        """What the column is called in a place."""
+        if place in self.titles:
+            return self.titles[place]
+        if place in (Place.TRACKER_ROW, Place.RUN):
+            return self.key
+        return f"{self.title}, {self.unit}" if self.unit and place is Place.REPORT else self.title
+
+    def written(self, place: Place) -> Callable[[float], str]:
+        """How a shown value is written in a place."""
+        return self.formats.get(place, self.format)
+
+    def shown(self, row: Row) -> float | None:
+        """The value of a row in the column's unit."""
+        return self._in_unit(row["values"].get(self.key))
+
+    def shown_error(self, row: Row) -> float | None:
+        """The standard error of a row's value in the column's unit."""
+        return None if self.error is None else self._in_unit(row["values"].get(self.error))
+
+    def _in_unit(self, value: float | None) -> float | None:
+        return 100.0 * value if value is not None and self.unit == "%" else value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found on one row, before it stands in columns.
+
+    `perplexity` by corpus; `tasks` by task the fields of `evaluation.harness.TaskScore`; `accuracy` the mean over the
+    tasks and its standard error, None without any; `seconds` all that the row cost.
+    """
+
+    perplexity: Mapping[str, float]
+    tasks: Mapping[str, Mapping[str, Any]]
+    accuracy: tuple[float, float | None] | None
+    largest_activation: float
+    quantization_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A kind of number: which columns rows have of it, and the values in them.
+
+    `columns` are those of several rows that are shown together; `values` takes them from what was found on a row;
+    `measures` are the columns that a published table can name, by the name, where the values of a key with parts (a
+    perplexity has corpora) are those below it. Metrics stand in ascending `order`.
+    """
+
+    name: str
+    columns: Callable[[Sequence[Row]], list[Column]]
+    values: Callable[[Measured], Values]
+    measures: Mapping[str, Column] = field(default_factory=dict)
+    order: int = 50
+
+
+METRICS: dict[str, Metric] = {}
+"""Every metric by name; `metrics()` is how they are asked for."""
+
+
+def register(metric: Metric) -> None:
+    """Add a metric to the registry."""
+    METRICS[metric.name] = metric
+
+
+@lru_cache(maxsize=1)
+def _discover() -> None:
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
+
+
+def metrics() -> list[Metric]:
+    """Every metric: those that this folder's files register, and others, in order."""
+    _discover()
+    return sorted(METRICS.values(), key=lambda metric: (metric.order, metric.name))
+
+
+def columns(rows: Sequence[Row], place: Place) -> list[Column]:
+    """The columns that some rows have in a place, in order."""
+    return [column for metric in metrics() for column in metric.columns(rows) if place in column.places]
+
+
+def row_values(measured: Measured) -> Values:
+    """The values of a row, of all metrics, from what was found on it."""
+    return {key: value for metric in metrics() for key, value in metric.values(measured).items()}
+
+
+def parts(row: Row, key: str) -> dict[str, float | None]:
+    """The values of a row below a key, by what follows it: `perplexity` has one for each corpus."""
+    start = f"{key}/"
+    return {name.removeprefix(start): value for name, value in row["values"].items() if name.startswith(start)}

@@ -1,0 +1,44 @@
+"""What result.json is called, its schema version, and the one door through which its content is read.
+
+Light to import, unlike `cushion.results`, which writes the file: reports read it without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cushion.errors import ArtifactError
+from cushion.results_v1 import upgraded
+
+FILE_NAME = "result.json"
+SCHEMA_VERSION = 2
+STAGES = ("none", "found", "tuned")
+"""Whose prefix a row has: none, the one that was found or given, or that one tuned."""
+
+
+def way_out(path: Path) -> str:
+    """What a user does about a result.json that cannot be read."""
+    return f"delete the folder {path.parent} and run again"
+
+
+def current(record: Any, path: Path) -> dict[str, Any]:
+    """The content of a result.json in the current schema version, whichever version the file is of.
+
+    Args:
+        record: the content of the file.
+        path: the file, for messages.
+
+    Raises:
+        ArtifactError: it is of an unknown schema version, or what is to be converted is damaged.
+
+    """
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version == SCHEMA_VERSION:
+        return dict(record)
+    if version != 1:
+        raise ArtifactError(f"{path} is not a result of schema version 1 or {SCHEMA_VERSION}: {way_out(path)}")
+    try:
+        return {**upgraded(record), "schema_version": SCHEMA_VERSION}
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): {way_out(path)}") from error
