@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from composing import composed
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from cushion.cli import config_folder, register_schema, to_run_config
+from cushion.cli import config_folder
 from cushion.config import RunConfig, SearchRound, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.models.architectures import find_architecture
@@ -51,18 +49,6 @@ MODEL_TYPES = {
 
 NEEDED = {"search/tokens": ["search.tokens=a"]}
 """What a user has to say beside an option, where the option alone is not a whole configuration."""
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-
-
-def composed(*overrides: str) -> RunConfig:
-    return to_run_config(compose("config", list(overrides)))
 
 
 def mandatory(file: Path) -> list[str]:
@@ -141,17 +127,13 @@ def test_one_path_serves_all_purposes_of_a_file() -> None:
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
-def test_every_experiment_composes_by_the_command_in_its_head(file: Path) -> None:
+def test_every_experiment_composes_by_the_command_in_its_head_and_the_command_line_wins(file: Path) -> None:
     overrides = command_of(file)
     assert f"experiment={file.relative_to('experiment').with_suffix('')}" in [word.lstrip("+") for word in overrides]
     config = composed(*overrides)
     assert config.experiment == file.stem
     assert options_without_effect(config) == []
-
-
-@pytest.mark.parametrize("file", EXPERIMENTS, ids=str)
-def test_the_command_line_wins_over_an_experiment(file: Path) -> None:
-    config = composed(*command_of(file), "tuning=none", "search=none", "seed=7")
+    config = composed(*overrides, "tuning=none", "search=none", "seed=7")
     assert (config.tuning.method, config.search.method, config.seed) == ("none", "none", 7)
 
 
