@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 run: $(STAMP)  ## the main job on the embedded model: outliers, greedy prefix, tuned prefix, quantized perplexity
 	$(BIN)/cushion experiment=main
 
-test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the test suite, a worker for each core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

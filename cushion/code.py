@@ -2,9 +2,9 @@
 
 A cached result must not outlive the code that made it, and must outlive everything else. The version of a module is a
 hash over its import closure: its own syntax tree and those of all modules of the same package that it imports, directly
-or through others, also inside of functions or lazily by the name `module:attribute`. Comments, docstrings and formatting are not in a syntax tree, so they
-change no version; neither do the modules of `INFRASTRUCTURE`, which decide no number, or only through what stands in
-the keys themselves.
+or through others, also inside of functions, or lazily by the name `module:attribute`. Comments, docstrings and layout
+are not in a syntax tree, so they change no version; neither do the modules of `INFRASTRUCTURE`, which decide no number,
+or only through what stands in the keys themselves.
 
 The sources are read once, when this module is imported: code that changes on disk during a run never labels what the
 code before it computed.

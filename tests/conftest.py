@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for the processes that tests start too
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that reaches for the hub fails at once
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -17,7 +18,7 @@ from tiny_tasks import own_tasks
 from cushion.config import ModelConfig, PathsConfig
 from cushion.models import LanguageModel, load_language_model
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and two test runs side by side lose nothing
+torch.set_num_threads(1)  # tiny models gain nothing from more, and tests side by side lose nothing
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
@@ -31,6 +32,13 @@ VARIANTS = (*SMOOTHABLE, "opt_post_norm")
 
 SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
 """The families whose tiny model has layers with a sliding window of 8 positions."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `-n auto`: one for each core that may be used; behind eight, start-up outweighs the gain."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ linears, whose weights ignore it: the function is that of an ordinary model, and
 from __future__ import annotations
 
 import torch
+from helpers import random_texts
 from torch import Tensor, nn
 
 from cushion.models import LanguageModel
@@ -60,7 +61,7 @@ def plant_in(model: nn.Module) -> None:
 @torch.no_grad()
 def own_texts(lm: LanguageModel, rows: int = 3, length: int = 24) -> Tensor:
     """Texts that the model itself goes on with, so that it predicts them well; `TOKEN` is the second one of each."""
-    tokens = torch.randint(0, 256, (rows, 6), generator=torch.Generator().manual_seed(1))
+    tokens = random_texts(rows, 6, seed=1)
     tokens[tokens == TOKEN] = TOKEN + 1
     tokens[:, 1] = TOKEN
     while tokens.shape[1] < length:

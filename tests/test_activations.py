@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_values
 from torch import Tensor, nn
 
 from cushion.activations import (
@@ -24,10 +25,6 @@ from cushion.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
 FIELDS = ("top1", "top2", "top3", "top10_percent", "median", "maximum")
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def number_of_hooks(model: nn.Module) -> int:
@@ -114,7 +111,7 @@ def by_sorting(texts: Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize(("tokens", "features"), [(1, 3), (3, 5), (7, 11), (16, 32), (10, 10), (4, 4)])
 def test_statistics_agree_with_sorting(tokens: int, features: int) -> None:
-    layers = {name: draw(5, tokens, features, seed=seed) for seed, name in enumerate(["a", "b", "c"])}
+    layers = {name: random_values(5, tokens, features, seed=seed) for seed, name in enumerate(["a", "b", "c"])}
     statistics = MagnitudeStatistics()
     for name, values in layers.items():
         statistics(name, values)
@@ -126,7 +123,7 @@ def test_statistics_agree_with_sorting(tokens: int, features: int) -> None:
 
 
 def test_texts_one_by_one_or_all_at_once_give_the_same_curve() -> None:
-    texts = draw(6, 9, 8)
+    texts = random_values(6, 9, 8)
     together, apart = MagnitudeStatistics(), MagnitudeStatistics()
     together("layer", texts)
     for text in texts:
@@ -136,7 +133,7 @@ def test_texts_one_by_one_or_all_at_once_give_the_same_curve() -> None:
 
 
 def test_planted_outliers_of_either_sign_show_up_in_order() -> None:
-    values = draw(2, 9, 8)
+    values = random_values(2, 9, 8)
     values[0, 3, 4], values[0, 0, 1], values[0, 8, 7] = -900.0, 500.0, -40.0
     values[1] = values[1].clamp(-2, 2)
     values[1, 5, 5] = 100.0
@@ -159,7 +156,7 @@ def test_layers_keep_the_order_in_which_they_were_first_seen() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_gradients_are_taken_as_they_come(dtype: torch.dtype) -> None:
-    values = draw(2, 5, 6).to(dtype).requires_grad_()
+    values = random_values(2, 5, 6).to(dtype).requires_grad_()
     before = values.detach().clone()
     half, full = MagnitudeStatistics(), MagnitudeStatistics()
     half("layer", values)
@@ -172,7 +169,7 @@ def test_half_precision_and_gradients_are_taken_as_they_come(dtype: torch.dtype)
 
 
 def test_channel_ranges_agree_with_plain_loops_over_everything_seen() -> None:
-    batches = [draw(2, 5, 4), 3 * draw(1, 7, 4, seed=1), draw(6, 4, seed=2)]
+    batches = [random_values(2, 5, 4), 3 * random_values(1, 7, 4, seed=1), random_values(6, 4, seed=2)]
     ranges = ChannelRanges()
     for batch in batches:
         ranges("linear", batch)
@@ -184,7 +181,7 @@ def test_channel_ranges_agree_with_plain_loops_over_everything_seen() -> None:
 
 
 def test_channel_ranges_keep_no_view_of_what_they_saw() -> None:
-    values = draw(1, 1, 4)
+    values = random_values(1, 1, 4)
     expected = values.flatten().clone()
     ranges = ChannelRanges()
     ranges("linear", values)
@@ -195,9 +192,9 @@ def test_channel_ranges_keep_no_view_of_what_they_saw() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("first", [True, False])
 def test_channel_ranges_do_not_hide_what_is_not_finite(bad: float, first: bool) -> None:
-    spoiled = draw(1, 3, 4)
+    spoiled = random_values(1, 3, 4)
     spoiled[0, 1, 2] = bad
-    batches = [spoiled, draw(1, 3, 4, seed=1)]
+    batches = [spoiled, random_values(1, 3, 4, seed=1)]
     ranges = ChannelRanges()
     for batch in batches if first else reversed(batches):
         ranges("linear", batch)
@@ -212,7 +209,7 @@ def test_channel_ranges_do_not_hide_what_is_not_finite(bad: float, first: bool) 
 def test_the_largest_magnitude_is_not_finite_where_one_layer_is_not(layer: int, fault: float) -> None:
     statistics = MagnitudeStatistics()
     for index in range(3):
-        values = draw(2, 5, 8, seed=index)
+        values = random_values(2, 5, 8, seed=index)
         assert statistics(str(index), values) is None
         if index == layer:
             values[1, 2, 3] = fault
@@ -238,7 +235,7 @@ def ratio_by_sorting(scales: list[float]) -> float:
 @pytest.mark.parametrize("flattened", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 6, 7])
 def test_token_scales_and_their_ratios_agree_with_plain_loops(tokens: int, flattened: bool) -> None:
-    batches = [draw(3, tokens, 5, seed=seed) for seed in range(2)]
+    batches = [random_values(3, tokens, 5, seed=seed) for seed in range(2)]
     scales = TokenScales(texts=3)
     for batch in batches:
         scales("a", batch.flatten(0, 1) if flattened else batch)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from torch import Tensor
 
 from cushion.activations import observe_outputs
@@ -15,7 +16,7 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
 Tiny = Callable[..., LanguageModel]
-ROWS = torch.randint(0, 256, (6, 9), generator=torch.Generator().manual_seed(3))
+ROWS = random_texts(6, 9, seed=3)
 
 
 @torch.no_grad()

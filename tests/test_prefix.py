@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, SLIDING, VARIANTS
+from helpers import random_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +22,6 @@ from cushion.prefix import Prefix
 
 TOKENS = (256, 10, 65)
 Tiny = Callable[..., LanguageModel]
-
-
-def random_ids(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def behind(tokens: tuple[int, ...], ids: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ def bits(prefix: Prefix) -> list[bytes]:
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("family", VARIANTS)
 def test_cache_does_what_the_tokens_do(tiny: Tiny, family: str, batch_size: int) -> None:
-    lm, ids = tiny(family), random_ids(batch_size, 9)
+    lm, ids = tiny(family), random_texts(batch_size, 9)
     prefix = Prefix.from_tokens(lm.model, TOKENS)
     before = bits(prefix)
     expected = plain_logits(lm, behind(TOKENS, ids))[:, len(TOKENS) :]
@@ -71,7 +68,7 @@ def test_grouped_query_attention_is_among_the_families(tiny: Tiny) -> None:
 @pytest.mark.parametrize("length", [3, 14], ids=["short prefix", "prefix longer than the window"])
 @pytest.mark.parametrize("family", VARIANTS)
 def test_cache_agrees_on_a_text_longer_than_any_window(tiny: Tiny, family: str, length: int, batch_size: int) -> None:
-    lm, ids = tiny(family), random_ids(batch_size, 40)
+    lm, ids = tiny(family), random_texts(batch_size, 40)
     assert family not in SLIDING or lm.model.config.sliding_window == 8
     tokens = tuple(range(60, 60 + length))
     prefix = Prefix.from_tokens(lm.model, tokens)
@@ -84,7 +81,7 @@ def test_cache_agrees_on_a_text_longer_than_any_window(tiny: Tiny, family: str, 
 
 
 def test_empty_prefix_changes_nothing(tiny: Tiny) -> None:
-    lm, ids = tiny(), random_ids(2, 9)
+    lm, ids = tiny(), random_texts(2, 9)
     assert len(Prefix.empty()) == 0
     assert len(Prefix.from_tokens(lm.model, [])) == 0
     assert torch.equal(logits_with(lm, Prefix.empty(), ids), plain_logits(lm, ids))
@@ -103,7 +100,7 @@ def generate(lm: LanguageModel, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_generating_from_the_tokens(tiny: Tiny, family: str) -> None:
-    lm, text = tiny(family), random_ids(1, 7)
+    lm, text = tiny(family), random_texts(1, 7)
     prefix = Prefix.from_tokens(lm.model, TOKENS)
     expected = generate(lm, input_ids=behind(TOKENS, text))
     actual = generate(lm, **prefix.prepend({"input_ids": text}), past_key_values=prefix.cache(lm.model, 1))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from planted_linears import PLANTED, TOKEN, plant_in
-from tiny_run import processes, saved_model, small_config, tuning_config
+from tiny_run import processes, saved_model, small_config, tuning_config, without_seconds
 
 from cushion import pipeline
 from cushion.config import ActivationConfig, CalibrationConfig, QFeMConfig, QuantizerConfig, RunConfig, SearchConfig
@@ -45,12 +45,6 @@ def with_tokens(text: Path, output: Path, qfem: QFeMConfig, **changes: Any) -> R
 
 def stages(events: list[Event]) -> list[str]:
     return list(dict.fromkeys(event.stage for event in events if isinstance(event, Progress)))
-
-
-def without_seconds(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
-    return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def test_a_fixed_alpha_keeps_exactly_the_planted_linears_in_every_row(text_file: Path, tmp_path: Path) -> None:

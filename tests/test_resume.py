@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import processes, small_config, tuning_config
+from tiny_run import processes, small_config, tuning_config, without_seconds
 
 from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
@@ -38,13 +38,6 @@ def run_until_killed(text: Path, output: Path, stage: str, done: int, threads: i
             os.kill(os.getpid(), signal.SIGKILL)
 
     pipeline.run(tuning_config(text, output), [listen])
-
-
-def without_seconds(value: Any) -> Any:
-    """A record without what depends on the clock and on the folder."""
-    if isinstance(value, dict):
-        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
-    return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def outcome(result: RunResult) -> dict[str, Any]:

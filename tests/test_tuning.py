@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,10 +41,6 @@ NONE = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationCo
 GRADIENTS = ("range", "nearest_grid_point", "straight_through")
 
 
-def some_texts(rows: int = 6, length: int = 12, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def settings(**options: Any) -> TuningConfig:
     defaults = {"steps": 6, "learning_rate": 1e-2, "warmup_steps": 2, "evaluate_every": 2, "batch_size": 3}
     return TuningConfig(**{"method": "prefix", "sequences": 6, "held_out_sequences": 4, **defaults, **options})
@@ -51,7 +48,12 @@ def settings(**options: Any) -> TuningConfig:
 
 def tuning(lm: LanguageModel, config: TuningConfig, state: TuningState | None = None, **options: Any) -> Any:
     """The generator of `tune_prefix` with the rest filled in."""
-    given = {"quantizer": QuantizerConfig(), "texts": some_texts(), "held_out": some_texts(4, seed=1), **options}
+    given = {
+        "quantizer": QuantizerConfig(),
+        "texts": random_texts(6, 12),
+        "held_out": random_texts(4, 12, seed=1),
+        **options,
+    }
     found = given.pop("found", None) or Prefix.from_tokens(lm.model, TOKENS, {"text": "kept"})
     fitted = FittedQuantizer(given.pop("quantizer"))
     return tune_prefix(lm, found, config, fitted, objective=SearchConfig(), seed=0, state=state, **given)
@@ -87,14 +89,14 @@ def without_seconds(state: TuningState) -> list[dict[str, Any]]:
     ids=str,
 )
 def test_tuning_lowers_its_loss(tiny: Tiny, options: dict[str, Any]) -> None:
-    texts = some_texts(4)
+    texts = random_texts(4, 12)
     state = last(tuning(tiny(), settings(steps=25, **options), texts=texts, held_out=texts))
     assert state.best_loss < state.initial_loss - 0.02
     assert state.steps[-1].loss < state.steps[0].loss
 
 
 def test_error_part_alone_can_be_lowered_through_the_range(tiny: Tiny) -> None:
-    texts = some_texts(4)
+    texts = random_texts(4, 12)
     config = settings(
         steps=25, batch_size=4, lambda_q=1e6, learning_rate=3e-2, prediction_model="full_precision"
     )  # fmt: skip
@@ -124,12 +126,12 @@ def test_tuning_changes_keys_and_values_only(tiny: Tiny, family: str) -> None:
 
 @pytest.mark.parametrize("seed", [1, 4])
 def test_best_prefix_is_the_one_with_the_lowest_held_out_loss(tiny: Tiny, seed: int) -> None:
-    lm, held_out = tiny(), some_texts(4, seed=seed)
+    lm, held_out = tiny(), random_texts(4, 12, seed=seed)
     found = Prefix.from_tokens(lm.model, TOKENS)
     seen = {0: found}
     # one text learnt by heart: the loss on others falls at first and then rises
     config = settings(steps=12, learning_rate=0.5, schedule="constant", warmup_steps=0, batch_size=1)
-    for state in tuning(lm, config, found=found, texts=some_texts(1), held_out=held_out):
+    for state in tuning(lm, config, found=found, texts=random_texts(1, 12), held_out=held_out):
         seen[len(state.steps)] = state.prefix
     losses = {0: state.initial_loss}
     losses |= {s.step + 1: s.held_out_loss for s in state.steps if s.held_out_loss is not None}
@@ -154,7 +156,7 @@ def test_tuning_that_only_harms_gives_the_found_prefix_back(tiny: Tiny) -> None:
 @pytest.mark.parametrize("site", ["block_outputs", "linear_inputs"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_loss_equals_the_formula_over_plain_tokens(tiny: Tiny, reduction: str, site: str) -> None:
-    lm, texts = tiny(), some_texts(3)
+    lm, texts = tiny(), random_texts(3, 12)
     config = settings(lambda_q=0.5, reduction=reduction, error_site=site)
     with torch.no_grad():
         actual = TuningLoss(lm, config, SearchConfig())(Prefix.from_tokens(lm.model, TOKENS), texts)
@@ -193,7 +195,7 @@ def test_nothing_frozen_is_computed_twice(tiny: Tiny, quantizer: QuantizerConfig
     of_linears = {name: 2 * linear.weight.numel() for name, linear in lm.linears().items()}
     forwards = sum(of_linears.values()) + 2 * head.weight.numel()
     untouched = sum(of_linears[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv")
-    tokens, held_out, found = 12, some_texts(4, seed=1), Prefix.from_tokens(lm.model, TOKENS)
+    tokens, held_out, found = 12, random_texts(4, 12, seed=1), Prefix.from_tokens(lm.model, TOKENS)
     with FlopCounterMode(display=False) as counter:
         last(tuning(lm, settings(steps=4), quantizer=quantizer, held_out=held_out, found=found))
     steps = 4 * 3 * tokens * (2 * forwards - untouched)
@@ -337,22 +339,22 @@ def test_gradient_clip_bounds_nothing_but_the_step(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warmup", [0, 1, 5, 40])
-@pytest.mark.parametrize("steps", [1, 6, 30])
-def test_learning_rate_warms_up_and_is_never_zero(schedule: str, warmup: int, steps: int) -> None:
-    config = settings(steps=steps, warmup_steps=warmup, schedule=schedule)
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    factor = learning_rate_schedule(config, optimizer)
-    factors = [factor(step) for step in range(steps)]
-    assert all(0 < f <= 1 for f in factors)
-    rising = factors[:warmup]
-    assert rising == pytest.approx([(step + 1) / warmup for step in range(len(rising))])
-    falling = factors[max(warmup - 1, 0) :]
-    assert falling == sorted(falling, reverse=True)
-    if schedule == "constant":
-        assert set(falling) <= {1.0}
-    elif len(falling) > 2:
-        assert falling[-1] < 0.5
+def test_learning_rate_warms_up_and_is_never_zero(schedule: str) -> None:
+    for where in itertools.product((1, 6, 30), (0, 1, 5, 40)):
+        steps, warmup = where
+        config = settings(steps=steps, warmup_steps=warmup, schedule=schedule)
+        optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+        factor = learning_rate_schedule(config, optimizer)
+        factors = [factor(step) for step in range(steps)]
+        assert all(0 < f <= 1 for f in factors), where
+        rising = factors[:warmup]
+        assert rising == pytest.approx([(step + 1) / warmup for step in range(len(rising))]), where
+        falling = factors[max(warmup - 1, 0) :]
+        assert falling == sorted(falling, reverse=True), where
+        if schedule == "constant":
+            assert set(falling) <= {1.0}, where
+        elif len(falling) > 2:
+            assert falling[-1] < 0.5, where
 
 
 def test_learning_rate_on_record_is_the_one_used(tiny: Tiny) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,13 @@ def tuning_config(text: Path, output: Path) -> RunConfig:
         held_out_sequences=2,
     )
     return config
+
+
+def without_seconds(value: Any) -> Any:
+    """A record without what depends on the clock."""
+    if isinstance(value, dict):
+        return {key: without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
 def processes() -> ForkServerContext:

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from helpers import calibrated, random_texts
 
 from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, PathsConfig, QuantizerConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 
 # ---- made-up records in the fields of the official sets -------------------------------------------------------------
 
@@ -185,6 +184,4 @@ PER_TOKEN = QuantizerConfig(
 
 
 def ranges_of(lm: LanguageModel, behind: Prefix) -> ChannelRanges:
-    texts, ranges = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(5)), ChannelRanges()
-    assert list(calibrate(lm, behind, texts, ranges)) == [1, 2]
-    return ranges
+    return calibrated(lm, random_texts(2, 24, seed=5), behind)

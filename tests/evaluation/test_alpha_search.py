@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import calibrated, random_texts
 from planted_linears import PLANTED, own_texts, plant
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QFeMConfig, QuantizerConfig, WeightConfig
 from cushion.errors import NotFiniteError
 from cushion.evaluation.alpha_search import AlphaSearch, curve_numbers, per_token, search_alpha
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios
@@ -96,8 +95,7 @@ def test_the_search_finds_what_a_brute_force_over_all_thresholds_finds(
     lm, texts = planted_model
     activations = ActivationConfig(bits=6, range="static" if static else "dynamic")
     ratios = ratios_of(lm, texts, quantizer(QFeMConfig(), activations=activations))
-    ranges = ChannelRanges()
-    list(calibrate(lm, EMPTY, texts, ranges))
+    ranges = calibrated(lm, texts)
     alphas = ratios.thresholds()
     curve = [brute_force_perplexity(lm, texts, ratios.above(alpha), False, static) for alpha in alphas]
     reference = brute_force_perplexity(lm, texts, [], True)
@@ -169,7 +167,7 @@ def test_points_that_contradict_the_assumption_are_named() -> None:
 
 def test_a_quantizer_that_destroys_the_model_is_outside_every_target(tiny: Tiny) -> None:
     lm = tiny("llama")
-    texts = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    texts = random_texts(2, 12)
     config = quantizer(QFeMConfig(search=True, target=1e30))
     ratios = ratios_of(lm, texts, config)
     healthy = AlphaSearch()

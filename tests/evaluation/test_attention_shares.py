@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from tiny_run import small_config
 from torch import Tensor
 
@@ -25,10 +26,6 @@ from cushion.prefix import Prefix
 
 Tiny = Callable[..., LanguageModel]
 PROMPT = [256, 10, 65]
-
-
-def some_texts(count: int = 2, length: int = 20) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -62,7 +59,7 @@ def assert_equal(found: AttentionShares, expected: AttentionShares) -> None:
 @pytest.mark.parametrize("prompt", [[], PROMPT], ids=["bare", "prefix"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shares_are_those_of_the_models_own_maps(tiny: Tiny, family: str, prompt: list[int]) -> None:
-    lm, texts = tiny(family), some_texts()
+    lm, texts = tiny(family), random_texts(2, 20)
     found = attention_shares(lm, Prefix.from_tokens(lm.model, prompt), texts, 3)
     assert_equal(found, from_the_models_maps(tiny(family), prompt, texts, 3))
     shares = torch.tensor([found.prefix, found.first])
@@ -80,7 +77,7 @@ def test_shares_are_those_of_the_models_own_maps(tiny: Tiny, family: str, prompt
 @torch.no_grad()
 def test_shares_are_those_of_queries_and_keys(tiny: Tiny) -> None:
     """A tiny llama by the textbook: rotate halves, divide by the root of the head size, softmax over the past."""
-    lm, text, first = tiny(), some_texts(1), 2
+    lm, text, first = tiny(), random_texts(1, 20), 2
     found = attention_shares(lm, Prefix.from_tokens(lm.model, PROMPT), text, first)
     tokens = torch.tensor([PROMPT + text[0].tolist()])
     seen: dict[str, Tensor] = {}
@@ -115,7 +112,7 @@ def test_shares_are_those_of_queries_and_keys(tiny: Tiny) -> None:
 
 def test_a_key_that_outshines_all_others_takes_the_attention(tiny: Tiny) -> None:
     """A planted sink: a prefix whose keys no query can resist has all of the attention, and its reverse none."""
-    lm, texts = tiny(), some_texts()
+    lm, texts = tiny(), random_texts(2, 20)
     found = Prefix.from_tokens(lm.model, [65])
     bare = torch.tensor(attention_shares(lm, found, texts, 2).prefix)
     for layer in range(3):
@@ -127,7 +124,7 @@ def test_a_key_that_outshines_all_others_takes_the_attention(tiny: Tiny) -> None
 
 
 def test_texts_are_cut_and_averaged(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm, texts = tiny(), some_texts(3, 24)
+    lm, texts = tiny(), random_texts(3, 24)
     prefix = Prefix.from_tokens(lm.model, PROMPT)
     single = [attention_shares(lm, prefix, text[None], 4) for text in texts]
     mean = torch.tensor([[one.prefix, one.first] for one in single]).mean(0)
@@ -141,7 +138,7 @@ def test_a_sliding_window_hides_the_prefix_from_late_queries(tiny: Tiny) -> None
     """Tiny mistral looks back a few tokens only: to the queries further on, the prefix is out of sight."""
     lm = tiny("mistral")
     window = lm.model.config.sliding_window
-    texts, prefix = some_texts(1, window + 70), Prefix.from_tokens(lm.model, PROMPT)
+    texts, prefix = random_texts(1, window + 70), Prefix.from_tokens(lm.model, PROMPT)
     found = attention_shares(lm, prefix, texts, 4)
     assert_equal(found, from_the_models_maps(tiny("mistral"), PROMPT, texts, 4))
     assert torch.tensor(found.prefix).min() > 0
@@ -151,7 +148,7 @@ def test_a_sliding_window_hides_the_prefix_from_late_queries(tiny: Tiny) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_attention_is_computed_is_put_back(tiny: Tiny, family: str) -> None:
-    lm, texts = tiny(family), some_texts()
+    lm, texts = tiny(family), random_texts(2, 20)
     before = lm.model.config._attn_implementation
     with torch.no_grad():
         logits = lm.model(input_ids=texts).logits
@@ -165,7 +162,7 @@ def test_the_way_attention_is_computed_is_put_back(tiny: Tiny, family: str) -> N
 def test_attention_that_was_eager_stays_so(tiny: Tiny) -> None:
     lm = tiny()
     lm.model.set_attn_implementation("eager")
-    attention_shares(lm, Prefix.empty(), some_texts(), 3)
+    attention_shares(lm, Prefix.empty(), random_texts(2, 20), 3)
     assert lm.model.config._attn_implementation == "eager"
 
 
@@ -181,7 +178,7 @@ def test_the_way_attention_is_computed_is_put_back_after_an_error(tiny: Tiny, mo
     assert before == "sdpa"
     monkeypatch.setattr(LanguageModel, "body", fail)
     with pytest.raises(KeyboardInterrupt):
-        attention_shares(lm, Prefix.empty(), some_texts(), 3)
+        attention_shares(lm, Prefix.empty(), random_texts(2, 20), 3)
     assert seen == ["eager"]
     assert lm.model.config._attn_implementation == before
 

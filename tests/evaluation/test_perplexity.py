@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from torch import Tensor
 
 from cushion.config import EvalConfig
@@ -20,10 +21,6 @@ from cushion.prefix import Prefix
 
 Tiny = Callable[..., LanguageModel]
 POLICIES = [{"bos": "none"}, {"bos": "block"}, {"bos": "block", "predict_first": True}]
-
-
-def some_blocks(rows: int = 5, length: int = 12) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -48,7 +45,7 @@ def by_hand(lm: LanguageModel, prompt: list[int], blocks: Tensor, policy: dict[s
 def test_perplexity_equals_log_probabilities(
     tiny: Tiny, policy: dict[str, Any], prompt: list[int], batch_size: int
 ) -> None:
-    lm, blocks = tiny(), some_blocks()
+    lm, blocks = tiny(), random_texts(5, 12)
     config = EvalConfig(batch_size=batch_size, block_length=12, **policy)
     losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, config))
     expected, count = by_hand(lm, prompt, blocks, policy)
@@ -59,7 +56,7 @@ def test_perplexity_equals_log_probabilities(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefix_counts_as_its_tokens_in_every_family(tiny: Tiny, family: str) -> None:
-    lm, blocks, prompt = tiny(family), some_blocks(3), [256, 10, 65]
+    lm, blocks, prompt = tiny(family), random_texts(3, 12), [256, 10, 65]
     losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, EvalConfig(batch_size=2)))
     expected, _ = by_hand(lm, prompt, blocks, {"bos": "none"})
     bare, _ = by_hand(lm, [], blocks, {"bos": "none"})
@@ -71,7 +68,7 @@ def test_prefix_counts_as_its_tokens_in_every_family(tiny: Tiny, family: str) ->
 def test_chunks_of_positions_are_all_counted_once(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
 ) -> None:
-    lm, blocks, config = tiny(), some_blocks(), EvalConfig(batch_size=2, **policy)
+    lm, blocks, config = tiny(), random_texts(5, 12), EvalConfig(batch_size=2, **policy)
     whole = list(block_losses(lm, Prefix.empty(), blocks, config))
     for size in (1, 5, 11, 12):
         monkeypatch.setattr(module, "POSITIONS_PER_CHUNK", size)
@@ -84,9 +81,9 @@ def test_chunks_of_positions_are_all_counted_once(
 def test_start_leaves_out_the_batches_that_are_done(tiny: Tiny, start: int) -> None:
     lm, config = tiny(), EvalConfig(batch_size=2)
     prefix = Prefix.from_tokens(lm.model, [7])
-    whole = list(block_losses(lm, prefix, some_blocks(), config))
+    whole = list(block_losses(lm, prefix, random_texts(5, 12), config))
     assert len(whole) == 3
-    assert list(block_losses(lm, prefix, some_blocks(), config, start=start)) == whole[start:]
+    assert list(block_losses(lm, prefix, random_texts(5, 12), config, start=start)) == whole[start:]
 
 
 def test_mean_is_over_tokens_and_not_over_batches() -> None:

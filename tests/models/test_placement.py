@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers import calibrated, random_texts
 from pretended_device import THERE, pretend_devices, spread
 from torch import Tensor
 
-from cushion.activations import ChannelRanges, MagnitudeStatistics, observe_inputs
+from cushion.activations import MagnitudeStatistics, observe_inputs
 from cushion.config import EvalConfig, ModelConfig, PathsConfig, QuantizerConfig, SearchConfig, TuningConfig
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import block_losses
@@ -20,7 +21,6 @@ from cushion.models import LanguageModel, load_language_model
 from cushion.models.language_model import _refuse_offloading
 from cushion.models.tiny import tiny_model
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.simulate import quantized
@@ -36,10 +36,6 @@ TUNING = TuningConfig(
 SMOOTHED = QuantizerConfig(smoothing_alpha=0.5)
 
 
-def some_texts(rows: int = 4, length: int = 10) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
 def found(lm: LanguageModel, texts: Tensor) -> SearchState:
     state = SearchState([])
     config = SearchConfig(tau=1.0, max_length=2, batch_size=4)
@@ -48,19 +44,12 @@ def found(lm: LanguageModel, texts: Tensor) -> SearchState:
     return state
 
 
-def calibrated(lm: LanguageModel, prefix: Prefix, texts: Tensor) -> ChannelRanges:
-    ranges = ChannelRanges()
-    for _ in calibrate(lm, prefix, texts, ranges):
-        pass
-    return ranges
-
-
 def everything(lm: LanguageModel) -> dict[str, Any]:
     """Search, calibration, smoothing, static quantization, perplexity and tuning, as plain numbers."""
-    texts = some_texts()
+    texts = random_texts(4, 10, seed=1)
     state = found(lm, texts)
     prefix = Prefix.from_tokens(lm.model, state.token_ids)
-    ranges = calibrated(lm, prefix, texts)
+    ranges = calibrated(lm, texts, prefix)
     for side in (ranges.minimum, ranges.maximum):  # as they are read from the cache of steps
         side.update({name: values.to(lm.device) for name, values in side.items()})
     statistics = MagnitudeStatistics()
@@ -196,11 +185,11 @@ def test_half_precision_weights_have_statistics_of_32_bits(family: str) -> None:
         for dtype in ("bfloat16", "float32")
     )
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
-    texts, tokens = some_texts(), [7, 8]
+    texts, tokens = random_texts(4, 10, seed=1), [7, 8]
     prefix = Prefix.from_tokens(half.model, tokens)
     assert {tensor.dtype for tensor in (*prefix.keys, *prefix.values)} == {torch.bfloat16}
-    ranges = calibrated(half, prefix, texts)
-    reference = calibrated(full, Prefix.from_tokens(full.model, tokens), texts)
+    ranges = calibrated(half, texts, prefix)
+    reference = calibrated(full, texts, Prefix.from_tokens(full.model, tokens))
     for name, low in ranges.minimum.items():
         assert low.dtype == ranges.maximum[name].dtype == torch.float32
         assert low.amin().item() == pytest.approx(reference.minimum[name].amin().item(), rel=0.3)

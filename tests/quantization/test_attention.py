@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -23,7 +24,7 @@ from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
 REPLACEABLE = ("llama", "mistral", "qwen2", "opt")
-TEXTS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+TEXTS = random_texts(2, 20)
 
 
 def inside(**changes: Any) -> QuantizerConfig:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import calibrated, random_texts
 from torch import Tensor, nn
 
 from cushion.activations import ChannelRanges
@@ -18,16 +19,6 @@ from cushion.quantization.calibration import calibrate
 Tiny = Callable[..., LanguageModel]
 PLANTED = 200
 """A token that no text contains unless it is put there."""
-
-
-def make_texts(rows: int = 3, length: int = 20, seed: int = 0) -> Tensor:
-    return torch.randint(0, PLANTED, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def calibrated(lm: LanguageModel, texts: Tensor, prefix: Prefix | None = None) -> ChannelRanges:
-    ranges = ChannelRanges()
-    assert list(calibrate(lm, prefix or Prefix.empty(), texts, ranges)) == list(range(1, len(texts) + 1))
-    return ranges
 
 
 def recomputed(lm: LanguageModel, texts: Tensor, prefix_ids: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -75,7 +66,7 @@ def plant_outlier(lm: LanguageModel, channel: int = 7) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prefix_ids", [[], [PLANTED, 5]], ids=["no_prefix", "prefix"])
 def test_ranges_are_those_of_plain_forward_passes(tiny: Tiny, family: str, prefix_ids: list[int]) -> None:
-    lm, texts = tiny(family), make_texts()
+    lm, texts = tiny(family), random_texts(3, 20, below=PLANTED)
     ranges = calibrated(lm, texts, Prefix.from_tokens(lm.model, prefix_ids))
     expected = recomputed(lm, texts, prefix_ids)
     assert set(ranges.minimum) == set(ranges.maximum) == set(expected) == set(lm.linears())
@@ -86,7 +77,7 @@ def test_ranges_are_those_of_plain_forward_passes(tiny: Tiny, family: str, prefi
 
 
 def test_an_outlier_in_the_prefix_enters_no_range_but_in_the_text_it_does(tiny: Tiny) -> None:
-    lm, texts = tiny("llama"), make_texts()
+    lm, texts = tiny("llama"), random_texts(3, 20, below=PLANTED)
     plant_outlier(lm)
     inputs_of_the_norm = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     without = calibrated(lm, texts)
@@ -107,7 +98,7 @@ def test_an_outlier_in_the_prefix_enters_no_range_but_in_the_text_it_does(tiny: 
 
 
 def test_more_text_only_widens_and_the_order_does_not_matter(tiny: Tiny) -> None:
-    lm, texts = tiny("llama"), make_texts(6)
+    lm, texts = tiny("llama"), random_texts(6, 20, below=PLANTED)
     some, more, backwards = (calibrated(lm, rows) for rows in (texts[:2], texts, texts.flip(0)))
     widened = False
     for name in lm.linears():
@@ -121,7 +112,7 @@ def test_more_text_only_widens_and_the_order_does_not_matter(tiny: Tiny) -> None
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_activations_that_are_not_finite_are_an_error_that_names_the_linear(tiny: Tiny, value: float) -> None:
-    lm, texts = tiny("llama"), make_texts()
+    lm, texts = tiny("llama"), random_texts(3, 20, below=PLANTED)
     lm.embeddings[PLANTED, 3] = value
     calibrated(lm, texts)  # the token does not occur
     texts[1, 4] = PLANTED
@@ -136,20 +127,20 @@ def test_overflow_deep_inside_is_found_too(tiny: Tiny) -> None:
     lm.blocks[2].get_submodule("mlp.up_proj").weight.mul_(1e20)
     lm.blocks[2].get_submodule("mlp.gate_proj").weight.mul_(1e20)
     with pytest.raises(CalibrationError, match=r"the input of model\.layers\.2\.mlp\.down_proj is not finite"):
-        calibrated(lm, make_texts())
+        calibrated(lm, random_texts(3, 20, below=PLANTED))
 
 
 @pytest.mark.parametrize("side", ["minimum", "maximum"])
 def test_one_side_of_a_range_that_is_not_finite_is_enough(tiny: Tiny, side: str) -> None:
     lm, ranges = tiny("llama"), ChannelRanges()
-    list(calibrate(lm, Prefix.empty(), make_texts(), ranges))
+    list(calibrate(lm, Prefix.empty(), random_texts(3, 20, below=PLANTED), ranges))
     getattr(ranges, side)["model.layers.1.mlp.up_proj"][4] = float("-inf") if side == "minimum" else float("inf")
     with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.up_proj is not finite"):
-        list(calibrate(lm, Prefix.empty(), make_texts(seed=1), ranges))
+        list(calibrate(lm, Prefix.empty(), random_texts(3, 20, seed=1, below=PLANTED), ranges))
 
 
 def test_between_two_texts_the_callers_gradients_and_the_model_are_as_ever(tiny: Tiny) -> None:
-    lm, texts = tiny("llama"), make_texts()
+    lm, texts = tiny("llama"), random_texts(3, 20, below=PLANTED)
     before = [parameter.clone() for parameter in lm.model.parameters()]
     prefix = Prefix.from_tokens(lm.model, [1, 2])
     keys = prefix.keys[0].clone()
@@ -163,7 +154,7 @@ def test_between_two_texts_the_callers_gradients_and_the_model_are_as_ever(tiny:
 
 def test_hooks_are_gone_after_a_failure(tiny: Tiny) -> None:
     lm = tiny("llama")
-    texts = make_texts()
+    texts = random_texts(3, 20, below=PLANTED)
     texts[1, 3] = 10_000  # outside the table of embeddings
     with pytest.raises(IndexError):
         calibrated(lm, texts)

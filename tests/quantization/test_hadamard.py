@@ -11,25 +11,24 @@ MODEL_SIZES = {32: 32, 576: 576, 768: 768, 896: 896, 2304: 2304, 2560: 2560}
 """Hidden sizes of real models, all of which have a Hadamard matrix (SmolLM2 576 = 16 x 36, OPT-125m 768, ...)."""
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 12, 16, 20, 24, 28, 36, 40, 44, 48, 60, 72, 576, 768, 1536, 284])
-def test_entries_are_ones_and_rows_are_orthogonal(size: int) -> None:
-    matrix = hadamard(size)
-    assert matrix is not None and matrix.shape == (size, size)
-    assert torch.equal(matrix.abs(), torch.ones(size, size, dtype=torch.float64))
-    assert torch.equal(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64))
+def test_entries_are_ones_and_rows_are_orthogonal() -> None:
+    for size in (1, 2, 4, 8, 12, 16, 20, 24, 28, 36, 40, 44, 48, 60, 72, 576, 768, 1536, 284):
+        matrix = hadamard(size)
+        assert matrix is not None and matrix.shape == (size, size), size
+        assert torch.equal(matrix.abs(), torch.ones(size, size, dtype=torch.float64)), size
+        assert torch.equal(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64)), size
 
 
-@pytest.mark.parametrize("size", [3, 5, 6, 7, 9, 10, 14, 18, 30, 52, 92, 172])
-def test_sizes_without_a_construction_are_told(size: int) -> None:
-    assert hadamard(size) is None
+def test_sizes_without_a_construction_are_told() -> None:
+    sizes = [3, 5, 6, 7, 9, 10, 14, 18, 30, 52, 92, 172]
+    assert [size for size in sizes if hadamard(size) is not None] == []
 
 
-@pytest.mark.parametrize("size", [*range(1, 41), 52, 92, 172, 344, *MODEL_SIZES])
-def test_the_rotation_is_orthogonal_for_every_size(size: int) -> None:
-    matrix = randomized_hadamard(size, seed=3)
-    eye = torch.eye(size, dtype=torch.float64)
-    torch.testing.assert_close(matrix @ matrix.T, eye, rtol=0, atol=1e-12)
-    torch.testing.assert_close(matrix.T @ matrix, eye, rtol=0, atol=1e-12)
+def test_the_rotation_is_orthogonal_for_every_size() -> None:
+    for size in (*range(1, 41), 52, 92, 172, 344, *MODEL_SIZES):
+        matrix = randomized_hadamard(size, seed=3)
+        assert matrix.shape == (size, size)
+        assert (matrix @ matrix.T - torch.eye(size, dtype=torch.float64)).abs().max() <= 1e-12, size
 
 
 @pytest.mark.parametrize("size", [12, 576, 2304])

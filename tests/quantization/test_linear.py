@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import random_values
 from torch import Tensor
 
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def symmetric_8_bits(values: Tensor, largest: Tensor) -> Tensor:
@@ -28,7 +25,7 @@ def asymmetric_8_bits(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 @pytest.mark.parametrize("granularity", ["static", "per_tensor", "per_token"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_w8a8_is_the_product_of_what_the_formulas_give(granularity: str, symmetric: bool) -> None:
-    values, weight, bias = draw(2, 5, 16), draw(8, 16, seed=1), draw(8, seed=2)
+    values, weight, bias = random_values(2, 5, 16), random_values(8, 16, seed=1), random_values(8, seed=2)
     dims = (2,) if granularity == "per_token" else (0, 1, 2)
     low, high = values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
     static_range = None
@@ -52,7 +49,7 @@ def test_w8a8_is_the_product_of_what_the_formulas_give(granularity: str, symmetr
 
 def test_a_static_range_ignores_the_input_and_clamps_it() -> None:
     quantizer = ActivationQuantizer(Grid(8, True), "per_tensor", (torch.tensor(-2.0), torch.tensor(1.0)))
-    values = draw(4, 8).clamp(-2, 2)
+    values = random_values(4, 8).clamp(-2, 2)
     with_outlier = torch.cat([values, torch.full((1, 8), 1000.0)])
     assert torch.equal(quantizer(with_outlier)[:4], quantizer(values))
     torch.testing.assert_close(quantizer(with_outlier)[4], torch.full((8,), 2.0))
@@ -62,7 +59,7 @@ def test_a_static_range_ignores_the_input_and_clamps_it() -> None:
 def test_a_token_is_quantized_as_if_it_were_alone(symmetric: bool) -> None:
     per_token = ActivationQuantizer(Grid(4, symmetric), "per_token")
     per_tensor = ActivationQuantizer(Grid(4, symmetric), "per_tensor")
-    values = draw(2, 6, 16) * torch.logspace(-2, 3, 6)[:, None]
+    values = random_values(2, 6, 16) * torch.logspace(-2, 3, 6)[:, None]
     result = per_token(values)
     for text in range(2):
         for token in range(6):
@@ -70,7 +67,7 @@ def test_a_token_is_quantized_as_if_it_were_alone(symmetric: bool) -> None:
 
 
 def test_an_outlier_token_spoils_the_others_per_tensor_but_not_per_token() -> None:
-    values = draw(1, 10, 32)
+    values = random_values(1, 10, 32)
     values[0, 3, 5] = 5000.0
     others = [token for token in range(10) if token != 3]
     error = {
@@ -83,7 +80,7 @@ def test_an_outlier_token_spoils_the_others_per_tensor_but_not_per_token() -> No
 
 def test_a_dynamic_per_tensor_range_spans_all_texts_of_the_batch() -> None:
     quantizer = ActivationQuantizer(Grid(4, True), "per_tensor")
-    batch = torch.cat([draw(1, 5, 8), 100 * draw(1, 5, 8, seed=1)])
+    batch = torch.cat([random_values(1, 5, 8), 100 * random_values(1, 5, 8, seed=1)])
     assert not torch.equal(quantizer(batch)[:1], quantizer(batch[:1]))
     assert torch.equal(quantizer(batch)[1:], quantizer(batch[1:]))  # the text that sets the range
 
@@ -91,7 +88,7 @@ def test_a_dynamic_per_tensor_range_spans_all_texts_of_the_batch() -> None:
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_is_kept_and_the_input_left_alone(granularity: str, dtype: torch.dtype) -> None:
-    values = draw(3, 4, 8).to(dtype)
+    values = random_values(3, 4, 8).to(dtype)
     before = values.clone()
     result = ActivationQuantizer(Grid(8, False), granularity)(values)
     assert result.dtype == dtype and result.shape == values.shape
@@ -100,14 +97,14 @@ def test_dtype_is_kept_and_the_input_left_alone(granularity: str, dtype: torch.d
 
 
 def test_a_linear_without_activation_quantizer_takes_its_input_as_it_is() -> None:
-    values, weight = draw(3, 16), draw(4, 16, seed=1)
+    values, weight = random_values(3, 16), random_values(4, 16, seed=1)
     linear = QuantizedLinear(weight, None, None)
     assert torch.equal(linear(values), torch.nn.functional.linear(values, weight))
     assert linear.in_features == 16 and linear.out_features == 4
 
 
 def test_straight_through_passes_the_gradient_and_otherwise_there_is_none() -> None:
-    weight, values = draw(4, 16, seed=1), draw(3, 16)
+    weight, values = random_values(4, 16, seed=1), random_values(3, 16)
     results = {}
     for straight_through in (True, False):
         inputs = values.clone().requires_grad_()
@@ -125,7 +122,7 @@ def test_straight_through_passes_the_gradient_and_otherwise_there_is_none() -> N
 @pytest.mark.parametrize("static", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_straight_through_gives_the_very_values_of_rounding(static: bool, dtype: torch.dtype) -> None:
-    values = (draw(30, 16) * torch.logspace(-3, 3, 16)).to(dtype)
+    values = (random_values(30, 16) * torch.logspace(-3, 3, 16)).to(dtype)
     static_range = (torch.tensor(-0.7), torch.tensor(1.3)) if static else None
     plain = ActivationQuantizer(Grid(8, False), "per_tensor", static_range)
     straight = ActivationQuantizer(Grid(8, False), "per_tensor", static_range, straight_through=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import calibrated, random_texts
 from planted_linears import DOWN, GATES, PLANTED, QUERIES, own_texts, plant
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,7 +20,6 @@ from cushion.config import ActivationConfig, QFeMConfig, QuantizerConfig, Weight
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
@@ -31,19 +31,12 @@ EMPTY = Prefix.empty()
 
 
 def make_texts(seed: int = 0, rows: int = 3, length: int = 17) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return random_texts(rows, length, seed)
 
 
 def quantizer(**changes: Any) -> QuantizerConfig:
     dynamic = {"activations": ActivationConfig(range="dynamic"), "qfem": QFeMConfig(alpha=10.0)}
     return QuantizerConfig("under_test", **{**dynamic, **changes})
-
-
-def ranges_of(lm: LanguageModel, texts: Tensor, behind: Prefix = EMPTY) -> ChannelRanges:
-    ranges = ChannelRanges()
-    for _ in calibrate(lm, behind, texts, ranges):
-        pass
-    return ranges
 
 
 def measured(
@@ -124,7 +117,7 @@ def test_with_smoothing_the_ratios_are_those_of_the_smoothed_inputs(tiny: Tiny, 
         top = torch.stack([inputs[name].abs().amax(0) for inputs in unsmoothed]).amax(0)
         weight = torch.cat([lm.model.get_submodule(other).weight for other in group]).abs().amax(0)
         scales[name] = top**0.8 / weight**0.2
-    ranges = ranges_of(lm, texts)
+    ranges = calibrated(lm, texts)
     plain = measured(lm, texts).ratios
     found = measured(lm, texts, EMPTY, quantizer(smoothing_alpha=0.8), ranges).ratios
     static = measured(lm, texts, EMPTY, quantizer(smoothing_alpha=0.8, activations=ActivationConfig()), ranges).ratios
@@ -264,7 +257,7 @@ def test_kept_modules_see_their_very_input_and_have_quantized_weights(tiny: Tiny
     texts, originals = own_texts(lm), {name: linear.weight.clone() for name, linear in lm.linears().items()}
     config = quantizer(activations=ActivationConfig(range="static" if static else "dynamic"))
     values = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
-    with quantized(lm, config, ranges_of(lm, texts) if static else None, keep=frozenset(PLANTED)), torch.no_grad():
+    with quantized(lm, config, calibrated(lm, texts) if static else None, keep=frozenset(PLANTED)), torch.no_grad():
         for name, original in originals.items():
             module = lm.model.get_submodule(name)
             assert isinstance(module, QuantizedLinear)
@@ -304,7 +297,7 @@ def test_what_is_missing_or_unknown_is_refused(tiny: Tiny) -> None:
 def test_everything_comes_off_bit_for_bit(tiny: Tiny, how: str) -> None:
     lm, texts = tiny("llama"), make_texts()
     config = quantizer(smoothing_alpha=0.5, weights=WeightConfig(bits=4))
-    ranges = ranges_of(lm, texts)
+    ranges = calibrated(lm, texts)
     modules = [(name, id(module)) for name, module in lm.model.named_modules()]
     weights = [(name, id(weight), weight.clone()) for name, weight in lm.model.named_parameters()]
     hooks = sum(len(module._forward_pre_hooks) for module in lm.model.modules())

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import FAMILIES, SMOOTHABLE
+from helpers import calibrated, random_texts
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,14 +23,13 @@ from transformers import (
 )
 from untouched import assert_untouched, snapshot
 
-from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
+from cushion.activations import observe_inputs, observe_outputs
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.models.architectures import ARCHITECTURES, Architecture, ResidualStream
 from cushion.models.tiny import VOCABULARY_SIZE, byte_tokenizer
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.check import check_quantizer
 from cushion.quantization.hadamard import randomized_hadamard
 from cushion.quantization.rotation import check_rotation, rotated
@@ -38,8 +38,8 @@ from cushion.quantization.simulate import quantized
 Tiny = Callable[..., LanguageModel]
 ROTATABLE = SMOOTHABLE  # the families and the variants whose norms stand before their readers
 LAYER_NORMS = ("opt", "bloom", "gpt_neox", "falcon")
-TEXTS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
-MORE_TEXTS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(1))
+TEXTS = random_texts(3, 24)
+MORE_TEXTS = random_texts(12, 24, seed=1)
 
 
 def rotation_only(**changes: Any) -> QuantizerConfig:
@@ -360,13 +360,6 @@ def test_a_planted_outlier_channel_is_spread_over_the_stream(tiny: Tiny, family:
         assert peak(after[name]) < peak(values) / 3
 
 
-def calibrated(lm: LanguageModel, prefix: Prefix | None = None) -> ChannelRanges:
-    ranges = ChannelRanges()
-    for _ in calibrate(lm, prefix or Prefix.empty(), MORE_TEXTS, ranges):
-        pass
-    return ranges
-
-
 READERS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 
 
@@ -416,12 +409,12 @@ def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
     prefix = Prefix.from_tokens(lm.model, [17, 42])
     plain = logits(lm, prefix)
     with rotated(lm, "hadamard", seed=4):
-        ranges = calibrated(lm, prefix)
+        ranges = calibrated(lm, MORE_TEXTS, prefix)
         with quantized(lm, QuantizerConfig(smoothing_alpha=alpha), ranges):
             expected = logits(lm, prefix)
     with quantized(lm, QuantizerConfig(smoothing_alpha=alpha, rotation="hadamard", rotation_seed=4), ranges):
         assert torch.equal(logits(lm, prefix), expected)
-    with quantized(lm, QuantizerConfig(smoothing_alpha=alpha), calibrated(lm, prefix)):
+    with quantized(lm, QuantizerConfig(smoothing_alpha=alpha), calibrated(lm, MORE_TEXTS, prefix)):
         assert not torch.allclose(logits(lm, prefix), expected)
     if alpha is not None:
         with quantized(lm, rotation_only(smoothing_alpha=alpha, rotation_seed=4), ranges):
@@ -455,9 +448,9 @@ def test_half_precision_weights_stay_half_and_the_function_nearly_the_same(tiny:
 
 def test_ranges_of_another_rotation_are_refused(tiny: Tiny) -> None:
     lm = tiny("llama")
-    plain = calibrated(lm)
+    plain = calibrated(lm, MORE_TEXTS)
     with rotated(lm, "hadamard", seed=4):
-        turned = calibrated(lm)
+        turned = calibrated(lm, MORE_TEXTS)
     for ranges, config in (
         (plain, QuantizerConfig(rotation="hadamard", rotation_seed=4)),
         (turned, QuantizerConfig(rotation="hadamard", rotation_seed=5)),

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import calibrated, random_texts
 from torch import Tensor
 
-from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization import linear
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid
 from cushion.quantization.simulate import quantized
@@ -32,19 +31,8 @@ GRANULARITIES = {
 }
 
 
-def make_texts(seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
-
-
 def quantizer(granularity: str, **changes: Any) -> QuantizerConfig:
     return QuantizerConfig("under_test", WeightConfig(), GRANULARITIES[granularity], **changes)
-
-
-def calibrated(lm: LanguageModel) -> ChannelRanges:
-    ranges = ChannelRanges()
-    for _ in calibrate(lm, Prefix.empty(), torch.cat([make_texts(1), make_texts(2)]), ranges):
-        pass
-    return ranges
 
 
 def quantizers(lm: LanguageModel) -> dict[str, ActivationQuantizer]:
@@ -81,8 +69,8 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Tensor
 def test_logits_are_those_of_quantizing_for_every_linear_and_nothing_is_kept(
     tiny: Tiny, results: list[weakref.ref[Tensor]], family: str, granularity: str
 ) -> None:
-    lm, texts = tiny(family), make_texts()
-    ranges = calibrated(lm)
+    lm, texts = tiny(family), random_texts(2, 24)
+    ranges = calibrated(lm, torch.cat([random_texts(2, 24, seed=1), random_texts(2, 24, seed=2)]))
     gc.disable()  # what is released is released at once, by its count of references
     try:
         with quantized(lm, quantizer(granularity), ranges):
@@ -107,7 +95,7 @@ def test_logits_are_those_of_quantizing_for_every_linear_and_nothing_is_kept(
 def test_gradients_are_bit_equal_and_no_result_is_kept_after_the_backward_pass(
     tiny: Tiny, results: list[weakref.ref[Tensor]], family: str, granularity: str
 ) -> None:
-    lm, texts = tiny(family), make_texts()
+    lm, texts = tiny(family), random_texts(2, 24)
     found = Prefix.from_tokens(lm.model, [1, 2, 3])
 
     def pass_() -> tuple[Tensor, list[Tensor]]:
@@ -225,7 +213,7 @@ def test_a_linear_that_is_kept_or_no_target_is_no_reader(tiny: Tiny) -> None:
 
 def test_siblings_of_a_model_whose_static_ranges_differ_are_not_shared(tiny: Tiny) -> None:
     lm = tiny("llama")
-    ranges = calibrated(lm)
+    ranges = calibrated(lm, torch.cat([random_texts(2, 24, seed=1), random_texts(2, 24, seed=2)]))
     ranges.maximum["model.layers.0.self_attn.k_proj"] = ranges.maximum["model.layers.0.self_attn.k_proj"] + 100
     with quantized(lm, quantizer("static"), ranges):
         found = quantizers(lm)
@@ -239,7 +227,7 @@ def test_siblings_of_a_model_whose_static_ranges_differ_are_not_shared(tiny: Tin
 def test_a_pass_that_stops_halfway_keeps_nothing_and_leaves_the_next_one_right(
     tiny: Tiny, results: list[weakref.ref[Tensor]], exception: type[BaseException]
 ) -> None:
-    lm, texts = tiny("llama"), make_texts()
+    lm, texts = tiny("llama"), random_texts(2, 24)
 
     def stop(*_: Any) -> None:
         raise exception

@@ -9,15 +9,14 @@ from typing import Any, cast
 import pytest
 import torch
 from conftest import FAMILIES, SMOOTHABLE
+from helpers import calibrated, random_texts
 from torch import Tensor, nn
 from untouched import assert_untouched, snapshot
 
-from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
 from cushion.errors import CalibrationError, ConfigError, CushionError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import calibrate
 from cushion.quantization.check import check_quantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.simulate import quantized
@@ -26,14 +25,7 @@ Tiny = Callable[..., LanguageModel]
 
 
 def make_texts(seed: int = 0, rows: int = 3, length: int = 24) -> Tensor:
-    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def calibrated(lm: LanguageModel, texts: Tensor, prefix: Prefix | None = None) -> ChannelRanges:
-    ranges = ChannelRanges()
-    for _ in calibrate(lm, prefix or Prefix.empty(), texts, ranges):
-        pass
-    return ranges
+    return random_texts(rows, length, seed)
 
 
 def quantizer(**changes: Any) -> QuantizerConfig:

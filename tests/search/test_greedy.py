@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from searching import assert_it_goes_on_after_any_event, comparable
 from torch import Tensor
 
@@ -24,7 +25,7 @@ STARTS = {"empty": [], "bos": [256], "newline": [10]}
 
 
 def some_texts(count: int = 4, length: int = 10, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+    return random_texts(count, length, seed)
 
 
 def search(

@@ -157,7 +157,7 @@ def test_one_file_and_one_option_add_a_method(text_file: Path, tmp_path: Path) -
     assert result["warnings"] == []
     config.search = SearchConfig(name="tokens", method="tokens", token_ids=[257])
     given = pipeline.run(config)
-    assert [row["perplexity"] for row in result["rows"]] == [row.perplexity for row in given.rows]
+    assert [row["values"] for row in result["rows"]] == [row.values for row in given.rows]
 
 
 def test_a_plugin_that_is_changed_makes_another_run(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES, VARIANTS
+from helpers import random_texts
 from planted import MODULE, plant_spikes
 from torch import Tensor
 
@@ -26,7 +27,7 @@ FIRST, SECOND, THIRD = 251, 252, 253
 
 
 def draw(texts: int = 4, tokens: int = 24, seed: int = 1, below: int = 250) -> Tensor:
-    return torch.randint(0, below, (texts, tokens), generator=torch.Generator().manual_seed(seed))
+    return random_texts(texts, tokens, seed, below)
 
 
 def rule(lm: LanguageModel, texts: Tensor, config: SearchConfig = CONFIG) -> PrefixQuantRecord:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import random_texts
 
 from cushion.config import SearchConfig
 from cushion.errors import ConfigError
@@ -14,7 +15,7 @@ from cushion.search.proposals import propose
 
 Tiny = Callable[..., LanguageModel]
 SPECIAL = {256, 257, 258, 259}
-TEXTS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+TEXTS = random_texts(2, 12)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from planted import MODULE, plant_first_spike
 from torch import Tensor
 
@@ -35,7 +36,7 @@ CONFIG = SearchConfig(name="qfep", method="qfep", contexts=12)
 
 
 def draw(texts: int = 4, tokens: int = 20, seed: int = 1, below: int = 30) -> Tensor:
-    return torch.randint(0, below, (texts, tokens), generator=torch.Generator().manual_seed(seed))
+    return random_texts(texts, tokens, seed, below)
 
 
 def search(lm: LanguageModel, texts: Tensor, config: SearchConfig = CONFIG) -> QfepRecord:

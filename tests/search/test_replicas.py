@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES
+from helpers import random_texts
 from torch import Tensor
 
 from cushion.config import ModelConfig, RunConfig, SearchConfig, SearchRound
@@ -27,7 +28,7 @@ VOCABULARY = list(range(260))
 
 
 def some_texts(count: int = 2, length: int = 10) -> Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(3))
+    return random_texts(count, length, seed=3)
 
 
 def search(lm: LanguageModel, texts: Tensor, **options: Any) -> SearchState:

@@ -1,0 +1,28 @@
+"""What tests in many places need: random texts and values, drawn from a seed, and the ranges of a calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cushion.activations import ChannelRanges
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import calibrate
+
+
+def random_texts(rows: int, length: int, seed: int = 0, below: int = 256) -> Tensor:
+    """Token ids, (rows, length). Below 256 they are the bytes of a tiny model: no special token is among them."""
+    return torch.randint(0, below, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_values(*shape: int, seed: int = 0) -> Tensor:
+    """Normally distributed values of a shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(lm: LanguageModel, texts: Tensor, prefix: Prefix | None = None) -> ChannelRanges:
+    """The ranges of every linear's input over all of `texts`, each behind `prefix`."""
+    ranges = ChannelRanges()
+    assert list(calibrate(lm, prefix or Prefix.empty(), texts, ranges)) == list(range(1, len(texts) + 1))
+    return ranges
