@@ -1,7 +1,7 @@
 """A tree of small results that covers every quantizer and search, to be made before and after a change.
 
-    OMP_NUM_THREADS=1 python scripts/reference_runs.py before          # all of it: about ten minutes on one core
-    python scripts/reference_runs.py after --like before               # the runs of that tree, also where options were added
+    OMP_NUM_THREADS=1 python scripts/reference_runs.py before          # all of it: three minutes of one core
+    python scripts/reference_runs.py after --like before               # the runs of that tree, and no more
     python scripts/reference_runs.py some --only llama/rotation        # those that have this in their name
     python scripts/compare_results.py before after                     # exactly, all numbers
 
@@ -47,9 +47,9 @@ SEARCHES = {
     "greedy_sampled": ["search=greedy_sampled", "search.candidates=24", "search.frequent=8", "search.max_length=2",
                        "search.tau=1.0", "search.batch_size=8"],
     "qfep": ["search=qfep", "search.texts=4", "search.contexts=6"],
-    "prefixquant": ["search=prefixquant", "search.texts=4", "search.eta=1.5", "search.max_length=3"],
+    "prefixquant": ["search=prefixquant", "search.texts=4", "search.eta=1.05", "search.max_length=3"],
 }  # fmt: skip
-"""The searches of the matrix, small, and accepting what they find on a model without outliers."""
+"""The searches of the matrix, small, and finding a prefix on a model without outliers, too."""
 
 TUNING = [
     "tuning=short", "tuning.steps=4", "tuning.sequences=6", "tuning.sequence_length=16", "tuning.batch_size=2",
@@ -234,16 +234,19 @@ def main() -> None:
     """Make the tree."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, help="the folder of the tree")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help="the runs with this in their name")
+    parser.add_argument(
+        "--only", action="append", metavar="SUBSTRING", help="the runs with this in their name; may be given again"
+    )
     parser.add_argument(
         "--like", type=Path, metavar="TREE", help="the runs of that tree, by the overrides it was made of"
     )
     given = parser.parse_args()
     output: Path = given.output.resolve()
     known = json.loads((given.like / CASES_FILE).read_text(encoding="utf-8")) if given.like else cases()
-    wanted = {name: overrides for name, overrides in known.items() if given.only in name}
+    parts = given.only or [""]
+    wanted = {name: overrides for name, overrides in known.items() if any(part in name for part in parts)}
     if not wanted:
-        parser.error(f"--only {given.only}: no run has this in its name, which is like {next(iter(known))}")
+        parser.error(f"--only {' '.join(parts)}: no run has this in its name, which is like {next(iter(known))}")
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # they are in the results
     make_inputs(output)
@@ -251,10 +254,8 @@ def main() -> None:
     refused = make(output, wanted)
     for name, record in ((CASES_FILE, wanted), (REFUSED_FILE, refused)):
         path = output / name
-        others = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        )  # of runs not asked for this time
-        others = {case: said for case, said in others.items() if case not in wanted}
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        others = {case: said for case, said in before.items() if case not in wanted}
         path.write_text(json.dumps(others | record, indent=1) + "\n", encoding="utf-8")
     print(f"{len(wanted)} runs, {len(refused)} refused, in {time.perf_counter() - started:.0f} s: {output}")
 
