@@ -35,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compare_results import exact, numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 for name, value in (
     ("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("WANDB_MODE", "offline"), ("CUDA_VISIBLE_DEVICES", ""),
@@ -54,9 +56,6 @@ SWEEP = [
     "quantizer.calibration.samples=2", "quantizer.calibration.length=16", "eval.block_length=32", "eval.blocks=4",
     "eval.activation_blocks=2",
 ]  # fmt: skip
-NOT_EXACT = ("seconds", "timings", "paths", "environment")
-"""What is not compared: the clock, the folders, and the record of versions, git's state and device."""
-
 DEADLINE = 3600.0
 """Seconds that a way may take; then it is ended, and said to hang."""
 
@@ -152,20 +151,6 @@ def written(output: Path) -> dict[str, tuple[int, int]]:
     """Which file every finished step and run is: computed again, it would be another one."""
     files = {**artifacts(output), **completed(output)}
     return {key: (path.stat().st_ino, path.stat().st_mtime_ns) for key, path in files.items()}
-
-
-def exact(record: Any) -> Any:
-    """A result without what may differ."""
-    if isinstance(record, dict):
-        return {key: exact(value) for key, value in record.items() if key not in NOT_EXACT}
-    return [exact(value) for value in record] if isinstance(record, list) else record
-
-
-def numbers(record: Any) -> int:
-    """How many numbers a record holds."""
-    if isinstance(record, (dict, list)):
-        return sum(map(numbers, record.values() if isinstance(record, dict) else record))
-    return isinstance(record, (int, float)) and not isinstance(record, bool)
 
 
 def look(way: str, output: Path, seconds: float, status: int | None) -> Outcome:

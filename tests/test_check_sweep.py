@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "check_sweep.py"
 def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
         monkeypatch.setenv(name, "")  # the script sets them, and they are set back after the test
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])  # the folder of a script that is started
     spec = importlib.util.spec_from_file_location("check_sweep", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
