@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cushion.results_v1 import upgraded
+
 NOT_EXACT = ("seconds", "timings", "paths", "environment")
 """What is not compared: the clock, the folders, and the record of versions, git's state and device."""
 
@@ -62,27 +64,13 @@ def numbers(record: Any) -> int:
     return isinstance(record, (int, float)) and not isinstance(record, bool)
 
 
-def as_version_1(record: dict[str, Any]) -> dict[str, Any]:
-    """A result of schema version 2 in the fields of version 1.
-
-    A row's `values` become its own fields, a column `perplexity/<corpus>` an entry of the field `perplexity`; `stage`,
-    which version 1 says in `name`, is left out.
-    """
+def as_version_2(record: dict[str, Any]) -> dict[str, Any]:
+    """A result in the fields of schema version 2, whatever version it is of."""
     if record["schema_version"] == 1:
-        return record
+        return {**upgraded(record), "schema_version": 2}
     if record["schema_version"] != 2:
         raise ValueError(f"schema version {record['schema_version']} is not known: 1 and 2 are")
-    rows = []
-    for row in record["rows"]:
-        fields = {key: value for key, value in row.items() if key not in ("stage", "values")}
-        for column, value in row["values"].items():
-            field, _, entry = column.partition("/")
-            if entry:
-                fields.setdefault(field, {})[entry] = value
-            else:
-                fields[field] = value
-        rows.append(fields)
-    return {**record, "rows": rows, "schema_version": 1}
+    return record
 
 
 def flat(record: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -115,7 +103,7 @@ def read_tree(tree: Path, fingerprints: bool = False) -> list[Run]:
     """All results below a folder."""
     runs = []
     for path in sorted(tree.rglob("result.json")):
-        record = as_version_1(json.loads(path.read_text(encoding="utf-8")))
+        record = as_version_2(json.loads(path.read_text(encoding="utf-8")))
         config = configuration(record.pop("config"))
         compared = exact(record)
         found = dict(flat(compared))

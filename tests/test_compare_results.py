@@ -49,7 +49,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def result(tree: Path, value: Any = 1.5, **config: Any) -> dict[str, Any]:
-    row = {"name": "quantized_found", "perplexity": {"text": value}, "accuracy": None, "seconds": 3.0}
+    words = {"name": "quantized_found", "label": "W8A8", "prefix": "a", "quantized": True}
+    row = {**words, "perplexity": {"text": value}, "accuracy": None, "seconds": 3.0}
     return {
         "schema_version": 1,
         "status": "completed",
@@ -94,7 +95,7 @@ def test_every_difference_of_a_value_is_told(
         put(tree, "a", result(tree, found))
     assert called("compare_results", *trees) == 1
     first, *_, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("runs/a / rows/0/perplexity/text: 1.5 -> ")
+    assert first.startswith("runs/a / rows/0/values/perplexity/text: 1.5 -> ")
     assert last.startswith("1 runs, 3 numbers, ")
 
 
@@ -105,8 +106,8 @@ def test_integers_and_signs_of_zero_are_told_apart_and_what_is_no_number_is_itse
         put(tree, "a", result(tree, values))
     assert called("compare_results", *trees) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "runs/a / rows/0/perplexity/text/0: 1 -> 1.0",
-        "runs/a / rows/0/perplexity/text/1: 0.0 -> -0.0",
+        "runs/a / rows/0/values/perplexity/text/0: 1 -> 1.0",
+        "runs/a / rows/0/values/perplexity/text/1: 0.0 -> -0.0",
         "1 runs, 5 numbers, 2 differences",
     ]
 
@@ -149,12 +150,12 @@ def test_a_result_of_version_2_is_compared_by_its_values(
 ) -> None:
     old, new = trees
     put(old, "a", result(old))
-    values = {"perplexity/text": 1.25, "accuracy": None}
-    row = {"name": "quantized_found", "stage": "found", "seconds": 1.0, "values": values}
+    words = {"name": "quantized_found", "label": "W8A8", "prefix": "a", "quantized": True, "stage": "found"}
+    row = {**words, "values": {"perplexity/text": 1.25, "seconds": 1.0}, "tokens": {}, "tasks": {}}
     put(new, "a", {**result(new), "schema_version": 2, "rows": [row]})
     assert called("compare_results", old, new) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "runs/a / rows/0/perplexity/text: 1.5 -> 1.25",
+        "runs/a / rows/0/values/perplexity/text: 1.5 -> 1.25",
         "1 runs, 3 numbers, 1 differences",
     ]
 

@@ -157,7 +157,8 @@ def test_one_file_and_one_option_add_a_method(text_file: Path, tmp_path: Path) -
     assert result["warnings"] == []
     config.search = SearchConfig(name="tokens", method="tokens", token_ids=[257])
     given = pipeline.run(config)
-    assert [row["values"] for row in result["rows"]] == [row.values for row in given.rows]
+    for row, other in zip(result["rows"], given.rows, strict=True):
+        assert {**row["values"], "seconds": 0} == {**other.values, "seconds": 0}
 
 
 def test_a_plugin_that_is_changed_makes_another_run(
