@@ -26,6 +26,7 @@ from cushion.evaluation.tasks import local_task_files, own_task_files, task_batc
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 from cushion.metrics.columns import Measured, Place, columns, row_values
+from cushion.moving_names import resolved
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.registry import PLUGINS
@@ -43,8 +44,9 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
 
     The hash covers the whole configuration but for tracking and places, the code of everything that decides a number
-    (of plugins too), the versions of torch and transformers, the device, and size and time of the files that the user
-    names as text or as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
+    (of plugins too), the versions of torch and transformers, what names that move mean now (a model's commit,
+    packages that ship weights or text), the device, and size and time of the files that the user names as text or as
+    model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
     this one's.
     """
     identity = to_dict(config)
@@ -54,6 +56,7 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
     if config.eval.tasks:
         identity["lm_eval"] = version("lm_eval")
+    identity["resolved"] = resolved(config)
     plugins = PLUGINS.sources()
     if plugins:
         identity["plugins"] = plugins
@@ -309,7 +312,7 @@ class _Run:
             self.emit(Record("accuracy", len(self.result.rows), {**values, f"mean/{name}": mean and mean[0]}))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
         seconds = stage.seconds + keep_seconds + measured.seconds
-        found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds)
+        found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
         return Row(
             name=name,
             label=label,

@@ -6,7 +6,7 @@ that was killed goes on with the next block, or the next task.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,9 @@ from cushion.evaluation.harness import PrefixedModel, TaskScore, group_score
 from cushion.evaluation.perplexity_step import PerplexityStep
 from cushion.evaluation.task_step import TaskStep
 from cushion.evaluation.tasks import TaskSet, task_batch_size
+from cushion.metrics.columns import RowContext, Values, metrics
 from cushion.quantization.lazily import QuantizedLazily
+from cushion.registry import located
 from cushion.step import Context, compute
 
 
@@ -28,6 +30,8 @@ class Measured:
     tokens: dict[str, int]
     tasks: dict[str, TaskScore]
     seconds: float
+    further: dict[str, Values] = field(default_factory=dict)
+    """Values of the metrics that run the model themselves, by their names."""
 
 
 def measure_row(
@@ -69,8 +73,10 @@ def measure_row(
             scores[name], cost = compute(TaskStep(model, asked, config, task, batch_size, samples), context)
             seconds += cost
             context.progress(f"tasks, {label}", done + 1, len(tasks.tasks), "task")
+        row = RowContext(context, model, config, blocks)
+        further = {metric.name: located(metric.measure)(row) for metric in metrics() if metric.measure is not None}
     for name, group in tasks.groups.items():
         grouped = group_score(group, scores)
         if grouped is not None:
             scores[name] = grouped
-    return Measured(perplexities, tokens, scores, seconds)
+    return Measured(perplexities, tokens, scores, seconds, further)

@@ -16,7 +16,7 @@ RANKS = (
     {"quantization/parts"},
     {"quantization/quantizer"},
     {"config"},
-    {"sources"},
+    {"sources", "moving_names"},
     {"models"},
     {"data", "prefix", "step"},
     {"blockwise"},
@@ -59,8 +59,17 @@ def rank_of(unit: str) -> int:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The modules of Cushion that a file imports, `quantization/linear`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The modules of Cushion that a file imports, `quantization/linear`, what is imported for type checkers aside."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         names = []
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports are absolute"

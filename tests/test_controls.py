@@ -37,6 +37,7 @@ def option() -> Iterator[Callable[..., RunConfig]]:
 
 def quick(quantizer: QuantizerConfig) -> QuantizerConfig:
     quantizer.calibration.samples, quantizer.calibration.length = 2, 16
+    quantizer.qfem.texts = quantizer.qfem.texts and 2
     quantizer.weights.group_size = 16  # of the 32 features of a tiny model
     return quantizer
 

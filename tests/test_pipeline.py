@@ -220,19 +220,25 @@ def test_two_quantizers_share_one_search_and_one_evaluation_of_full_precision(te
     assert results[0].rows[-1].under("perplexity") != results[1].rows[-1].under("perplexity")
 
 
-@pytest.mark.parametrize("change", ["tau", "seed", "text"])
-def test_another_search_is_computed_anew(text_file: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["tau", "max_length", "seed", "text"])
+def test_another_search_is_computed_anew_unless_its_steps_have_the_same_argmin(
+    text_file: Path, tmp_path: Path, change: str
+) -> None:
     pipeline.run(searching_config(text_file, tmp_path / "out"))
     config = searching_config(text_file, tmp_path / "out")
     if change == "tau":
         config.search.tau = 0.9
+    elif change == "max_length":
+        config.search.max_length = 1
     elif change == "seed":
         config.seed = 1
     else:
         text_file.write_text(text_file.read_text().replace("outlier", "inlier"))
     events: list[Event] = []
-    pipeline.run(config, [events.append])
-    assert "search" in stages(events)
+    result = pipeline.run(config, [events.append])
+    assert ("search" in stages(events)) == (change in ("seed", "text"))
+    assert result.search is not None
+    assert len(result.search["token_ids"]) == (1 if change == "max_length" else 2)
 
 
 # ---- two processes on one run -------------------------------------------------------------------------------------

@@ -6,14 +6,19 @@ in `values`, by the columns' keys.
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import lru_cache
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from cushion.registry import PLUGINS, Registry
+
+if TYPE_CHECKING:  # columns are read without importing torch
+    from torch import Tensor
+
+    from cushion.config import EvalConfig
+    from cushion.quantization.lazily import QuantizedLazily
+    from cushion.step import Context
 
 Row = Mapping[str, Any]
 """A row of result.json, as plain JSON."""
@@ -106,6 +111,30 @@ class Measured:
     largest_activation: float
     quantization_error: float
     seconds: float
+    further: Mapping[str, Values] = field(default_factory=dict)
+    """By name of the metric, what its own `measure` gave."""
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """What a metric measures a row with.
+
+    Args:
+        cached: with the model; what `cushion.step.compute` needs.
+        model: the row's prefix and quantizer; `put_on` puts the latter on the model.
+        config: how rows are measured.
+        blocks: by corpus, token ids, (blocks, block length).
+
+    """
+
+    cached: Context
+    model: QuantizedLazily
+    config: EvalConfig
+    blocks: Mapping[str, Tensor]
+
+
+def _nothing(_: Measured) -> Values:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -114,35 +143,36 @@ class Metric:
 
     `columns` are those of several rows that are shown together; `values` takes them from what was found on a row;
     `measures` are the columns that a published table can name, by the name, where the values of a key with parts (a
-    perplexity has corpora) are those below it. Metrics stand in ascending `order`.
+    perplexity has corpora) are those below it. A metric that runs the model itself names, as `module:attribute`, what
+    does: `measure`, from a `RowContext` to values; its work belongs into a cached step. Metrics stand in ascending
+    `order`.
     """
 
     name: str
     columns: Callable[[Sequence[Row]], list[Column]]
-    values: Callable[[Measured], Values]
+    values: Callable[[Measured], Values] = _nothing
     measures: Mapping[str, Column] = field(default_factory=dict)
     order: int = 50
+    measure: str | None = None
 
 
-METRICS: dict[str, Metric] = {}
-"""Every metric by name; `metrics()` is how they are asked for."""
+METRICS: Registry[Metric] = Registry("metrics", __package__, PLUGINS)
+"""Every metric by name: those that this folder's files register, and those of plugins."""
 
 
 def register(metric: Metric) -> None:
-    """Add a metric to the registry."""
-    METRICS[metric.name] = metric
+    """Make a metric known under its name.
 
+    Raises:
+        ConfigError: there is one of this name.
 
-@lru_cache(maxsize=1)
-def _discover() -> None:
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        import_module(f"{__package__}.{module.name}")
+    """
+    METRICS.register(metric.name, metric)
 
 
 def metrics() -> list[Metric]:
-    """Every metric: those that this folder's files register, and others, in order."""
-    _discover()
-    return sorted(METRICS.values(), key=lambda metric: (metric.order, metric.name))
+    """Every metric, in order."""
+    return sorted((metric for _, metric in METRICS.items()), key=lambda metric: (metric.order, metric.name))
 
 
 def columns(rows: Sequence[Row], place: Place) -> list[Column]:
@@ -152,7 +182,11 @@ def columns(rows: Sequence[Row], place: Place) -> list[Column]:
 
 def row_values(measured: Measured) -> Values:
     """The values of a row, of all metrics, from what was found on it."""
-    return {key: value for metric in metrics() for key, value in metric.values(measured).items()}
+    found: Values = {}
+    for metric in metrics():
+        found |= metric.values(measured)
+        found |= measured.further.get(metric.name, {})
+    return found
 
 
 def parts(row: Row, key: str) -> dict[str, float | None]:

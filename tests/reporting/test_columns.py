@@ -26,7 +26,7 @@ def declared(rows: Sequence[Row]) -> list[Column]:
 def power(monkeypatch: pytest.MonkeyPatch) -> None:
     """A metric of a user's own, registered for one test."""
     metrics()
-    monkeypatch.setattr("cushion.metrics.columns.METRICS", dict(METRICS))
+    monkeypatch.setattr(METRICS, "_items", dict(METRICS.items()))
     register(Metric("power", declared, lambda _: {}, {"power": WATTS}))
 
 
