@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
+from cushion.errors import ConfigError
 from cushion.hashing import digest
 
 PACKAGE = __package__
@@ -159,9 +160,13 @@ def _sources(package: str) -> Sources:
     """The source of Cushion, or of a user's package or module."""
     if package == PACKAGE:
         return _OWN
-    spec = find_spec(package)
-    assert spec is not None and spec.origin is not None, f"the source of {package} cannot be found"
-    return Sources(Path(spec.origin), package)
+    place = getattr(sys.modules.get(package), "__file__", None)
+    if place is None:
+        raise ConfigError(
+            f"the source of {package}, which defines a cached step, cannot be found, so nothing could tell when it "
+            "changes: define the step in a file, and give a package an __init__.py"
+        )
+    return Sources(Path(place), package)
 
 
 @lru_cache

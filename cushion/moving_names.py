@@ -51,9 +51,14 @@ def commit_on_hub(path: str, revision: str | None) -> str | None:
     None where neither knows the model: loading it then fails with an error of its own.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError  # of the client that it uses
+    from huggingface_hub.errors import HFValidationError, HTTPError  # of the client that it uses
     from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(path)
+    except HFValidationError:  # a folder that is not there, say: loading it is refused
+        return None
     try:
         return HfApi().model_info(path, revision=revision, timeout=10).sha
     except (OSError, ValueError, RuntimeError, HTTPError):  # no network, no such model, or no access to it

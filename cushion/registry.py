@@ -28,6 +28,7 @@ class Plugins:
 
     def __init__(self) -> None:
         self._modules: dict[str, str] = {}
+        self._texts: dict[str, list[list[str]]] = {}
         self._broken: ConfigError | None = None
 
     def load(self) -> None:
@@ -47,6 +48,7 @@ class Plugins:
                     loaded = point.load()
                     if callable(loaded):
                         loaded()
+                    self._texts[name] = _sources(point.module)  # now: an edit later on is not what was loaded
                 except Exception as error:
                     package = f" of {point.dist.name}" if point.dist is not None else ""
                     self._broken = ConfigError(
@@ -58,7 +60,7 @@ class Plugins:
     def sources(self) -> dict[str, list[list[str]]]:
         """By plugin, place and text of its Python files: of its module, or of all of its package's."""
         self.load()
-        return {name: _sources(module) for name, module in self._modules.items()}
+        return dict(self._texts)
 
 
 def _sources(module: str) -> list[list[str]]:
@@ -83,6 +85,7 @@ class Registry(Generic[Item]):
         self.key, self._package, self._plugins = key, package, plugins
         self._items: dict[str, Item] = {}
         self._lock, self._is_complete = RLock(), False
+        self._broken: BaseException | None = None
 
     def register(self, name: str, item: Item) -> Item:
         """Add an item.
@@ -128,6 +131,8 @@ class Registry(Generic[Item]):
 
     def _all(self) -> dict[str, Item]:
         with self._lock:
+            if self._broken is not None:
+                raise self._broken
             if not self._is_complete:
                 self._is_complete = True  # what is imported here may look up names itself
                 try:
@@ -135,8 +140,8 @@ class Registry(Generic[Item]):
                     for module in pkgutil.iter_modules(package.__path__, f"{self._package}."):
                         importlib.import_module(module.name)
                     self._plugins.load()
-                except BaseException:
-                    self._is_complete = False
+                except BaseException as error:  # a second try would find half of it registered
+                    self._broken = error
                     raise
             return self._items
 

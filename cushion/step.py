@@ -79,6 +79,10 @@ class Step(ABC, Generic[T]):
     def read(self, context: Context, folder: Path) -> T:
         """The outcome, from the folder of a finished artifact."""
 
+    def tell(self, context: Context, outcome: T) -> None:
+        """Emit the points of the step's series, if it has one, that were not emitted while it was made."""
+        return
+
     def depends_on(self, context: Context) -> dict[str, Any]:
         """The whole key of the artifact: what every step depends on, and what this one does."""
         return {
@@ -100,4 +104,6 @@ def compute(step: Step[T], context: Context) -> T:
         step.name, step.depends_on(context), lambda workspace: step.make(context, workspace)
     )
     with reading(folder):
-        return step.read(context, folder)
+        outcome = step.read(context, folder)
+    step.tell(context, outcome)
+    return outcome

@@ -145,5 +145,8 @@ class TuningRun(Step[Tuned]):
         record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
         metadata = {**self.found.metadata, "tuning": self.config.name}
         tuned = replace(Prefix.load(folder / "prefix"), metadata=metadata)
-        context.log_series("tuning", record["steps"])
         return Tuned(tuned, record, float(record["seconds"]))
+
+    def tell(self, context: Context, outcome: Tuned) -> None:
+        """The losses by step."""
+        context.log_series("tuning", outcome.record["steps"])

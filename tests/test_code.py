@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_a_step_of_a_users_package_counts_its_own_modules_and_those_of_cushion(
         (folder / "__init__.py").write_text("")
         (folder / "constants.py").write_text(f"X = {constant}\n")
         (folder / "step.py").write_text("from cushion.search.scan import ratios\nfrom . import constants\n")
+        importlib.import_module(name)
         return code.version_of(f"{name}.step")
 
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -52,6 +52,11 @@ def test_without_an_answer_the_commit_is_that_of_the_local_cache(
     assert resolved(RunConfig(model=ModelConfig("someone/some-model")))["model"] == "c" * 40
 
 
+def test_a_path_that_is_not_there_is_for_loading_to_refuse() -> None:
+    for path in ("/nowhere/model", "./nowhere", "a/b/c"):
+        assert resolved(RunConfig(model=ModelConfig(path)))["model"] is None
+
+
 def test_packages_that_ship_or_read_what_a_run_uses_are_named_and_no_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -159,8 +159,11 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
         state.proposal_token_forwards = self.proposal.token_forwards
         state.proposal_seconds = self.proposal.seconds
         found = Prefix.load(folder / "prefix") if state.token_ids else Prefix.empty()
-        context.log_series("search", [asdict(step) for step in state.steps])
         return state, found
+
+    def tell(self, context: Context, outcome: tuple[SearchState, Prefix]) -> None:
+        """The objectives by step."""
+        context.log_series("search", [asdict(step) for step in outcome[0].steps])
 
     def _in_budget(self, context: Context, state: SearchState) -> Iterator[Scored | SearchStep]:
         yield from greedy_search(context.lm, self.config, self.texts, self.proposal.token_ids, state)

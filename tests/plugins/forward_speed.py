@@ -13,6 +13,8 @@ def measure(row: RowContext) -> Values:
     """The speed on the first block of the first corpus, after one pass to warm up."""
     import torch  # only here: a configuration is checked without it
 
+    if not row.blocks:  # with eval.perplexity=false
+        return {SPEED.key: None}
     lm, block = row.cached.lm, next(iter(row.blocks.values()))[0]
     row.model.put_on()
     with torch.no_grad():
