@@ -63,6 +63,8 @@ class Sources:
     def __init__(self, origin: Path, package: str) -> None:
         is_package = origin.name == "__init__.py"
         self._tree: dict[str, ast.Module] = {}
+        self._hash: dict[str, str] = {}
+        self._named: dict[str, set[str]] = {}
         self._packages: set[str] = set()
         for path in sorted(origin.parent.rglob("*.py")) if is_package else [origin]:
             parts = [package, *(path.relative_to(origin.parent).with_suffix("").parts if is_package else ())]
@@ -78,21 +80,28 @@ class Sources:
 
     def hash_of(self, module: str) -> str:
         """Hash of a module's syntax tree."""
-        return digest(ast.dump(self._tree[module]))
+        if module not in self._hash:
+            self._hash[module] = digest(ast.dump(self._tree[module]))
+        return self._hash[module]
 
     def imports(self, module: str, of: Sources | None = None) -> set[str]:
         """The modules of this package (or those `of` another) that a module imports itself, type checkers' aside."""
-        known = set((of or self)._tree)
-        names: set[str] = set()
-        for node in _imports(self._tree[module].body):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            else:
-                base = self._absolute(module, node)
-                whole = [f"{base}.{alias.name}" for alias in node.names]
-                names |= {name if name in known else base for name in whole}
-        names |= {match[1] for node in ast.walk(self._tree[module]) if (match := _lazily_named(node))}
-        return {part for name in names for part in _and_packages_above(name)} & known - {module}
+        known = (of or self)._tree.keys()
+        return {part for name in self._imported(module) for part in _and_packages_above(name)} & known - {module}
+
+    def _imported(self, module: str) -> set[str]:
+        """All names that a module imports, those of attributes of modules among them."""
+        if module not in self._named:
+            names: set[str] = set()
+            for node in _imports(self._tree[module].body):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                else:
+                    base = self._absolute(module, node)
+                    names |= {f"{base}.{alias.name}" for alias in node.names}
+            names |= {match[1] for node in ast.walk(self._tree[module]) if (match := _lazily_named(node))}
+            self._named[module] = names
+        return self._named[module]
 
     def closure(self, module: str, without: frozenset[str]) -> set[str]:
         """A module and all that it imports, directly or through others, but for `without` and what only they import.

@@ -157,7 +157,7 @@ class _Run:
         for warning in options_without_effect(config):
             self._warn(warning)
         prepared = prepare(config, device)
-        self.lm, self.texts, self.start_tokens = prepared.lm, prepared.texts, prepared.start_tokens
+        self.lm, self.texts = prepared.lm, prepared.texts
         self.tasks = prepared.tasks
         self.steps = Steps(config, prepared, emit, folder)
         result.model = {

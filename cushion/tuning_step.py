@@ -105,7 +105,7 @@ class TuningRun(Step[Tuned]):
             context.lm,
             self.found,
             self.config,
-            FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges, self.keep),
+            FittedQuantizer.of(self.quantizer, self.calibration, self.keep),
             self.objective,
             self.texts,
             self.held_out,

@@ -74,7 +74,7 @@ class AlphaStep(Step[dict[str, Any]]):
             state.reference, before = saved[0]["reference"], saved[0]["seconds"]
             state.points = {int(number): value for number, value in saved[0]["points"].items()}
         started, kept_points = time.perf_counter() - before, -1
-        fitted = FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges)
+        fitted = FittedQuantizer.of(self.quantizer, self.calibration)
         ratios = self._ratios(context)
         for done, at_most in search_alpha(context.lm, self.behind, fitted, ratios, self._used(), state):
             context.progress(f"alpha search, {self.title}", done, at_most, "text")

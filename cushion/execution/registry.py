@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from cushion.registry import located
 
 if TYPE_CHECKING:
     from cushion.execution.base import Execution
@@ -14,6 +15,5 @@ EXECUTIONS: dict[str, str] = {"simulated": "cushion.execution.simulated:Simulate
 
 def load_execution(name: str) -> Execution:
     """The execution of this name."""
-    module, _, attribute = EXECUTIONS[name].partition(":")
-    execution: Execution = getattr(import_module(module), attribute)()
+    execution: Execution = located(EXECUTIONS[name])()
     return execution

@@ -20,7 +20,7 @@ from torch import Tensor
 from cushion.activations import ChannelRanges, observe_inputs
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.errors import ArtifactError, CalibrationError
-from cushion.hashing import digest, tensor_digest
+from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.rotation import rotated
@@ -56,7 +56,7 @@ def calibrate(lm: LanguageModel, prefix: Prefix, texts: Tensor, ranges: ChannelR
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranges of every linear's input behind one prefix, a digest of all they depend on, and the seconds they took."""
+    """Ranges of every linear's input behind one prefix, the artifact's key, and the seconds they took."""
 
     ranges: ChannelRanges
     key: str
@@ -112,4 +112,4 @@ class CalibrationStep(Step[Calibration]):
             kind, _, linear_name = name.partition(".")
             (ranges.minimum if kind == "minimum" else ranges.maximum)[linear_name] = tensor
         ranges.rotation = self.rotation
-        return Calibration(ranges, digest(self.depends_on(context)), seconds)
+        return Calibration(ranges, folder.name, seconds)

@@ -14,6 +14,7 @@ from cushion.errors import CalibrationError
 from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.attention import quantized_attention
+from cushion.quantization.calibration import Calibration
 from cushion.quantization.check import check_quantizer
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight, quantize_weight
@@ -39,6 +40,13 @@ class FittedQuantizer:
     config: QuantizerConfig
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
+
+    @classmethod
+    def of(
+        cls, config: QuantizerConfig, calibration: Calibration | None, keep: frozenset[str] | None = None
+    ) -> FittedQuantizer:
+        """A quantizer with the ranges of a calibration, or with none."""
+        return cls(config, None if calibration is None else calibration.ranges, keep)
 
     @contextmanager
     @torch.no_grad()

@@ -50,8 +50,8 @@ class QuantizedLazily:
     def put_on(self) -> None:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
-            ranges = None if self.calibration is None else self.calibration.ranges
-            self._stack.enter_context(FittedQuantizer(self.quantizer, ranges, self.keep).on(self.lm))
+            fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep)
+            self._stack.enter_context(fitted.on(self.lm))
             self._is_on = True
 
     def identity(self) -> dict[str, Any]:

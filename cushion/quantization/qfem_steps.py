@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import QuantizerConfig
-from cushion.hashing import digest, tensor_digest
+from cushion.hashing import tensor_digest
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
@@ -22,7 +22,7 @@ from cushion.step import Context, Step
 
 @dataclass(frozen=True)
 class MeasuredRatios:
-    """The ratios of all linears, a digest of all they depend on, and the seconds they took."""
+    """The ratios of all linears, the artifact's key, and the seconds they took."""
 
     ratios: ModuleRatios
     key: str
@@ -60,7 +60,7 @@ class RatiosStep(Step[MeasuredRatios]):
     def make(self, context: Context, workspace: Workspace) -> None:
         """Run the texts, and keep every ratio and which linears share an input."""
         started, observer = time.perf_counter(), RatioObserver()
-        fitted = FittedQuantizer(self.quantizer, None if self.calibration is None else self.calibration.ranges)
+        fitted = FittedQuantizer.of(self.quantizer, self.calibration)
         for done in measure_ratios(context.lm, self.behind, self.texts, fitted, observer):
             context.progress(f"ratios, {self.title}", done, len(self.texts), "text")
         record = {**asdict(observer.ratios()), "seconds": time.perf_counter() - started}
@@ -70,4 +70,4 @@ class RatiosStep(Step[MeasuredRatios]):
         """The ratios."""
         record = read_json(folder / "ratios.json")
         ratios = ModuleRatios(record["ratios"], record["groups"])
-        return MeasuredRatios(ratios, digest(self.depends_on(context)), float(record["seconds"]))
+        return MeasuredRatios(ratios, folder.name, float(record["seconds"]))

@@ -141,7 +141,10 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
             )
         else:
             state = SearchState.from_dict(saved[0])
-        for event in self._in_budget(context, state) if self.has_budget else self._step_by_step(context, state):
+        events: Iterator[Scored | SearchStep] = self._step_by_step(context, state)
+        if self.has_budget:
+            events = greedy_search(context.lm, self.config, self.texts, self.proposal.token_ids, state)
+        for event in events:
             if isinstance(event, Scored):
                 report(context, event)
                 if workspace.checkpoint.due():
@@ -164,9 +167,6 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
     def tell(self, context: Context, outcome: tuple[SearchState, Prefix]) -> None:
         """The objectives by step."""
         context.log_series("search", [asdict(step) for step in outcome[0].steps])
-
-    def _in_budget(self, context: Context, state: SearchState) -> Iterator[Scored | SearchStep]:
-        yield from greedy_search(context.lm, self.config, self.texts, self.proposal.token_ids, state)
 
     def _step_by_step(self, context: Context, state: SearchState) -> Iterator[SearchStep]:
         """Algorithm 1 over steps of their own."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from cushion.checks import one_of, without_effect
-from cushion.quantization.parts.base import GRANULARITIES, NOTHING, Part, Quantizer
-from cushion.quantization.parts.grids import check_bits, grid_keys
+from cushion.checks import one_of
+from cushion.quantization.parts.base import GRANULARITIES, Quantizer
+from cushion.quantization.parts.grids import DynamicGrid, check_bits
 
 
 @dataclass
@@ -22,34 +22,12 @@ class AttentionConfig:
         one_of("quantizer.attention.granularity", self.granularity, GRANULARITIES)
 
 
-class Attention(Part):
+class Attention(DynamicGrid):
     """Queries, keys, probabilities and values; ranges are dynamic."""
 
     fields = ("attention",)
-
-    def is_on(self, quantizer: Quantizer) -> bool:
-        """Whether there are bits."""
-        return quantizer.attention.bits is not None
-
-    def off(self, quantizer: Quantizer) -> Quantizer:
-        """Both products in full precision."""
-        return replace(quantizer, attention=AttentionConfig(bits=None))
-
-    def reads(self, quantizer: Quantizer) -> frozenset[str]:
-        """The keys of the grid."""
-        return grid_keys(quantizer.attention.symmetric) if self.is_on(quantizer) else NOTHING
-
-    def spans_batch(self, quantizer: Quantizer) -> bool:
-        """One range per tensor."""
-        return self.is_on(quantizer) and quantizer.attention.granularity == "per_tensor"
+    config = AttentionConfig
 
     def label(self, quantizer: Quantizer) -> str:
         """` attention 8`."""
         return f" attention {quantizer.attention.bits}" if self.is_on(quantizer) else ""
-
-    def warnings(self, quantizer: Quantizer) -> list[str]:
-        """The grid without bits."""
-        if self.is_on(quantizer):
-            return []
-        keys = ("granularity", "symmetric")
-        return without_effect("quantizer.attention", quantizer.attention, keys, "with quantizer.attention.bits=null")

@@ -1,8 +1,12 @@
-"""What the parts that round have in common: bits, and the keys of a grid."""
+"""What the parts that round have in common: bits, the keys of a grid, and dynamic ranges inside of attention."""
 
 from __future__ import annotations
 
-from cushion.checks import require
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from cushion.checks import require, without_effect
+from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 
 
 def check_bits(key: str, bits: int | None) -> None:
@@ -13,3 +17,36 @@ def check_bits(key: str, bits: int | None) -> None:
 def grid_keys(symmetric: bool) -> frozenset[str]:
     """The common keys that a grid is made of; a symmetric one has no zero point."""
     return frozenset({"levels"} if symmetric else {"levels", "zero_point"})
+
+
+class DynamicGrid(Part):
+    """A part that is one grid with dynamic ranges, of something inside of attention: `config` is its configuration."""
+
+    config: ClassVar[type[Any]]
+
+    def grid(self, quantizer: Quantizer) -> Any:
+        """The part's own configuration."""
+        return getattr(quantizer, self.fields[0])
+
+    def is_on(self, quantizer: Quantizer) -> bool:
+        """Whether there are bits."""
+        return self.grid(quantizer).bits is not None
+
+    def off(self, quantizer: Quantizer) -> Quantizer:
+        """In full precision."""
+        return replace(quantizer, **{self.fields[0]: self.config(bits=None)})
+
+    def reads(self, quantizer: Quantizer) -> frozenset[str]:
+        """The keys of the grid."""
+        return grid_keys(self.grid(quantizer).symmetric) if self.is_on(quantizer) else NOTHING
+
+    def spans_batch(self, quantizer: Quantizer) -> bool:
+        """One range per tensor."""
+        return self.is_on(quantizer) and self.grid(quantizer).granularity == "per_tensor"
+
+    def warnings(self, quantizer: Quantizer) -> list[str]:
+        """The grid without bits."""
+        if self.is_on(quantizer):
+            return []
+        key = f"quantizer.{self.fields[0]}"
+        return without_effect(key, self.grid(quantizer), ("granularity", "symmetric"), f"with {key}.bits=null")
