@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from installed_plugins import PLUGINS as PLUGINS_FOLDER
+from installed_plugins import ROOT, cushion, installed
 from tiny_run import small_config
 
 from cushion import pipeline
@@ -22,8 +24,7 @@ from cushion.errors import ConfigError
 from cushion.registry import PLUGINS, located
 from cushion.search.methods import METHODS, SearchMethod, register
 
-ROOT = Path(__file__).parents[2]
-PLUGIN = ROOT / "tests" / "plugins" / "eos_search.py"
+PLUGIN = PLUGINS_FOLDER / "eos_search.py"
 NAMES = set(METHODS) - {"none"}
 
 
@@ -134,23 +135,14 @@ def test_a_method_that_is_registered_is_checked_warned_of_and_run(text_file: Pat
 
 def test_one_file_and_one_option_add_a_method(text_file: Path, tmp_path: Path) -> None:
     assert len(PLUGIN.read_text().splitlines()) <= 60
-    site = tmp_path / "site"
-    info = site / "eos_search-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / PLUGIN.name).write_text(PLUGIN.read_text())
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: eos-search\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[cushion.plugins]\neos = eos_search\n")
+    site = installed(tmp_path / "site", "eos_search")
     config = small_config(text_file, tmp_path / "given")
     words = [
         "model=tiny", "data=file", f"data.path={text_file}", "search=eos", "tracking=none",
         "quantizer.calibration.samples=2", "quantizer.calibration.length=16", "eval.block_length=32", "eval.blocks=4",
         "eval.activation_blocks=2", f"paths.output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
-    command = [sys.executable, "-c", "from cushion.cli import main; main()", "--config-dir", "tests/plugins/conf"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
-    done = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "EOS prefix" in done.stdout
+    assert "EOS prefix" in cushion(site, "cli", "--config-dir", str(PLUGINS_FOLDER / "conf"), *words)
     (path,) = (tmp_path / "out").rglob("result.json")
     result = json.loads(path.read_text())
     assert result["search"] == {"method": "eos", "token_ids": [257]}
@@ -174,6 +166,6 @@ def test_a_plugin_that_is_changed_makes_another_run(
 
 def test_the_page_on_extending_shows_the_very_file() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    option = ROOT / "tests" / "plugins" / "conf" / "search" / "eos.yaml"
+    option = PLUGINS_FOLDER / "conf" / "search" / "eos.yaml"
     for path, language in ((PLUGIN, "python"), (option, "yaml")):
         assert f"```{language}\n{path.read_text()}```" in page, path.name

@@ -1,0 +1,31 @@
+"""Plugins as a user's packages install them, and commands that run where they are installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = ROOT / "tests" / "plugins"
+
+
+def installed(site: Path, *names: str) -> Path:
+    """A folder in which plugins are installed, with the entry points that their packages would declare."""
+    for name in names:
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{name}.py").write_text((PLUGINS / f"{name}.py").read_text())
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[cushion.plugins]\n{name} = {name}\n")
+    return site
+
+
+def cushion(site: Path, module: str, *words: str) -> str:
+    """What a command prints where the plugins of `site` are installed."""
+    command = [sys.executable, "-c", f"from cushion.{module} import main; main()", *words]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
+    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
