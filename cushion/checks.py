@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from cushion.errors import ConfigError, did_you_mean
 
 
@@ -29,3 +32,20 @@ def without_effect(section: str, config: Any, keys: Sequence[str], why: str) -> 
     defaults = type(config)()
     changed = [key for key in keys if getattr(config, key) != getattr(defaults, key)]
     return [f"{section}.{key}={getattr(config, key)!r} has no effect {why}" for key in changed]
+
+
+def structured(cls: type[Any], values: Any, key: str) -> Any:
+    """The dataclass `cls` with these values, whose names and types are checked.
+
+    Raises:
+        ConfigError: one of them does not belong, or has another type; the message names `key` and all that there are.
+
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values or {}))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        allowed = ", ".join(f"{name}={value!r}" for name, value in vars(cls()).items()) or "nothing"
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}={values!r} is not allowed: {reason}; it has {allowed} by default") from error

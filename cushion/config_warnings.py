@@ -7,7 +7,7 @@ from typing import Any
 
 from cushion.checks import without_effect
 from cushion.config import QuantizerConfig, RunConfig, SearchConfig
-from cushion.quantization.parts.registry import PARTS, unread
+from cushion.quantization.parts.registry import parts, unread
 from cushion.registry import SEARCH_METHODS
 
 _GRID = ("bits", "symmetric", "levels")
@@ -63,7 +63,7 @@ def _of_quantizer(quantizer: QuantizerConfig) -> list[str]:
         for key in unread(quantizer)
         for warning in without_effect("quantizer", quantizer, (key,), _WITHOUT_A_READER[key])
     ]
-    for part in PARTS.values():
+    for part in parts():
         found += part.warnings(quantizer)
     if not quantizer.needs_calibration_text:
         keys, why = ("samples", "length"), "without static ranges, smoothing or QFeM"

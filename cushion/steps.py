@@ -20,13 +20,15 @@ from cushion.evaluation.alpha_step import AlphaStep
 from cushion.evaluation.attention import AttentionShares, AttentionStep
 from cushion.evaluation.magnitudes import MagnitudesStep
 from cushion.events import Event
+from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization.calibration import Calibration, CalibrationStep
 from cushion.quantization.identity import rotation_of
+from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
 from cushion.quantization.lazily import QuantizedLazily
-from cushion.quantization.qfem import without_rounding
-from cushion.quantization.qfem_steps import RatiosStep
+from cushion.quantization.parts.qfem import RATIOS
+from cushion.quantization.parts.registry import without_rounding
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
@@ -103,8 +105,25 @@ class Steps:
         rotation, seed = rotation_of(quantizer)
         return compute(CalibrationStep(behind, (rotation, seed), texts), self._context)
 
-    def _calibrate_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
+    def _ranges_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         return self.calibrate(behind, quantizer) if quantizer.needs_calibration else None
+
+    def _calibrate_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
+        """Everything that the quantizer has to know before it goes on the model; None where that is nothing."""
+        ranges = self._ranges_if_needed(behind, quantizer)
+        if not quantizer.gathered - {RATIOS}:
+            return ranges
+        gathered = self._gather(behind, quantizer, "prefix" if len(behind) else "no prefix")
+        found = (None, [], 0.0) if ranges is None else (ranges.ranges, [ranges.key], ranges.seconds)
+        key = digest([*found[1], gathered.key])
+        return Calibration(found[0], key, found[2] + gathered.seconds, gathered.found)
+
+    def _gather(self, behind: Prefix, quantizer: QuantizerConfig, title: str) -> InputStatistics:
+        """All that the parts of a quantizer need to know of the inputs as they find them, in one pass."""
+        texts = self._texts.calibration
+        assert texts is not None
+        plain = self._ranges_if_needed(behind, without_rounding(quantizer))
+        return compute(InputStatisticsStep(behind, quantizer, plain, texts, title), self._context)
 
     def measure_activations(self, behind: Prefix, title: str) -> tuple[MagnitudeCurve, float]:
         """The magnitude curve and the mean L_q per text behind a prefix, on the full-precision model."""
@@ -127,13 +146,14 @@ class Steps:
         """
         texts = self._texts.calibration
         assert texts is not None
-        plain = self._calibrate_if_needed(behind, without_rounding(quantizer))
-        measured = compute(RatiosStep(behind, quantizer, plain, texts, title), self._context)
-        ratios = measured.ratios.of(list(self._lm.linears(quantizer.targets)))
+        measured = self._gather(behind, quantizer, title)
+        ratios = measured.found[RATIOS].of(list(self._lm.linears(quantizer.targets)))
         alpha, search, seconds = quantizer.qfem.alpha, None, measured.seconds
         if alpha is None:
             calibrated = self._calibrate_if_needed(behind, quantizer)
-            search = compute(AlphaStep(behind, quantizer, measured, calibrated, texts, title), self._context)
+            search = compute(
+                AlphaStep(behind, quantizer, ratios, measured.key, calibrated, texts, title), self._context
+            )
             alpha = float(search["points"][search["found"]]["alpha"])
             seconds += search["seconds"]
         kept = ratios.above(alpha)

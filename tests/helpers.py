@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,7 @@ from cushion.activations import ChannelRanges
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
+from cushion.registry import Registry
 
 
 def random_texts(rows: int, length: int, seed: int = 0, below: int = 256) -> Tensor:
@@ -26,3 +31,13 @@ def calibrated(lm: LanguageModel, texts: Tensor, prefix: Prefix | None = None) -
     ranges = ChannelRanges()
     assert list(calibrate(lm, prefix or Prefix.empty(), texts, ranges)) == list(range(1, len(texts) + 1))
     return ranges
+
+
+@contextmanager
+def registered(registry: Registry[Any], name: str, item: Any) -> Iterator[Any]:
+    """The item in a registry for the length of a `with` block."""
+    registry.register(name, item)
+    try:
+        yield item
+    finally:
+        del registry._items[name]

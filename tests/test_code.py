@@ -88,7 +88,7 @@ def test_what_is_left_out_of_versions_exists_and_every_step_has_a_version() -> N
     assert set(code._OWN.modules) >= INFRASTRUCTURE
     steps = every_step()
     assert {"search", "search_step", "proposal", "qfep", "prefixquant", "calibration", "tuning", "activations",
-            "activation_map", "attention", "perplexity", "tasks", "ratios", "alpha"} <= set(steps)  # fmt: skip
+            "activation_map", "attention", "perplexity", "tasks", "inputs", "alpha"} <= set(steps)  # fmt: skip
     for name, step in steps.items():
         assert step.version == code.version_of(step.__module__), name
 
@@ -96,7 +96,7 @@ def test_what_is_left_out_of_versions_exists_and_every_step_has_a_version() -> N
 @pytest.mark.parametrize(
     ("module", "with_it", "without_it"),
     [
-        ("cushion.quantization.hadamard", {"calibration", "perplexity", "tuning", "ratios"}, {"search", "attention"}),
+        ("cushion.quantization.hadamard", {"calibration", "perplexity", "tuning", "inputs"}, {"search", "attention"}),
         ("cushion.search.rounds", {"search", "search_step", "proposal"}, {"calibration", "perplexity", "qfep"}),
         ("cushion.search.scan", {"qfep", "prefixquant"}, {"search", "perplexity", "tuning"}),
         ("cushion.quantization.numerics", {"search_step", "perplexity", "activations"}, {"attention", "qfep"}),

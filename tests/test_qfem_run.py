@@ -79,7 +79,7 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
     result = pipeline.run(config, [events.append])
     folder = pipeline.run_folder(config)
     assert RunResult.read(folder / FILE_NAME) == result
-    assert {"ratios, no prefix", "alpha search, no prefix", "ratios, given prefix", "alpha search, given prefix"} < {
+    assert {"statistics, no prefix", "alpha search, no prefix", "statistics, given prefix", "alpha search, given prefix"} < {
         *stages(events)
     }
     assert result.qfem is not None
@@ -105,7 +105,7 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
         assert fixed.qfem is not None
         assert fixed.qfem[stage]["kept"] == record["kept"]
         assert fixed.rows[row].under("perplexity") == result.rows[row].under("perplexity")
-        assert not any(s.startswith(("ratios", "alpha")) for s in stages(later)), "the ratios are shared"
+        assert not any(s.startswith(("statistics", "alpha")) for s in stages(later)), "the ratios are shared"
 
     draw_figures(asdict(result), tmp_path / "drawn")
     names = {path.name for path in (tmp_path / "drawn" / "figures").iterdir()}
@@ -121,7 +121,7 @@ def test_keeping_none_shares_every_row_with_the_plain_quantizer(text_file: Path,
     assert plain.qfem is None
     events: list[Event] = []
     none = pipeline.run(with_tokens(text_file, tmp_path / "out", QFeMConfig(alpha=1e9)), [events.append])
-    assert stages(events) == ["ratios, no prefix", "ratios, given prefix"]
+    assert stages(events) == ["statistics, no prefix", "statistics, given prefix"]
     assert [row.under("perplexity") for row in none.rows] == [row.under("perplexity") for row in plain.rows]
     assert [("keeps no linear in full precision" in warning) for warning in none.warnings] == [True, True]
     every = pipeline.run(with_tokens(text_file, tmp_path / "out", QFeMConfig(alpha=0.0)))
@@ -205,7 +205,7 @@ def test_a_killed_search_of_alpha_goes_on_with_the_next_point(text_file: Path, t
     assert list((tmp_path / "broken" / "cache").rglob("*.partial")) == []
 
 
-@pytest.mark.parametrize("step", ["ratios", "alpha"])
+@pytest.mark.parametrize("step", ["inputs", "alpha"])
 def test_a_damaged_step_is_named_and_deleting_it_mends_it(text_file: Path, tmp_path: Path, step: str) -> None:
     config = with_tokens(text_file, tmp_path / "out", SEARCHED)
     sound = outcome(pipeline.run(config))

@@ -17,7 +17,7 @@ from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
-from cushion.quantization.qfem_steps import MeasuredRatios
+from cushion.quantization.qfem import ModuleRatios
 from cushion.step import Context, Step
 
 _KEYS = (
@@ -39,7 +39,8 @@ class AlphaStep(Step[dict[str, Any]]):
     Args:
         behind: the prefix.
         quantizer: the quantizer, with the target in its `qfem`.
-        measured: the ratios of all linears behind the same prefix.
+        ratios: of the targeted linears behind the same prefix.
+        ratios_key: of the artifact that holds them.
         calibration: statistics behind the same prefix, where the quantizer needs them.
         texts: token ids, (texts, tokens); the first `qfem.texts` are used.
         title: how progress calls the prefix.
@@ -49,7 +50,8 @@ class AlphaStep(Step[dict[str, Any]]):
     name = "alpha"
     behind: Prefix
     quantizer: QuantizerConfig
-    measured: MeasuredRatios
+    ratios: ModuleRatios
+    ratios_key: str
     calibration: Calibration | None
     texts: Tensor
     title: str
@@ -60,7 +62,7 @@ class AlphaStep(Step[dict[str, Any]]):
         return {
             "prefix": self.behind.fingerprint,
             "quantizer": quantizer_identity(self.quantizer, self.calibration),
-            "ratios": self.measured.key,
+            "ratios": [self.ratios_key, list(self.ratios.ratios)],
             "texts": tensor_digest([self._used()]),
             "target": settings.target,
             "curve": settings.curve,
@@ -75,15 +77,14 @@ class AlphaStep(Step[dict[str, Any]]):
             state.points = {int(number): value for number, value in saved[0]["points"].items()}
         started, kept_points = time.perf_counter() - before, -1
         fitted = FittedQuantizer.of(self.quantizer, self.calibration)
-        ratios = self._ratios(context)
-        for done, at_most in search_alpha(context.lm, self.behind, fitted, ratios, self._used(), state):
+        for done, at_most in search_alpha(context.lm, self.behind, fitted, self.ratios, self._used(), state):
             context.progress(f"alpha search, {self.title}", done, at_most, "text")
             if state.reference is not None and len(state.points) != kept_points:
                 seconds = time.perf_counter() - started
                 progress = {"reference": state.reference, "points": state.points, "seconds": seconds}
                 workspace.checkpoint.save(progress)
                 kept_points = len(state.points)
-        record = self._record(context, state, time.perf_counter() - started)
+        record = self._record(state, time.perf_counter() - started)
         write_json(workspace.folder / "alpha.json", record)
 
     def read(self, context: Context, folder: Path) -> dict[str, Any]:
@@ -95,11 +96,8 @@ class AlphaStep(Step[dict[str, Any]]):
     def _used(self) -> Tensor:
         return self.texts[: self.quantizer.qfem.texts]
 
-    def _ratios(self, context: Context) -> Any:
-        return self.measured.ratios.of(list(context.lm.linears(self.quantizer.targets)))
-
-    def _record(self, context: Context, state: AlphaSearch, seconds: float) -> dict[str, Any]:
-        target, ratios = self.quantizer.qfem.target, self._ratios(context)
+    def _record(self, state: AlphaSearch, seconds: float) -> dict[str, Any]:
+        target, ratios = self.quantizer.qfem.target, self.ratios
         alphas, points = ratios.thresholds(), []
         for number, value in sorted(state.points.items()):
             kept = ratios.above(alphas[number])

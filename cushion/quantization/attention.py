@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from cushion.config import QuantizerConfig
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.models import LanguageModel
 from cushion.prefix import PrefixCache
+from cushion.quantization.effect import Effect, Work
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
+from cushion.quantization.quantizer import QuantizerConfig
 
 NAME = "cushion_quantized"
 
@@ -169,3 +170,18 @@ def check_attention(lm: LanguageModel, config: QuantizerConfig) -> None:
                 f"{lm.architecture.model_type!r} does not go through transformers' attention interface; use "
                 f"quantizer.{key}.bits=null"
             )
+
+
+class _QuantizedAttention(Effect):
+    """Of the key-value cache and of the products' inputs: one attention function does both."""
+
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """The attention can be replaced."""
+        check_attention(lm, config)
+
+    def around(self, work: Work) -> AbstractContextManager[LanguageModel]:
+        """The attention function in place."""
+        return quantized_attention(work.lm, work.config, work.straight_through)
+
+
+ATTENTION = _QuantizedAttention()

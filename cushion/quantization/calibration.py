@@ -7,8 +7,8 @@ range. One pass serves every quantizer: smoothing only divides channels by const
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,20 @@ def calibrate(lm: LanguageModel, prefix: Prefix, texts: Tensor, ranges: ChannelR
 
 @dataclass(frozen=True)
 class Calibration:
-    """Ranges of every linear's input behind one prefix, the artifact's key, and the seconds they took."""
+    """What a quantizer needs to know of the linears' inputs behind one prefix.
 
-    ranges: ChannelRanges
+    Args:
+        ranges: of every channel; None where none are needed.
+        key: of the artifacts that hold it.
+        seconds: what it took.
+        inputs: what else was gathered, by `module:class`.
+
+    """
+
+    ranges: ChannelRanges | None
     key: str
     seconds: float
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

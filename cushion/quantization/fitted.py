@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
 from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
-from cushion.quantization.attention import quantized_attention
 from cushion.quantization.calibration import Calibration
-from cushion.quantization.check import check_quantizer
+from cushion.quantization.check import check_quantizer, effects_of
+from cushion.quantization.effect import Site, Work
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
-from cushion.quantization.numerics import Grid, QuantizedWeight, quantize_weight
+from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.quantizer import QuantizerConfig
-from cushion.quantization.replacements import Replacements
-from cushion.quantization.rotation import rotated
-from cushion.quantization.smoothing import ranges_of, smooth
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,24 @@ class FittedQuantizer:
             rotates; needed for static ranges and smoothing.
         keep: full names of linears whose input stays in full precision; their weights are quantized all the same.
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
+        inputs: what else the parts of the quantizer need to know of the linears' inputs, by `module:class`
+            (`cushion.quantization.input_statistics`).
 
     """
 
     config: QuantizerConfig
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, config: QuantizerConfig, calibration: Calibration | None, keep: frozenset[str] | None = None
     ) -> FittedQuantizer:
-        """A quantizer with the ranges of a calibration, or with none."""
-        return cls(config, None if calibration is None else calibration.ranges, keep)
+        """A quantizer with what a calibration found, or with nothing."""
+        if calibration is None:
+            return cls(config, None, keep)
+        return cls(config, calibration.ranges, keep, calibration.inputs)
 
     @contextmanager
     @torch.no_grad()
@@ -60,8 +62,8 @@ class FittedQuantizer:
             execution: how quantized linears are computed, a name of `EXECUTIONS`.
 
         Raises:
-            CalibrationError: `ranges` or `keep` is needed and missing, or `ranges` lacks a linear, or `keep` names
-                what is not a linear of the blocks.
+            CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` names what is
+                not a linear of the blocks.
             ConfigError: a target, the group size or the rotation does not fit the model.
 
         """
@@ -70,49 +72,29 @@ class FittedQuantizer:
         check_quantizer(lm, config)
         self._check_ranges(lm)
         self._check_keep(lm)
-        replacements, surroundings = Replacements(), ExitStack()
+        effects = effects_of(config)
+        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through)
+        for effect in effects:
+            effect.ready(work)
+        surroundings = ExitStack()
         try:
-            surroundings.enter_context(rotated(lm, config.rotation, config.rotation_seed))
-            surroundings.enter_context(quantized_attention(lm, config, straight_through))
-            alpha = config.smoothing_alpha
-            scales = {} if alpha is None else smooth(lm, alpha, self.ranges, replacements)
-            weight_grid = None if config.weights.bits is None else Grid(config.weights.bits, True, config.levels)
+            for effect in effects:
+                surroundings.enter_context(effect.around(work))
             siblings = _siblings(lm)
             for name, linear in lm.linears(config.targets).items():
-                plain = linear.weight.detach()
-                weight: Tensor | QuantizedWeight = plain
-                if weight_grid is not None:
-                    weight = quantize_weight(plain, weight_grid, config.weights.granularity, config.weights.group_size)
-                activation = self._activation(name, scales.get(name), straight_through, plain.device)
-                if activation is not None:
-                    activation = activation.shared_with(siblings.get(name, []))
-                if weight_grid is None and activation is None:
+                site = Site(name, linear, linear.weight.detach())
+                for effect in effects:
+                    effect.at(work, site)
+                if site.activation is None and not isinstance(site.weight, QuantizedWeight):
                     continue
+                shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
                 bias = None if linear.bias is None else linear.bias.detach()
                 parent, _, leaf = name.rpartition(".")
-                replacements.put(lm.model.get_submodule(parent), leaf, build.linear(weight, bias, activation))
+                work.replacements.put(lm.model.get_submodule(parent), leaf, build.linear(site.weight, bias, shared))
             yield lm
         finally:
-            replacements.undo()
+            work.replacements.undo()
             surroundings.close()
-
-    def _activation(
-        self, name: str, smoothing: Tensor | None, straight_through: bool, device: torch.device
-    ) -> ActivationQuantizer | None:
-        """The quantizer of the input of the linear `name`, None where it stays in full precision."""
-        config, activations = self.config, self.config.activations
-        if activations.bits is None:
-            return None
-        grid = Grid(activations.bits, activations.symmetric, config.levels, config.zero_point)
-        static_range = None
-        if activations.range == "static":
-            low, high = ranges_of(name, self.ranges, device)
-            if smoothing is not None:  # dividing by positive constants commutes with taking the extremes of a channel
-                low, high = low / smoothing.to(device), high / smoothing.to(device)
-            static_range = low.amin(), high.amax()
-        if self.keep is not None and name in self.keep:
-            return None
-        return ActivationQuantizer(grid, activations.granularity, static_range, straight_through)
 
     def _check_ranges(self, lm: LanguageModel) -> None:
         config = self.config
@@ -129,11 +111,6 @@ class FittedQuantizer:
             )
 
     def _check_keep(self, lm: LanguageModel) -> None:
-        if self.config.uses_qfem and self.keep is None:
-            raise CalibrationError(
-                f"quantizer={self.config.name} uses QFeM, and the linears that it keeps in full precision were not "
-                "given: measure their ratios behind the prefix first (cushion.quantization.qfem)"
-            )
         unknown = sorted((self.keep or frozenset()) - lm.linears().keys())
         if unknown:
             raise CalibrationError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from cushion.config import QuantizerConfig
+from cushion.code import version_of
 from cushion.quantization.calibration import Calibration
-from cushion.quantization.parts.registry import PARTS
+from cushion.quantization.parts.registry import parts
+from cushion.quantization.quantizer import QuantizerConfig
 
 
 def quantizer_identity(
     quantizer: QuantizerConfig, calibration: Calibration | None = None, keep: Set[str] = frozenset()
 ) -> dict[str, Any]:
-    """The part of a key that stands for a quantizer as it is put on a model.
+    """The part of a key that stands for a quantizer as it is put on a model, with the code of its parts.
 
     Args:
         quantizer: its configuration; name, amount of calibration text and QFeM's search are not in it, what came of
@@ -24,14 +25,20 @@ def quantizer_identity(
     """
     found: dict[str, Any] = {}
     shared: set[str] = set()
-    for part in PARTS.values():
+    code: dict[str, str] = {}
+    for part in parts():
         if part.is_on(quantizer):
-            found |= part.identity(quantizer)
+            own = part.identity(quantizer)
+            found |= own
             shared |= part.reads(quantizer)
+            if own and part.effect is not None:  # what QFeM decides is in `keep`
+                module = part.effect.partition(":")[0]
+                code[module] = version_of(module)
     found |= {key: getattr(quantizer, key) for key in sorted(shared)}
+    found["code"] = code
     if keep:
         found["keep"] = sorted(keep)
-    if calibration is not None and quantizer.needs_calibration:
+    if calibration is not None and quantizer.is_fitted:
         found["calibration"] = calibration.key
     return found
 

@@ -13,19 +13,17 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cushion.activations import TokenScales, observe_inputs
-from cushion.config import QuantizerConfig
+from cushion.activations import TokenScales
+from cushion.artifacts import read_json, write_json
 from cushion.errors import CalibrationError
-from cushion.models import LanguageModel
-from cushion.prefix import Prefix
-from cushion.quantization.fitted import FittedQuantizer
-from cushion.quantization.parts.registry import turned_off
+from cushion.quantization.effect import Effect, Work
+from cushion.quantization.statistics.base import InputObserver
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,7 @@ class ModuleRatios:
         return [*sorted(set(self.ratios.values()), reverse=True), 0.0]
 
 
-def without_rounding(quantizer: QuantizerConfig) -> QuantizerConfig:
-    """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
-    return turned_off(quantizer, lambda part: not part.keeps_function)
-
-
-class RatioObserver:
+class RatioObserver(InputObserver):
     """Collects the token scales of every linear's input, and which linears read the very same tensor.
 
     Feed it texts one by one.
@@ -107,29 +100,25 @@ class RatioObserver:
         assert all(math.isfinite(ratio) and ratio >= 1 for ratio in shared.values())
         return ModuleRatios({name: shared[name] for name in own}, groups)
 
+    def write(self, folder: Path) -> None:
+        """Keep the ratios, `ratios.json`."""
+        write_json(folder / "ratios.json", asdict(self.ratios()))
 
-@torch.no_grad()
-def measure_ratios(
-    lm: LanguageModel,
-    behind: Prefix,
-    texts: Tensor,
-    fitted: FittedQuantizer,
-    observer: RatioObserver,
-) -> Iterator[int]:
-    """Run `texts` through the model as the quantizer finds it, without any rounding, and let `observer` collect.
+    @classmethod
+    def read(cls, folder: Path, device: torch.device) -> ModuleRatios:
+        """The ratios that were kept."""
+        record = read_json(folder / "ratios.json")
+        return ModuleRatios(record["ratios"], record["groups"])
 
-    Args:
-        texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
-        fitted: its rotation and smoothing are in place while the inputs are seen.
-        observer: filled in place, with all linears of the decoder blocks.
 
-    Yields:
-        The number of texts done. Between two texts the smoothing is still on the model: close the generator before
-        using the model for anything else.
+class _QFeM(Effect):
+    def ready(self, work: Work) -> None:
+        """The linears to be kept are known."""
+        if work.keep is None:
+            raise CalibrationError(
+                f"quantizer={work.config.name} uses QFeM, and the linears that it keeps in full precision were not "
+                "given: measure their ratios behind the prefix first (cushion.quantization.qfem)"
+            )
 
-    """
-    with replace(fitted, config=without_rounding(fitted.config)).on(lm):
-        for done, text in enumerate(texts, start=1):
-            with observe_inputs(lm.linears(), observer):
-                lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)
-            yield done
+
+QFEM = _QFeM()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from cushion.checks import at_least, one_of, require
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
+from cushion.quantization.parts.base import RANGES
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig
-from cushion.quantization.parts.registry import PARTS
+from cushion.quantization.parts.registry import PARTS, parts
 from cushion.quantization.parts.weights import WeightConfig
 
 LEVELS = ("full", "paper")
@@ -32,7 +34,8 @@ class CalibrationConfig:
 class QuantizerConfig:
     """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is).
 
-    Every field but `name`, `calibration` and those of `SHARED` belongs to one part of `PARTS`.
+    Every field but `name`, `calibration`, `plugins` and those of `SHARED` belongs to one part of `PARTS`. The parts of
+    users' packages have their options in `plugins`, by their names.
     """
 
     name: str = "per_tensor_static"
@@ -48,28 +51,40 @@ class QuantizerConfig:
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     qfem: QFeMConfig = field(default_factory=QFeMConfig)
+    plugins: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.plugins = {name: PARTS[name].configured(own) for name, own in self.plugins.items()}
         one_of("quantizer.levels", self.levels, LEVELS)
         one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
-        for part in PARTS.values():
+        for part in parts():
             part.check(self)
 
     @property
     def is_full_precision(self) -> bool:
         """Whether this quantizer leaves the model as it is."""
-        return not any(part.is_on(self) for part in PARTS.values())
+        return not any(part.is_on(self) for part in parts())
 
     @property
     def statistics(self) -> frozenset[str]:
         """What must be measured on calibration text for all parts together."""
-        return frozenset[str]().union(*(part.statistics(self) for part in PARTS.values()))
+        return frozenset[str]().union(*(part.statistics(self) for part in parts()))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether channel ranges over calibration text are needed: for static ranges and for smoothing."""
-        return "ranges" in self.statistics
+        return RANGES in self.statistics
+
+    @property
+    def gathered(self) -> frozenset[str]:
+        """What is gathered of the linears' inputs beside the ranges of channels, as `module:class`."""
+        return self.statistics - {RANGES}
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything must be measured before it goes on a model, besides the linears that QFeM keeps."""
+        return bool(PARTS["qfem"].off(self).statistics)
 
     @property
     def needs_calibration_text(self) -> bool:
@@ -84,9 +99,9 @@ class QuantizerConfig:
     @property
     def spans_batch(self) -> bool:
         """Whether a range depends on the texts that happen to stand in the same batch."""
-        return any(part.spans_batch(self) for part in PARTS.values())
+        return any(part.spans_batch(self) for part in parts())
 
     @property
     def scheme(self) -> str:
         """`per_tensor_static W8A8`, the way the field writes it."""
-        return f"{self.name} {''.join(part.label(self) for part in PARTS.values())}"
+        return f"{self.name} {''.join(part.label(self) for part in parts())}"

@@ -13,7 +13,7 @@ prefix made from the plain model fits the rotated one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.models.architectures import expand
+from cushion.quantization.effect import Effect, Work
 from cushion.quantization.hadamard import randomized_hadamard
+from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 
 ROWS_AT_ONCE = 8192
@@ -207,3 +209,16 @@ def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
 
 def _put(owner: nn.Module, name: str, values: Tensor, replacements: Replacements) -> None:
     replacements.put(owner, name, _parameter(values, cast(Tensor, getattr(owner, name))))
+
+
+class _RotatedStream(Effect):
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """The stream can be rotated."""
+        check_rotation(lm, config.rotation)
+
+    def around(self, work: Work) -> AbstractContextManager[LanguageModel]:
+        """The rotation folded into the weights."""
+        return rotated(work.lm, work.config.rotation, work.config.rotation_seed)
+
+
+ROTATION = _RotatedStream()

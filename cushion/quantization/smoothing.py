@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges
-from cushion.errors import CalibrationError
+from cushion.errors import ConfigError
 from cushion.models import LanguageModel
+from cushion.models.architectures import unmet
+from cushion.quantization.effect import Effect, Work
+from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.smoothquant import smoothing_scales
 
 
-def ranges_of(name: str, calibration: ChannelRanges | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every channel of the input of the linear `name`.
+class _Smoothing(Effect):
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """The norms stand before the linears, and have weights."""
+        key = f"quantizer.smoothing_alpha={config.smoothing_alpha}"
+        for name, value in unmet(lm.architecture.smoothing_requires, lm.model.config):
+            raise ConfigError(
+                f"{key} cannot be used with {lm.label}: its configuration has {name}={value}, so its norms do not "
+                "stand before the linears or have no weights; use quantizer.smoothing_alpha=null"
+            )
+        if not lm.architecture.smoothing:
+            raise ConfigError(
+                f"{key} has nothing to smooth in {lm.label}: its architecture names no norms that stand before "
+                "linears; use quantizer.smoothing_alpha=null"
+            )
 
-    Raises:
-        CalibrationError: there are none for it.
+    @contextmanager
+    def around(self, work: Work) -> Iterator[None]:
+        """Scales folded into norms and all that read them; a linear's is told in `divisors`.
 
-    """
-    if calibration is None or name not in calibration.minimum:
-        raise CalibrationError(
-            f"the calibration statistics have no entry for {name}: calibrate this model again, with more text "
-            "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
-        )
-    return calibration.minimum[name].to(device), calibration.maximum[name].to(device)
+        A reader that stays in full precision, such as a router, is scaled with the others and has no say in the scale.
+        """
+        lm, alpha = work.lm, work.config.smoothing_alpha
+        assert alpha is not None
+        for index in range(len(lm.blocks)):
+            for norm_name, readers in lm.norm_readers(index):
+                linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
+                weights = [linear.weight.detach() for linear in linears.values()]
+                scale = smoothing_scales(_shared_abs_max(linears, work), weights, alpha)
+                _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, work.replacements)
+                for name, reader in readers.items():
+                    weight = cast(Tensor, reader.weight)
+                    new = (weight.float() * scale.to(weight.device)).to(weight.dtype)
+                    work.replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
+                    if name in linears:
+                        work.divisors[name] = scale
+        yield
 
 
-def _shared_abs_max(readers: dict[str, nn.Linear], calibration: ChannelRanges | None) -> Tensor:
+SMOOTHING = _Smoothing()
+
+
+def _shared_abs_max(readers: dict[str, nn.Linear], work: Work) -> Tensor:
     """max|X_j| of the input that several linears share; experts see parts of it, and some of them perhaps nothing."""
-    seen = [name for name in readers if calibration is not None and name in calibration.minimum]
+    seen = [name for name in readers if work.ranges is not None and name in work.ranges.minimum]
     device = next(iter(readers.values())).weight.device
-    ranges = [ranges_of(name, calibration, device) for name in seen or readers]
+    ranges = [work.ranges_of(name, device) for name in seen or readers]
     return torch.stack([torch.maximum(-low, high) for low, high in ranges]).amax(0)
-
-
-def smooth(
-    lm: LanguageModel, alpha: float, calibration: ChannelRanges | None, replacements: Replacements
-) -> dict[str, Tensor]:
-    """Fold SmoothQuant's scales into norms and all that read them; the scale of each smoothed linear's input by name.
-
-    A reader that stays in full precision, such as a router, is scaled with the others and has no say in the scale.
-    """
-    scales: dict[str, Tensor] = {}
-    for index in range(len(lm.blocks)):
-        for norm_name, readers in lm.norm_readers(index):
-            linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
-            weights = [linear.weight.detach() for linear in linears.values()]
-            scale = smoothing_scales(_shared_abs_max(linears, calibration), weights, alpha)
-            _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, replacements)
-            for name, reader in readers.items():
-                weight = cast(Tensor, reader.weight)
-                new = (weight.float() * scale.to(weight.device)).to(weight.dtype)
-                replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
-                if name in linears:
-                    scales[name] = scale
-    return scales
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor, offset: float, replacements: Replacements) -> None:

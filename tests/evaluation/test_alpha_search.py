@@ -19,8 +19,9 @@ from cushion.evaluation.alpha_search import AlphaSearch, curve_numbers, per_toke
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.input_statistics import observe_fitted
 from cushion.quantization.linear import QuantizedLinear
-from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios
+from cushion.quantization.qfem import ModuleRatios, RatioObserver
 
 Tiny = Callable[..., LanguageModel]
 EMPTY = Prefix.empty()
@@ -36,7 +37,7 @@ def quantizer(qfem: QFeMConfig, **changes: Any) -> QuantizerConfig:
 
 def ratios_of(lm: LanguageModel, texts: Tensor, config: QuantizerConfig, behind: Prefix = EMPTY) -> ModuleRatios:
     observer = RatioObserver()
-    for _ in measure_ratios(lm, behind, texts, FittedQuantizer(config), observer):
+    for _ in observe_fitted(lm, behind, texts, FittedQuantizer(config), [observer]):
         pass
     return observer.ratios()
 

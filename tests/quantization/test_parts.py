@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
+from helpers import registered
 
+from cushion.checks import at_least
 from cushion.config import (
     ActivationConfig,
     AttentionConfig,
@@ -20,9 +23,11 @@ from cushion.config import (
     WeightConfig,
 )
 from cushion.config_warnings import options_without_effect
+from cushion.errors import ConfigError
+from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.parts.base import Part
-from cushion.quantization.parts.registry import PARTS, SHARED, turned_off, unread
-from cushion.quantization.qfem import without_rounding
+from cushion.quantization.parts.qfem import RATIOS
+from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
 from cushion.tuning import tuning_quantizer
 
 FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
@@ -43,8 +48,10 @@ EVERYTHING = QuantizerConfig(
 
 
 def test_every_field_of_a_quantizer_belongs_to_exactly_one_part() -> None:
-    owned = [name for part in PARTS.values() for name in part.fields]
-    assert sorted([*owned, *SHARED, "name", "calibration"]) == sorted(field.name for field in fields(QuantizerConfig))
+    owned = [name for part in parts() for name in part.fields]
+    assert sorted([*owned, *SHARED, "name", "calibration", "plugins"]) == sorted(
+        field.name for field in fields(QuantizerConfig)
+    )
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -68,7 +75,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {"ranges"}, set(), False, ""),
         ("rotation", set(), set(), False, " rotated"),
-        ("qfem", {"token_scales"}, set(), False, ""),
+        ("qfem", {RATIOS}, set(), False, ""),
     ],
 )
 def test_what_a_part_declares(part: str, statistics: set[str], reads: set[str], spans_batch: bool, label: str) -> None:
@@ -80,7 +87,8 @@ def test_what_a_part_declares(part: str, statistics: set[str], reads: set[str], 
 
 
 def test_a_quantizer_is_what_its_parts_are_together() -> None:
-    assert EVERYTHING.statistics == {"ranges", "token_scales"}
+    assert EVERYTHING.statistics == {"ranges", RATIOS}
+    assert EVERYTHING.gathered == {RATIOS}
     assert EVERYTHING.spans_batch
     assert EVERYTHING.scheme == "everything W4A6KV4 attention 5 rotated"
     nothing = turned_off(EVERYTHING, lambda part: True)
@@ -113,51 +121,66 @@ def test_what_no_part_reads_has_no_effect() -> None:
 
 @dataclass
 class NoiseConfig:
-    bits: int | None = None
+    bits: int = 4
 
-
-@dataclass
-class NoisyConfig(QuantizerConfig):
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    def __post_init__(self) -> None:
+        at_least("quantizer.plugins.noise.bits", self.bits, 1)
 
 
 class Noise(Part):
-    fields = ("noise",)
-
-    def is_on(self, quantizer: Any) -> bool:
-        return quantizer.noise.bits is not None
-
-    def off(self, quantizer: Any) -> Any:
-        return replace(quantizer, noise=NoiseConfig())
+    name = "noise"
+    config = NoiseConfig
 
     def statistics(self, quantizer: Any) -> frozenset[str]:
-        return frozenset({"ranges"}) if self.is_on(quantizer) else frozenset()
+        return frozenset({"ranges"})
 
     def spans_batch(self, quantizer: Any) -> bool:
         return self.is_on(quantizer)
 
     def label(self, quantizer: Any) -> str:
-        return " noisy" if self.is_on(quantizer) else ""
+        return f" noisy {self.of(quantizer).bits}" if self.is_on(quantizer) else ""
 
     def warnings(self, quantizer: Any) -> list[str]:
         return ["noise is loud"] if self.is_on(quantizer) else []
 
 
-def test_a_part_that_is_added_is_asked_and_turned_off_with_nothing_else_changed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(PARTS, "noise", Noise())
-    plain = NoisyConfig("plain", WeightConfig(bits=None), ActivationConfig(bits=None))
-    noisy = replace(plain, noise=NoiseConfig(3))
+@pytest.fixture
+def noise() -> Iterator[Part]:
+    with registered(PARTS, "noise", Noise()) as part:
+        yield part
+
+
+@pytest.mark.usefixtures("noise")
+def test_a_part_that_is_added_is_asked_and_turned_off_with_nothing_else_changed() -> None:
+    plain = QuantizerConfig("plain", WeightConfig(bits=None), ActivationConfig(bits=None))
+    noisy = replace(plain, plugins={"noise": {"bits": 3}})
+    assert noisy.plugins == {"noise": NoiseConfig(3)}
     assert plain.is_full_precision
     assert not noisy.is_full_precision
     assert noisy.needs_calibration
     assert noisy.spans_batch
-    assert noisy.scheme == "plain W16A16 noisy"
+    assert noisy.scheme == "plain W16A16 noisy 3"
     assert options_without_effect(RunConfig(quantizer=noisy)) == ["noise is loud"]
     assert without_rounding(noisy) == plain
     assert tuning_quantizer(FULL_PRECISION, noisy) == plain
     assert without_rounding(replace(noisy, rotation="hadamard")) == replace(plain, rotation="hadamard")
+    assert quantizer_identity(noisy)["noise"] == {"bits": 3}
+
+
+@pytest.mark.usefixtures("noise")
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        ({"noise": {"bit": 3}}, r"quantizer.plugins.noise={'bit': 3} is not allowed: .*bit.*; it has bits=4"),
+        ({"noise": {"bits": "many"}}, r"quantizer.plugins.noise={'bits': 'many'} is not allowed: .*many"),
+        ({"noise": {"bits": 0}}, r"quantizer.plugins.noise.bits=0 is not allowed: it must be at least 1"),
+        ({"nois": {}}, r"quantizer.plugins='nois' is not allowed: choose one of .*did you mean 'noise'"),
+        ({"qfem": {"alpha": 1}}, r"quantizer.plugins.qfem=.* this part is Cushion's own, set quantizer.qfem"),
+    ],
+)
+def test_options_of_a_part_that_is_added_are_checked(plugins: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizerConfig(plugins=plugins)
 
 
 def test_the_configuration_needs_no_torch() -> None:

@@ -21,9 +21,11 @@ from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.input_statistics import observe_fitted
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.numerics import Grid, quantize_weight
-from cushion.quantization.qfem import ModuleRatios, RatioObserver, measure_ratios, without_rounding
+from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.qfem import ModuleRatios, RatioObserver
 from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
@@ -47,7 +49,7 @@ def measured(
     calibration: ChannelRanges | None = None,
 ) -> ModuleRatios:
     observer = RatioObserver()
-    steps = list(measure_ratios(lm, behind, texts, FittedQuantizer(config or quantizer(), calibration), observer))
+    steps = list(observe_fitted(lm, behind, texts, FittedQuantizer(config or quantizer(), calibration), [observer]))
     assert steps == list(range(1, len(texts) + 1))
     return observer.ratios()
 
@@ -301,7 +303,7 @@ def test_everything_comes_off_bit_for_bit(tiny: Tiny, how: str) -> None:
     modules = [(name, id(module)) for name, module in lm.model.named_modules()]
     weights = [(name, id(weight), weight.clone()) for name, weight in lm.model.named_parameters()]
     hooks = sum(len(module._forward_pre_hooks) for module in lm.model.modules())
-    steps = measure_ratios(lm, EMPTY, texts, FittedQuantizer(config, ranges), RatioObserver())
+    steps = observe_fitted(lm, EMPTY, texts, FittedQuantizer(config, ranges), [RatioObserver()])
     next(steps)
     if how == "through":
         list(steps)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cushion.checks import one_of, require
-from cushion.quantization.parts.base import GRANULARITIES, NOTHING, Part, Quantizer
+from cushion.quantization.parts.base import GRANULARITIES, NOTHING, RANGES, Part, Quantizer
 from cushion.quantization.parts.grids import check_bits, grid_keys
+from cushion.quantization.parts.registry import register
 
-RANGES = ("static", "dynamic")
+KINDS_OF_RANGE = ("static", "dynamic")
 
 
 @dataclass
@@ -23,7 +24,7 @@ class ActivationConfig:
     def __post_init__(self) -> None:
         check_bits("quantizer.activations.bits", self.bits)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
-        one_of("quantizer.activations.range", self.range, RANGES)
+        one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
         if self.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(self.range == "dynamic", "quantizer.activations.range", self.range, reason)
@@ -32,6 +33,9 @@ class ActivationConfig:
 class Activations(Part):
     """The inputs of the targeted linears."""
 
+    name = "activations"
+    order = 20
+    effect = "cushion.quantization.inputs:INPUTS"
     fields = ("activations",)
 
     def is_on(self, quantizer: Quantizer) -> bool:
@@ -45,7 +49,7 @@ class Activations(Part):
     def statistics(self, quantizer: Quantizer) -> frozenset[str]:
         """Static ranges are taken from the ranges of channels."""
         is_static = self.is_on(quantizer) and quantizer.activations.range == "static"
-        return frozenset({"ranges"}) if is_static else NOTHING
+        return frozenset({RANGES}) if is_static else NOTHING
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""
@@ -59,3 +63,6 @@ class Activations(Part):
     def label(self, quantizer: Quantizer) -> str:
         """`A8`."""
         return f"A{quantizer.activations.bits or 16}"
+
+
+register(Activations())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cushion.checks import one_of
 from cushion.quantization.parts.base import GRANULARITIES, Quantizer
 from cushion.quantization.parts.grids import DynamicGrid, check_bits
+from cushion.quantization.parts.registry import register
 
 
 @dataclass
@@ -25,9 +26,15 @@ class AttentionConfig:
 class Attention(DynamicGrid):
     """Queries, keys, probabilities and values; ranges are dynamic."""
 
+    name = "attention"
+    order = 40
+    effect = "cushion.quantization.attention:ATTENTION"
     fields = ("attention",)
     config = AttentionConfig
 
     def label(self, quantizer: Quantizer) -> str:
         """` attention 8`."""
         return f" attention {quantizer.attention.bits}" if self.is_on(quantizer) else ""
+
+
+register(Attention())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import is_dataclass
+from abc import ABC
+from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar
+
+from cushion.checks import structured
+from cushion.errors import ConfigError
 
 Quantizer = Any
 """A `QuantizerConfig`. It is made of the configurations of the parts, so they cannot import it."""
@@ -12,32 +15,67 @@ Quantizer = Any
 GRANULARITIES = ("per_tensor", "per_token")
 """Of scales for what flows through a model."""
 
+RANGES = "ranges"
+"""The statistic that is the range of every channel, taken before smoothing."""
+
 NOTHING: frozenset[str] = frozenset()
 
 
 class Part(ABC):
     """One part of a quantizer; `PARTS` in `registry` has one object of each kind."""
 
-    fields: ClassVar[tuple[str, ...]]
-    """The fields of `QuantizerConfig` that belong to this part and to no other."""
+    name: ClassVar[str]
+
+    fields: ClassVar[tuple[str, ...]] = ()
+    """The fields of `QuantizerConfig` that belong to this part and to no other: of Cushion's own parts."""
+
+    config: ClassVar[type[Any] | None] = None
+    """The dataclass of `quantizer.plugins.<name>`: of a part that a user's package adds. Its checks are its own."""
+
+    effect: ClassVar[str | None] = None
+    """`module:attribute` of what it does to a model, an `Effect` of `cushion.quantization.effect`."""
+
+    order: ClassVar[int] = 100
+    """The place among the parts, ascending: in which they act, and stand in the label of a scheme."""
 
     keeps_function: ClassVar[bool] = False
     """Whether the model computes the same with this part on, but for rounding errors of its own precision."""
 
-    @abstractmethod
-    def is_on(self, quantizer: Quantizer) -> bool:
-        """Whether this part does anything to a model."""
+    def of(self, quantizer: Quantizer) -> Any:
+        """The configuration of a part that a user's package adds; None where the quantizer does not name it."""
+        return quantizer.plugins.get(self.name)
 
-    @abstractmethod
+    def configured(self, own: Any) -> Any:
+        """The configuration of a part that a user's package adds, from what stands in `quantizer.plugins`.
+
+        Raises:
+            ConfigError: a key or a value that its dataclass does not have, or does not allow.
+
+        """
+        key = f"quantizer.plugins.{self.name}"
+        if self.config is None:
+            keys = ", ".join(f"quantizer.{field}" for field in self.fields)
+            raise ConfigError(f"{key}={own!r} is not allowed: this part is Cushion's own, set {keys}")
+        return own if isinstance(own, self.config) else structured(self.config, own, key)
+
+    def is_on(self, quantizer: Quantizer) -> bool:
+        """Whether this part does anything to a model: one of a user's package where the quantizer names it."""
+        return self.of(quantizer) is not None
+
     def off(self, quantizer: Quantizer) -> Quantizer:
         """The same quantizer with this part off and nothing set in it."""
+        return replace(quantizer, plugins={name: own for name, own in quantizer.plugins.items() if name != self.name})
 
     def check(self, quantizer: Quantizer) -> None:
         """Raise `ConfigError` for what the configuration of the part could not check by itself."""
         return
 
     def statistics(self, quantizer: Quantizer) -> frozenset[str]:
-        """What must be known of the linears' inputs: `ranges` (of channels), `token_scales`, or nothing."""
+        """What must be known of the linears' inputs.
+
+        `ranges` of channels, and, as `module:class` of an `InputObserver` or a `Statistic`, what is gathered of the
+        inputs as the quantizer finds them, behind rotation and smoothing.
+        """
         return NOTHING
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
@@ -47,6 +85,8 @@ class Part(ABC):
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """What of this part, while it is on, decides an outcome: for the keys of cached steps, as plain JSON."""
         values = {name: getattr(quantizer, name) for name in self.fields}
+        if self.config is not None:
+            values[self.name] = self.of(quantizer)
         return {name: dict(vars(value)) if is_dataclass(value) else value for name, value in values.items()}
 
     def spans_batch(self, quantizer: Quantizer) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cushion.checks import one_of
 from cushion.quantization.parts.base import GRANULARITIES, Quantizer
 from cushion.quantization.parts.grids import DynamicGrid, check_bits
+from cushion.quantization.parts.registry import register
 
 
 @dataclass
@@ -25,9 +26,15 @@ class KvCacheConfig:
 class KvCache(DynamicGrid):
     """The cached keys and values but for those of a prefix; ranges are dynamic."""
 
+    name = "kv_cache"
+    order = 30
+    effect = "cushion.quantization.attention:ATTENTION"
     fields = ("kv_cache",)
     config = KvCacheConfig
 
     def label(self, quantizer: Quantizer) -> str:
         """`KV8`."""
         return f"KV{quantizer.kv_cache.bits}" if self.is_on(quantizer) else ""
+
+
+register(KvCache())

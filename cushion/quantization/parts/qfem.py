@@ -8,6 +8,10 @@ from typing import Any
 
 from cushion.checks import at_least, require, without_effect
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
+from cushion.quantization.parts.registry import register
+
+RATIOS = "cushion.quantization.qfem:RatioObserver"
+"""What is gathered for it: the scales of tokens."""
 
 
 @dataclass
@@ -36,6 +40,9 @@ class QFeMConfig:
 class QFeM(Part):
     """The choice of linears whose input is not quantized."""
 
+    name = "qfem"
+    order = 70
+    effect = "cushion.quantization.qfem:QFEM"
     fields = ("qfem",)
 
     def is_on(self, quantizer: Quantizer) -> bool:
@@ -54,7 +61,7 @@ class QFeM(Part):
 
     def statistics(self, quantizer: Quantizer) -> frozenset[str]:
         """The ratios are of the scales of tokens."""
-        return frozenset({"token_scales"}) if self.is_on(quantizer) else NOTHING
+        return frozenset({RATIOS}) if self.is_on(quantizer) else NOTHING
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """Nothing: the linears that it keeps decide, and they are named beside the quantizer."""
@@ -69,3 +76,6 @@ class QFeM(Part):
             return []
         keys = [key for key in keys if key not in ("alpha", "search")]
         return without_effect("quantizer.qfem", quantizer.qfem, keys, "with quantizer.qfem.search=False")
+
+
+register(QFeM())

@@ -6,25 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from cushion.quantization.parts.activations import Activations
-from cushion.quantization.parts.attention import Attention
 from cushion.quantization.parts.base import Part
-from cushion.quantization.parts.kv_cache import KvCache
-from cushion.quantization.parts.qfem import QFeM
-from cushion.quantization.parts.rotation import Rotation
-from cushion.quantization.parts.smoothing import Smoothing
-from cushion.quantization.parts.weights import Weights
+from cushion.registry import PLUGINS, Registry
 
-PARTS: dict[str, Part] = {
-    "weights": Weights(),
-    "activations": Activations(),
-    "kv_cache": KvCache(),
-    "attention": Attention(),
-    "smoothing": Smoothing(),
-    "rotation": Rotation(),
-    "qfem": QFeM(),
-}
-"""By name, in the order in which they stand in the label of a scheme."""
+PARTS: Registry[Part] = Registry("quantizer.plugins", "cushion.quantization.parts", PLUGINS)
+"""Cushion's own, one to a module of this package, and those of users' packages."""
 
 SHARED = ("levels", "zero_point", "targets")
 """The fields of a quantizer that several parts read."""
@@ -32,9 +18,24 @@ SHARED = ("levels", "zero_point", "targets")
 Q = TypeVar("Q")
 
 
+def register(part: Part) -> Part:
+    """Make a part known under its name.
+
+    Raises:
+        ConfigError: there is one of this name.
+
+    """
+    return PARTS.register(part.name, part)
+
+
+def parts() -> list[Part]:
+    """All parts, in the order in which they act."""
+    return sorted((part for _, part in PARTS.items()), key=lambda part: part.order)
+
+
 def unread(quantizer: Q) -> tuple[str, ...]:
     """The shared fields that no part of this quantizer reads."""
-    read = frozenset[str]().union(*(part.reads(quantizer) for part in PARTS.values()))
+    read = frozenset[str]().union(*(part.reads(quantizer) for part in parts()))
     return tuple(name for name in SHARED if name not in read)
 
 
@@ -43,8 +44,13 @@ def turned_off(quantizer: Q, which: Callable[[Part], bool]) -> Q:
 
     Two quantizers that do the same with these parts off are equal then, but for name and calibration text.
     """
-    for part in PARTS.values():
+    for part in parts():
         if which(part):
             quantizer = part.off(quantizer)
     defaults = type(quantizer)()
     return replace(quantizer, **{name: getattr(defaults, name) for name in unread(quantizer)})  # type: ignore[type-var]
+
+
+def without_rounding(quantizer: Q) -> Q:
+    """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
+    return turned_off(quantizer, lambda part: not part.keeps_function)

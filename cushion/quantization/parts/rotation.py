@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cushion.checks import at_least, one_of, without_effect
 from cushion.quantization.parts.base import Part, Quantizer
+from cushion.quantization.parts.registry import register
 
 ROTATIONS = ("none", "hadamard")
 
@@ -13,6 +14,9 @@ ROTATIONS = ("none", "hadamard")
 class Rotation(Part):
     """The residual stream multiplied by an orthogonal matrix, folded into the weights."""
 
+    name = "rotation"
+    order = 50
+    effect = "cushion.quantization.rotation:ROTATION"
     fields = ("rotation", "rotation_seed")
     keeps_function = True
 
@@ -38,3 +42,6 @@ class Rotation(Part):
         if self.is_on(quantizer):
             return []
         return without_effect("quantizer", quantizer, ("rotation_seed",), "with quantizer.rotation=none")
+
+
+register(Rotation())

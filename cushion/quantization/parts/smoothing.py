@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cushion.checks import require
-from cushion.quantization.parts.base import NOTHING, Part, Quantizer
+from cushion.quantization.parts.base import NOTHING, RANGES, Part, Quantizer
+from cushion.quantization.parts.registry import register
 
 
 class Smoothing(Part):
     """Norms divided and the linears behind them multiplied by a scale of each channel."""
 
+    name = "smoothing"
+    order = 60
+    effect = "cushion.quantization.smoothing:SMOOTHING"
     fields = ("smoothing_alpha",)
     keeps_function = True
 
@@ -29,4 +33,7 @@ class Smoothing(Part):
 
     def statistics(self, quantizer: Quantizer) -> frozenset[str]:
         """The abs-max of every channel comes from its range."""
-        return frozenset({"ranges"}) if self.is_on(quantizer) else NOTHING
+        return frozenset({RANGES}) if self.is_on(quantizer) else NOTHING
+
+
+register(Smoothing())

@@ -8,6 +8,7 @@ from typing import Any
 from cushion.checks import at_least, one_of, without_effect
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 from cushion.quantization.parts.grids import check_bits, grid_keys
+from cushion.quantization.parts.registry import register
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -29,6 +30,9 @@ class WeightConfig:
 class Weights(Part):
     """The weights of the targeted linears, symmetric."""
 
+    name = "weights"
+    order = 10
+    effect = "cushion.quantization.weights:WEIGHTS"
     fields = ("weights",)
 
     def is_on(self, quantizer: Quantizer) -> bool:
@@ -60,3 +64,6 @@ class Weights(Part):
             return []
         why = f"with quantizer.weights.granularity={weights.granularity}"
         return without_effect("quantizer.weights", weights, ("group_size",), why)
+
+
+register(Weights())

@@ -1,0 +1,113 @@
+"""What a part of a quantizer does to a model: around all of it, and to one linear after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cushion.activations import ChannelRanges
+from cushion.errors import CalibrationError
+from cushion.models import LanguageModel
+from cushion.quantization.linear import ActivationQuantizer
+from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.replacements import Replacements
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A quantizer on its way onto a model, with all that was measured for it.
+
+    Args:
+        lm: the model.
+        config: the quantizer.
+        ranges: of every channel of the linears' inputs, None where none were measured.
+        inputs: what else was gathered of them, by `module:class`.
+        keep: linears whose input stays in full precision; None where nothing was said of them.
+        straight_through: let gradients pass all rounding.
+        replacements: where an effect puts what stands in a module's place for the time being.
+        divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+
+    """
+
+    lm: LanguageModel
+    config: QuantizerConfig
+    ranges: ChannelRanges | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    keep: frozenset[str] | None = None
+    straight_through: bool = False
+    replacements: Replacements = field(default_factory=Replacements)
+    divisors: dict[str, Tensor] = field(default_factory=dict)
+
+    def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of every channel of the input of the linear `name`, each (in_features,).
+
+        Raises:
+            CalibrationError: there are none for it.
+
+        """
+        if self.ranges is None or name not in self.ranges.minimum:
+            raise not_seen(name)
+        return self.ranges.minimum[name].to(device), self.ranges.maximum[name].to(device)
+
+    def gathered(self, kind: str, name: str) -> Any:
+        """What was gathered of the input of the linear `name`.
+
+        Raises:
+            CalibrationError: there is nothing of it.
+
+        """
+        if name not in self.inputs.get(kind, {}):
+            raise not_seen(name)
+        return self.inputs[kind][name]
+
+
+def not_seen(name: str) -> CalibrationError:
+    """What is wrong where calibration text never reached a linear."""
+    return CalibrationError(
+        f"the calibration statistics have no entry for {name}: calibrate this model again, with more text "
+        "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
+    )
+
+
+@dataclass(eq=False)
+class Site:
+    """A targeted linear, and what is to stand for it: the parts fill it in one after another.
+
+    Args:
+        name: its full name.
+        linear: as it is now, behind rotation and smoothing.
+        weight: (out_features, in_features), or quantized.
+        activation: the quantizer of its input; None leaves the input in full precision.
+
+    """
+
+    name: str
+    linear: nn.Linear
+    weight: Tensor | QuantizedWeight
+    activation: ActivationQuantizer | None = None
+
+
+class Effect:
+    """What a part does to a model. One object serves all quantizers, and is asked where the part is on."""
+
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """Raise `ConfigError` where the part does not fit this model, without computing."""
+        return
+
+    def ready(self, work: Work) -> None:
+        """Raise `CalibrationError` where something that it needs was not measured."""
+        return
+
+    def around(self, work: Work) -> AbstractContextManager[Any]:
+        """What is done to the model as a whole, before any linear is replaced; it is undone on leaving."""
+        return nullcontext()
+
+    def at(self, work: Work, site: Site) -> None:
+        """What is done to one targeted linear."""
+        return

@@ -1,0 +1,130 @@
+"""What the parts of a quantizer need to know of the linears' inputs as they find them, gathered in one pass.
+
+Rotation and smoothing are in place, and nothing is rounded yet. The prefix stands before each text through the cache,
+so its own positions are in no statistic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cushion.activations import observe_inputs
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.code import version_of
+from cushion.hashing import tensor_digest
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import Calibration
+from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.statistics.base import InputObserver
+from cushion.quantization.statistics.per_linear import PerLinear, read_per_linear
+from cushion.registry import located
+from cushion.step import Context, Step
+
+
+@torch.no_grad()
+def observe_fitted(
+    lm: LanguageModel,
+    behind: Prefix,
+    texts: Tensor,
+    fitted: FittedQuantizer,
+    observers: Sequence[Callable[[str, Tensor], None]],
+) -> Iterator[int]:
+    """Run `texts` through the model as the quantizer finds it, without any rounding, and let `observers` collect.
+
+    Args:
+        texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
+        fitted: its rotation and smoothing are in place while the inputs are seen.
+        observers: filled in place, with all linears of the decoder blocks.
+
+    Yields:
+        The number of texts done. Between two texts the smoothing is still on the model: close the generator before
+        using the model for anything else.
+
+    """
+    with replace(fitted, config=without_rounding(fitted.config)).on(lm):
+        for done, text in enumerate(texts, start=1):
+            with ExitStack() as hooks:
+                for observer in observers:
+                    hooks.enter_context(observe_inputs(lm.linears(), observer))
+                lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)
+            yield done
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What was gathered, by `module:class`; the artifact's key, and the seconds it took."""
+
+    found: dict[str, Any]
+    key: str
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatisticsStep(Step[InputStatistics]):
+    """Statistics of the inputs of all linears behind a prefix.
+
+    Args:
+        behind: the prefix.
+        quantizer: its smoothing and rotation are in place.
+        calibration: statistics behind the same prefix, where the quantizer smooths.
+        texts: token ids, (texts, tokens).
+        title: how progress calls the prefix.
+
+    """
+
+    name = "inputs"
+    behind: Prefix
+    quantizer: QuantizerConfig
+    calibration: Calibration | None
+    texts: Tensor
+    title: str
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, what the quantizer does before it rounds, what is gathered and its code, and texts."""
+        return {
+            "prefix": self.behind.fingerprint,
+            "quantizer": quantizer_identity(without_rounding(self.quantizer), self.calibration),
+            "gathered": {place: version_of(place.partition(":")[0]) for place in self._places()},
+            "texts": tensor_digest([self.texts]),
+        }
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Run the texts once for everything that is gathered."""
+        started = time.perf_counter()
+        observers = {place: _observer(located(place)) for place in self._places()}
+        fitted = FittedQuantizer.of(self.quantizer, self.calibration)
+        seen = observe_fitted(context.lm, self.behind, self.texts, fitted, list(observers.values()))
+        for done in seen:
+            context.progress(f"statistics, {self.title}", done, len(self.texts), "text")
+        for observer in observers.values():
+            observer.write(workspace.folder)
+        write_json(workspace.folder / "inputs.json", {"seconds": time.perf_counter() - started})
+
+    def read(self, context: Context, folder: Path) -> InputStatistics:
+        """Everything that was gathered, on the model's device."""
+        seconds = float(read_json(folder / "inputs.json")["seconds"])
+        found = {place: _read(located(place), folder, context.lm.device) for place in self._places()}
+        return InputStatistics(found, folder.name, seconds)
+
+    def _places(self) -> list[str]:
+        return sorted(self.quantizer.gathered)
+
+
+def _observer(kind: type[Any]) -> Any:
+    return kind() if issubclass(kind, InputObserver) else PerLinear(kind)
+
+
+def _read(kind: type[Any], folder: Path, device: torch.device) -> Any:
+    return kind.read(folder, device) if issubclass(kind, InputObserver) else read_per_linear(kind, folder, device)

@@ -1,0 +1,35 @@
+"""Quantized inputs of linears."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.linear import ActivationQuantizer
+from cushion.quantization.numerics import Grid
+
+
+class _Inputs(Effect):
+    def at(self, work: Work, site: Site) -> None:
+        """A quantizer of the input, with the range that calibration gives where it is static."""
+        activations = work.config.activations
+        assert activations.bits is not None
+        grid = Grid(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
+        fixed = None
+        if activations.range == "static":
+            fixed = _static_range(work, site.name, site.linear.weight.device)
+        if work.keep is None or site.name not in work.keep:
+            site.activation = ActivationQuantizer(grid, activations.granularity, fixed, work.straight_through)
+
+
+def _static_range(work: Work, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of everything that calibration saw at the input of a linear, behind the smoothing."""
+    low, high = work.ranges_of(name, device)
+    if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel
+        divisor = work.divisors[name].to(device)
+        low, high = low / divisor, high / divisor
+    return low.amin(), high.amax()
+
+
+INPUTS = _Inputs()

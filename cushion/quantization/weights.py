@@ -1,0 +1,36 @@
+"""Quantized weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.quantizer import QuantizerConfig
+
+
+class _Weights(Effect):
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """Groups divide the inputs of every linear."""
+        if config.weights.granularity != "per_group":
+            return
+        size = config.weights.group_size
+        for name, linear in lm.linears(config.targets).items():
+            if linear.in_features % size:
+                raise ConfigError(
+                    f"quantizer.weights.group_size={size} does not divide the {linear.in_features} inputs of {name}: "
+                    "choose a divisor"
+                )
+
+    def at(self, work: Work, site: Site) -> None:
+        """Codes and scales in place of the weight."""
+        weights = work.config.weights
+        assert weights.bits is not None
+        assert isinstance(site.weight, Tensor), "quantized twice"
+        grid = Grid(weights.bits, True, work.config.levels)
+        site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size)
+
+
+WEIGHTS = _Weights()
