@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cushion.errors import ConfigError
 from cushion.quantization.estimators.registry import ESTIMATORS
-from cushion.quantization.numerics import Grid
-from cushion.quantization.statistics.histogram import BINS
+from cushion.quantization.numerics import Grid, fake_quantize
+from cushion.quantization.statistics.histogram import BINS, Histogram
 
 SYMMETRIC, ASYMMETRIC = Grid(8, True), Grid(8, False)
 KEY = "quantizer.activations.options"
@@ -118,3 +118,49 @@ def test_a_range_scales_with_the_values(name: str) -> None:
         low, high = estimated(name, values, grid)
         for factor in (2.0**-20, 2.0**30):
             assert estimated(name, values * factor, grid) == pytest.approx((low * factor, high * factor), rel=1e-6)
+
+
+def squared_errors(values: Tensor, low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+    """The mean squared error of each range on the values themselves."""
+    found = []
+    for some_low, some_high in zip(low.split(64), high.split(64), strict=True):
+        scale, offset = grid.parameters(some_low[:, None], some_high[:, None])
+        difference = fake_quantize(values.flatten()[None], scale, offset, grid) - values.flatten()
+        found.append(difference.square().mean(1))
+    return torch.cat(found)
+
+
+def by_brute_force(values: Tensor, grid: Grid) -> float:
+    """The smallest mean squared error of many ranges, of either end on its own where the grid is asymmetric."""
+    fractions = 2 ** -(torch.arange(240) / 30) if grid.symmetric else 2 ** -(torch.arange(36) / 5)
+    center = torch.zeros(()) if grid.symmetric else values.median()
+    down, up = fractions, fractions
+    if not grid.symmetric:
+        down, up = torch.cartesian_prod(fractions, fractions).T
+    low, high = center + (values.min() - center) * down, center + (values.max() - center) * up
+    return float(squared_errors(values, low, high, grid).min())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["outliers", "heavy", "heavier", "one-sided", "normal", "shifted"])
+def test_the_mse_range_is_as_good_as_brute_force_on_the_values(kind: str, bits: int) -> None:
+    outliers, normal = planted()[::4], random_values(64, 64)
+    outliers[1, :2], outliers[2, 0] = 300.0, -80.0
+    values = {
+        "outliers": outliers,
+        "heavy": outliers * outliers.abs().sqrt(),
+        "heavier": outliers**3,
+        "one-sided": outliers.abs(),
+        "normal": normal,
+        "shifted": normal + 20,
+    }[kind]
+    histogram = Histogram()
+    histogram.update(values)
+    bins = histogram.bins()
+    # a value lies half a bin from the middle at most, and its distance to the grid differs by no more than this
+    unseen = float(((bins.high - bins.low).square() * bins.counts).sum() / bins.counts.sum()) ** 0.5
+    grids = [Grid(bits, True), Grid(bits, True, "paper"), Grid(bits, False), Grid(bits, False, zero_point="integer")]
+    for grid in grids:
+        low, high = (torch.tensor([end]) for end in estimated("mse", values, grid))
+        found = float(squared_errors(values, low, high, grid)) ** 0.5
+        assert found <= 1.005 * by_brute_force(values, grid) ** 0.5 + unseen, grid

@@ -16,3 +16,11 @@ register(
         options={"percentile": number(99.99, above=50, at_most=100)},
     )
 )
+register(
+    Estimator(
+        name="mse",
+        title="MSE",
+        statistic=_HISTOGRAM,
+        range="cushion.quantization.estimators.mse:range_of",
+    )
+)
