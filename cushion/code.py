@@ -38,6 +38,8 @@ INFRASTRUCTURE = frozenset(
         "cushion.hashing",
         "cushion.models.embedded",  # weights stand in the keys by the model's fingerprint
         "cushion.models.tiny",
+        "cushion.quantization.estimators.base",  # their code stands in the identity of a quantizer
+        "cushion.quantization.estimators.registry",
         "cushion.quantization.parts",  # with its modules; what they decide stands in the identity of a quantizer
         "cushion.quantization.quantizer",
         "cushion.registry",

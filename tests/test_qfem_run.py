@@ -79,9 +79,12 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
     result = pipeline.run(config, [events.append])
     folder = pipeline.run_folder(config)
     assert RunResult.read(folder / FILE_NAME) == result
-    assert {"statistics, no prefix", "alpha search, no prefix", "statistics, given prefix", "alpha search, given prefix"} < {
-        *stages(events)
-    }
+    assert {
+        "statistics, no prefix",
+        "alpha search, no prefix",
+        "statistics, given prefix",
+        "alpha search, given prefix",
+    } < {*stages(events)}
     assert result.qfem is not None
     for stage, row in (("none", 2), ("found", 3)):
         record = result.qfem[stage]

@@ -23,6 +23,7 @@ from cushion.errors import ArtifactError, CalibrationError
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.parts.base import Needed
 from cushion.quantization.rotation import rotated
 from cushion.step import Context, Step
 
@@ -62,14 +63,14 @@ class Calibration:
         ranges: of every channel; None where none are needed.
         key: of the artifacts that hold it.
         seconds: what it took.
-        inputs: what else was gathered, by `module:class`.
+        inputs: what else was gathered, by what was needed.
 
     """
 
     ranges: ChannelRanges | None
     key: str
     seconds: float
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[Needed, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

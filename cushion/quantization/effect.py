@@ -15,6 +15,7 @@ from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.parts.base import Needed
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 
@@ -27,7 +28,7 @@ class Work:
         lm: the model.
         config: the quantizer.
         ranges: of every channel of the linears' inputs, None where none were measured.
-        inputs: what else was gathered of them, by `module:class`.
+        inputs: what else was gathered of them, by what was needed.
         keep: linears whose input stays in full precision; None where nothing was said of them.
         straight_through: let gradients pass all rounding.
         replacements: where an effect puts what stands in a module's place for the time being.
@@ -38,7 +39,7 @@ class Work:
     lm: LanguageModel
     config: QuantizerConfig
     ranges: ChannelRanges | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[Needed, Any] = field(default_factory=dict)
     keep: frozenset[str] | None = None
     straight_through: bool = False
     replacements: Replacements = field(default_factory=Replacements)
@@ -55,7 +56,7 @@ class Work:
             raise not_seen(name)
         return self.ranges.minimum[name].to(device), self.ranges.maximum[name].to(device)
 
-    def gathered(self, kind: str, name: str) -> Any:
+    def gathered(self, kind: Needed, name: str) -> Any:
         """What was gathered of the input of the linear `name`.
 
         Raises:
@@ -83,6 +84,7 @@ class Site:
         name: its full name.
         linear: as it is now, behind rotation and smoothing.
         weight: (out_features, in_features), or quantized.
+        bias: (out_features,) or None.
         activation: the quantizer of its input; None leaves the input in full precision.
 
     """
@@ -90,6 +92,7 @@ class Site:
     name: str
     linear: nn.Linear
     weight: Tensor | QuantizedWeight
+    bias: Tensor | None
     activation: ActivationQuantizer | None = None
 
 

@@ -18,6 +18,7 @@ from cushion.quantization.check import check_quantizer, effects_of
 from cushion.quantization.effect import Site, Work
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.parts.base import Needed
 from cushion.quantization.quantizer import QuantizerConfig
 
 
@@ -31,7 +32,7 @@ class FittedQuantizer:
             rotates; needed for static ranges and smoothing.
         keep: full names of linears whose input stays in full precision; their weights are quantized all the same.
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
-        inputs: what else the parts of the quantizer need to know of the linears' inputs, by `module:class`
+        inputs: what else the parts of the quantizer need to know of the linears' inputs, by what was needed
             (`cushion.quantization.input_statistics`).
 
     """
@@ -39,7 +40,7 @@ class FittedQuantizer:
     config: QuantizerConfig
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[Needed, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,15 +83,16 @@ class FittedQuantizer:
                 surroundings.enter_context(effect.around(work))
             siblings = _siblings(lm)
             for name, linear in lm.linears(config.targets).items():
-                site = Site(name, linear, linear.weight.detach())
+                own = None if linear.bias is None else linear.bias.detach()
+                site = Site(name, linear, linear.weight.detach(), own)
                 for effect in effects:
                     effect.at(work, site)
-                if site.activation is None and not isinstance(site.weight, QuantizedWeight):
+                if site.activation is None and site.bias is own and not isinstance(site.weight, QuantizedWeight):
                     continue
                 shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
-                bias = None if linear.bias is None else linear.bias.detach()
                 parent, _, leaf = name.rpartition(".")
-                work.replacements.put(lm.model.get_submodule(parent), leaf, build.linear(site.weight, bias, shared))
+                stands_for_it = build.linear(site.weight, site.bias, shared)
+                work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
             yield lm
         finally:
             work.replacements.undo()

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import without_rounding
 from cushion.quantization.quantizer import QuantizerConfig
-from cushion.quantization.statistics.base import InputObserver
-from cushion.quantization.statistics.per_linear import PerLinear, read_per_linear
+from cushion.quantization.statistics.gathered import GatheredStatistics, read_statistics
+from cushion.quantization.statistics.observer import InputObserver
 from cushion.registry import located
 from cushion.step import Context, Step
 
@@ -64,9 +66,9 @@ def observe_fitted(
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What was gathered, by `module:class`; the artifact's key, and the seconds it took."""
+    """What was gathered, by what was needed; the artifact's key, and the seconds it took."""
 
-    found: dict[str, Any]
+    found: dict[Needed, Any]
     key: str
     seconds: float
 
@@ -96,35 +98,44 @@ class InputStatisticsStep(Step[InputStatistics]):
         return {
             "prefix": self.behind.fingerprint,
             "quantizer": quantizer_identity(without_rounding(self.quantizer), self.calibration),
-            "gathered": {place: version_of(place.partition(":")[0]) for place in self._places()},
+            "gathered": [[*needed, version_of(needed.place.partition(":")[0])] for needed in self._needed()],
             "texts": tensor_digest([self.texts]),
         }
 
     def make(self, context: Context, workspace: Workspace) -> None:
         """Run the texts once for everything that is gathered."""
         started = time.perf_counter()
-        observers = {place: _observer(located(place)) for place in self._places()}
+        observers = [_observer(needed) for needed in self._needed()]
         fitted = FittedQuantizer.of(self.quantizer, self.calibration)
-        seen = observe_fitted(context.lm, self.behind, self.texts, fitted, list(observers.values()))
+        seen = observe_fitted(context.lm, self.behind, self.texts, fitted, observers)
         for done in seen:
             context.progress(f"statistics, {self.title}", done, len(self.texts), "text")
-        for observer in observers.values():
-            observer.write(workspace.folder)
+        for number, observer in enumerate(observers):
+            folder = workspace.folder / str(number)
+            folder.mkdir(exist_ok=True)
+            observer.write(folder)
         write_json(workspace.folder / "inputs.json", {"seconds": time.perf_counter() - started})
 
     def read(self, context: Context, folder: Path) -> InputStatistics:
         """Everything that was gathered, on the model's device."""
         seconds = float(read_json(folder / "inputs.json")["seconds"])
-        found = {place: _read(located(place), folder, context.lm.device) for place in self._places()}
+        found = {
+            needed: _read(needed, folder / str(number), context.lm.device)
+            for number, needed in enumerate(self._needed())
+        }
         return InputStatistics(found, folder.name, seconds)
 
-    def _places(self) -> list[str]:
+    def _needed(self) -> list[Needed]:
         return sorted(self.quantizer.gathered)
 
 
-def _observer(kind: type[Any]) -> Any:
-    return kind() if issubclass(kind, InputObserver) else PerLinear(kind)
+def _observer(needed: Needed) -> InputObserver | GatheredStatistics:
+    kind = located(needed.place)
+    if issubclass(kind, InputObserver):
+        return cast(InputObserver, kind(**dict(needed.options)))
+    return GatheredStatistics(partial(kind, **dict(needed.options)))
 
 
-def _read(kind: type[Any], folder: Path, device: torch.device) -> Any:
-    return kind.read(folder, device) if issubclass(kind, InputObserver) else read_per_linear(kind, folder, device)
+def _read(needed: Needed, folder: Path, device: torch.device) -> Any:
+    kind = located(needed.place)
+    return kind.read(folder, device) if issubclass(kind, InputObserver) else read_statistics(kind, folder)

@@ -18,13 +18,18 @@ class _Inputs(Effect):
         grid = Grid(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
         fixed = None
         if activations.range == "static":
-            fixed = _static_range(work, site.name, site.linear.weight.device)
+            fixed = _static_range(work, site.name, grid, site.linear.weight.device)
         if work.keep is None or site.name not in work.keep:
             site.activation = ActivationQuantizer(grid, activations.granularity, fixed, work.straight_through)
 
 
-def _static_range(work: Work, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of everything that calibration saw at the input of a linear, behind the smoothing."""
+def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The range of a linear's input, as the estimator finds it in what calibration saw, behind the smoothing."""
+    estimator, options = work.config.activations.estimation()
+    if estimator.statistic is not None:
+        observed = work.gathered(estimator.needed(options), name)
+        low, high = estimator.range_of(observed, grid, options)
+        return low.to(device), high.to(device)
     low, high = work.ranges_of(name, device)
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel
         divisor = work.divisors[name].to(device)

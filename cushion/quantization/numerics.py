@@ -8,6 +8,7 @@ most integer kernels (`zero_point="integer"`): the two agree wherever `z / s` is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,18 @@ class QuantizedWeight:
         return values.to(self.dtype).reshape(self.shape)
 
 
-def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: int | None = None) -> QuantizedWeight:
+Ranges = Callable[[Tensor, tuple[int, ...], Grid], tuple[Tensor, Tensor]]
+"""From values, dimensions and the grid to minimum and maximum over the dimensions, which are kept at 1."""
+
+
+def min_max(values: Tensor, dims: tuple[int, ...], grid: Grid) -> tuple[Tensor, Tensor]:
+    """The range that holds all values: whatever the grid."""
+    return dynamic_range(values.float(), dims)
+
+
+def quantize_weight(
+    weight: Tensor, grid: Grid, granularity: str, group_size: int | None = None, ranges: Ranges = min_max
+) -> QuantizedWeight:
     """Quantize the weight of a linear layer.
 
     Args:
@@ -144,6 +156,7 @@ def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: in
         granularity: `per_tensor` (one scale), `per_channel` (one scale per output row) or `per_group` (one scale per
             output row and `group_size` neighbouring inputs).
         group_size: number of inputs per group; must divide `in_features`.
+        ranges: how the ranges of the values that share a scale are found.
 
     """
     dims: tuple[int, ...]
@@ -156,6 +169,6 @@ def quantize_weight(weight: Tensor, grid: Grid, granularity: str, group_size: in
         shaped, dims = weight.reshape(weight.shape[0], -1, group_size), (2,)
     else:
         raise AssertionError(f"unknown weight granularity {granularity!r}")
-    scale, offset = grid.parameters(*dynamic_range(shaped.float(), dims))
+    scale, offset = grid.parameters(*ranges(shaped, dims, grid))
     codes = quantize(shaped, scale, offset, grid)
     return QuantizedWeight(codes, scale, None if grid.symmetric else offset, weight.shape, weight.dtype)

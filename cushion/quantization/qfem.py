@@ -23,7 +23,7 @@ from cushion.activations import TokenScales
 from cushion.artifacts import read_json, write_json
 from cushion.errors import CalibrationError
 from cushion.quantization.effect import Effect, Work
-from cushion.quantization.statistics.base import InputObserver
+from cushion.quantization.statistics.observer import InputObserver
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from cushion.checks import at_least, one_of, require
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
-from cushion.quantization.parts.base import RANGES
+from cushion.quantization.parts.base import RANGES, Needed
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig
 from cushion.quantization.parts.registry import PARTS, parts
@@ -67,9 +67,9 @@ class QuantizerConfig:
         return not any(part.is_on(self) for part in parts())
 
     @property
-    def statistics(self) -> frozenset[str]:
+    def statistics(self) -> frozenset[Needed]:
         """What must be measured on calibration text for all parts together."""
-        return frozenset[str]().union(*(part.statistics(self) for part in parts()))
+        return frozenset[Needed]().union(*(part.statistics(self) for part in parts()))
 
     @property
     def needs_calibration(self) -> bool:
@@ -77,8 +77,8 @@ class QuantizerConfig:
         return RANGES in self.statistics
 
     @property
-    def gathered(self) -> frozenset[str]:
-        """What is gathered of the linears' inputs beside the ranges of channels, as `module:class`."""
+    def gathered(self) -> frozenset[Needed]:
+        """What is gathered of the linears' inputs beside the ranges of channels."""
         return self.statistics - {RANGES}
 
     @property

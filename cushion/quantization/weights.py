@@ -7,8 +7,9 @@ from torch import Tensor
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
-from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.numerics import Grid, min_max, quantize_weight
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.weight_ranges import mse_ranges
 
 
 class _Weights(Effect):
@@ -30,7 +31,8 @@ class _Weights(Effect):
         assert weights.bits is not None
         assert isinstance(site.weight, Tensor), "quantized twice"
         grid = Grid(weights.bits, True, work.config.levels)
-        site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size)
+        ranges = mse_ranges if weights.estimator == "mse" else min_max
+        site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size, ranges)
 
 
 WEIGHTS = _Weights()

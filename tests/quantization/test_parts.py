@@ -25,7 +25,7 @@ from cushion.config import (
 from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError
 from cushion.quantization.identity import quantizer_identity
-from cushion.quantization.parts.base import Part
+from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
 from cushion.tuning import tuning_quantizer
@@ -70,15 +70,15 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     ("part", "statistics", "reads", "spans_batch", "label"),
     [
         ("weights", set(), {"levels", "targets"}, False, "W4"),
-        ("activations", {"ranges"}, {"levels", "zero_point", "targets"}, False, "A6"),
+        ("activations", {RANGES}, {"levels", "zero_point", "targets"}, False, "A6"),
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
-        ("smoothing", {"ranges"}, set(), False, ""),
+        ("smoothing", {RANGES}, set(), False, ""),
         ("rotation", set(), set(), False, " rotated"),
         ("qfem", {RATIOS}, set(), False, ""),
     ],
 )
-def test_what_a_part_declares(part: str, statistics: set[str], reads: set[str], spans_batch: bool, label: str) -> None:
+def test_what_a_part_declares(part: str, statistics: set[Any], reads: set[str], spans_batch: bool, label: str) -> None:
     one = PARTS[part]
     assert one.statistics(EVERYTHING) == statistics
     assert one.reads(EVERYTHING) == reads
@@ -87,7 +87,7 @@ def test_what_a_part_declares(part: str, statistics: set[str], reads: set[str], 
 
 
 def test_a_quantizer_is_what_its_parts_are_together() -> None:
-    assert EVERYTHING.statistics == {"ranges", RATIOS}
+    assert EVERYTHING.statistics == {RANGES, RATIOS}
     assert EVERYTHING.gathered == {RATIOS}
     assert EVERYTHING.spans_batch
     assert EVERYTHING.scheme == "everything W4A6KV4 attention 5 rotated"
@@ -131,8 +131,8 @@ class Noise(Part):
     name = "noise"
     config = NoiseConfig
 
-    def statistics(self, quantizer: Any) -> frozenset[str]:
-        return frozenset({"ranges"})
+    def statistics(self, quantizer: Any) -> frozenset[Any]:
+        return frozenset({RANGES})
 
     def spans_batch(self, quantizer: Any) -> bool:
         return self.is_on(quantizer)

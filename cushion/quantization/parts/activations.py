@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from cushion.checks import one_of, require
-from cushion.quantization.parts.base import GRANULARITIES, NOTHING, RANGES, Part, Quantizer
+from cushion.checks import one_of, require, without_effect
+from cushion.quantization.estimators.base import Estimator
+from cushion.quantization.estimators.registry import ESTIMATORS
+from cushion.quantization.parts.base import GRANULARITIES, NOTHING, Needed, Part, Quantizer
 from cushion.quantization.parts.grids import check_bits, grid_keys
 from cushion.quantization.parts.registry import register
 
@@ -14,20 +17,36 @@ KINDS_OF_RANGE = ("static", "dynamic")
 
 @dataclass
 class ActivationConfig:
-    """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision."""
+    """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision.
+
+    `estimator` says how a static range follows from calibration text, `estimator_options` has what it reads.
+    """
 
     bits: int | None = 8
     granularity: str = "per_tensor"
     range: str = "static"
     symmetric: bool = True
+    estimator: str = "minmax"
+    estimator_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_bits("quantizer.activations.bits", self.bits)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
+        self.estimation()
         if self.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(self.range == "dynamic", "quantizer.activations.range", self.range, reason)
+
+    def estimation(self) -> tuple[Estimator, dict[str, Any]]:
+        """The estimator of a static range, and all of its options.
+
+        Raises:
+            ConfigError: there is none of this name, or an option that it does not read or allow.
+
+        """
+        estimator = ESTIMATORS[self.estimator]
+        return estimator, estimator.values(self.estimator_options, "quantizer.activations.estimator_options")
 
 
 class Activations(Part):
@@ -46,10 +65,29 @@ class Activations(Part):
         """Inputs in full precision."""
         return replace(quantizer, activations=ActivationConfig(bits=None))
 
-    def statistics(self, quantizer: Quantizer) -> frozenset[str]:
-        """Static ranges are taken from the ranges of channels."""
-        is_static = self.is_on(quantizer) and quantizer.activations.range == "static"
-        return frozenset({RANGES}) if is_static else NOTHING
+    def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
+        """What the estimator of static ranges needs."""
+        if not (self.is_on(quantizer) and quantizer.activations.range == "static"):
+            return NOTHING
+        estimator, options = quantizer.activations.estimation()
+        return frozenset({estimator.needed(options)})
+
+    def identity(self, quantizer: Quantizer) -> dict[str, Any]:
+        """The grid, and the estimator of a static range."""
+        own = dict(vars(quantizer.activations))
+        del own["estimator"], own["estimator_options"]
+        if own["range"] == "static":
+            estimator, options = quantizer.activations.estimation()
+            own["estimator"] = estimator.identity(options)
+        return {"activations": own}
+
+    def warnings(self, quantizer: Quantizer) -> list[str]:
+        """The estimator of static ranges without such ranges."""
+        key, activations = "quantizer.activations", quantizer.activations
+        if self.is_on(quantizer) and activations.range == "static":
+            return []
+        why = f"with {key}.range=dynamic" if self.is_on(quantizer) else f"with {key}.bits=null"
+        return without_effect(key, activations, ("estimator", "estimator_options"), why)
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cushion.checks import structured
 from cushion.errors import ConfigError
@@ -15,10 +15,24 @@ Quantizer = Any
 GRANULARITIES = ("per_tensor", "per_token")
 """Of scales for what flows through a model."""
 
-RANGES = "ranges"
-"""The statistic that is the range of every channel, taken before smoothing."""
 
-NOTHING: frozenset[str] = frozenset()
+class Needed(NamedTuple):
+    """Something that must be known of the linears' inputs before a quantizer goes on a model.
+
+    Args:
+        place: `module:class` of an `InputObserver`, or of a `Statistic` of each linear's input.
+        options: it is made with these, by name.
+
+    """
+
+    place: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+RANGES = Needed("ranges")
+"""The range of every channel, taken before smoothing: one calibration serves all quantizers."""
+
+NOTHING: frozenset[Any] = frozenset()
 
 
 class Part(ABC):
@@ -70,12 +84,8 @@ class Part(ABC):
         """Raise `ConfigError` for what the configuration of the part could not check by itself."""
         return
 
-    def statistics(self, quantizer: Quantizer) -> frozenset[str]:
-        """What must be known of the linears' inputs.
-
-        `ranges` of channels, and, as `module:class` of an `InputObserver` or a `Statistic`, what is gathered of the
-        inputs as the quantizer finds them, behind rotation and smoothing.
-        """
+    def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
+        """What must be known of the linears' inputs: `RANGES`, and what is gathered behind rotation and smoothing."""
         return NOTHING
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cushion.checks import at_least, require, without_effect
-from cushion.quantization.parts.base import NOTHING, Part, Quantizer
+from cushion.quantization.parts.base import NOTHING, Needed, Part, Quantizer
 from cushion.quantization.parts.registry import register
 
-RATIOS = "cushion.quantization.qfem:RatioObserver"
+RATIOS = Needed("cushion.quantization.qfem:RatioObserver")
 """What is gathered for it: the scales of tokens."""
 
 
@@ -59,7 +59,7 @@ class QFeM(Part):
         reason = f"there are quantizer.calibration.samples={samples} calibration texts"
         require(texts is None or texts <= samples, "quantizer.qfem.texts", texts, reason)
 
-    def statistics(self, quantizer: Quantizer) -> frozenset[str]:
+    def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
         """The ratios are of the scales of tokens."""
         return frozenset({RATIOS}) if self.is_on(quantizer) else NOTHING
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cushion.checks import require
-from cushion.quantization.parts.base import NOTHING, RANGES, Part, Quantizer
+from cushion.quantization.parts.base import NOTHING, RANGES, Needed, Part, Quantizer
 from cushion.quantization.parts.registry import register
 
 
@@ -31,7 +31,7 @@ class Smoothing(Part):
         alpha = quantizer.smoothing_alpha
         require(alpha is None or 0 <= alpha <= 1, "quantizer.smoothing_alpha", alpha, "0 to 1, or null for none")
 
-    def statistics(self, quantizer: Quantizer) -> frozenset[str]:
+    def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
         """The abs-max of every channel comes from its range."""
         return frozenset({RANGES}) if self.is_on(quantizer) else NOTHING
 

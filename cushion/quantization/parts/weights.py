@@ -11,20 +11,26 @@ from cushion.quantization.parts.grids import check_bits, grid_keys
 from cushion.quantization.parts.registry import register
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+WEIGHT_ESTIMATORS = ("minmax", "mse")
 
 
 @dataclass
 class WeightConfig:
-    """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision."""
+    """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision.
+
+    `estimator` says how their ranges are found: `minmax`, or `mse`, those with the smallest squared error.
+    """
 
     bits: int | None = 8
     granularity: str = "per_tensor"
     group_size: int = 128
+    estimator: str = "minmax"
 
     def __post_init__(self) -> None:
         check_bits("quantizer.weights.bits", self.bits)
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
         at_least("quantizer.weights.group_size", self.group_size, 1)
+        one_of("quantizer.weights.estimator", self.estimator, WEIGHT_ESTIMATORS)
 
 
 class Weights(Part):
@@ -51,19 +57,21 @@ class Weights(Part):
         """The grid; the size of groups where there are groups."""
         weights = quantizer.weights
         size = weights.group_size if weights.granularity == "per_group" else None
-        return {"weights": {"bits": weights.bits, "granularity": weights.granularity, "group_size": size}}
+        return {"weights": {**vars(weights), "group_size": size}}
 
     def label(self, quantizer: Quantizer) -> str:
         """`W8`."""
         return f"W{quantizer.weights.bits or 16}"
 
     def warnings(self, quantizer: Quantizer) -> list[str]:
-        """The size of groups without groups."""
-        weights = quantizer.weights
-        if weights.granularity == "per_group":
-            return []
-        why = f"with quantizer.weights.granularity={weights.granularity}"
-        return without_effect("quantizer.weights", weights, ("group_size",), why)
+        """The estimator without bits, the size of groups without groups."""
+        weights, section, found = quantizer.weights, "quantizer.weights", list[str]()
+        if weights.bits is None:
+            found += without_effect(section, weights, ("estimator",), "with quantizer.weights.bits=null")
+        if weights.granularity != "per_group":
+            why = f"with quantizer.weights.granularity={weights.granularity}"
+            found += without_effect(section, weights, ("group_size",), why)
+        return found
 
 
 register(Weights())

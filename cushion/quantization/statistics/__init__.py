@@ -1,1 +1,1 @@
-"""What is gathered of the inputs of linears beside the ranges of their channels."""
+"""What is kept of the inputs of linears over a calibration, beside the ranges of their channels."""

@@ -1,0 +1,1 @@
+"""Range estimators of static activations: what each needs, and how a range follows from it."""

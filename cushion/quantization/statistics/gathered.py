@@ -1,0 +1,87 @@
+"""A statistic for every linear, gathered in a pass over texts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cushion.errors import ArtifactError, CalibrationError
+from cushion.quantization.statistics.base import Statistic
+
+FILE_NAME = "statistics.safetensors"
+
+
+class GatheredStatistics:
+    """An observer (`cushion.activations.observe_inputs`) that keeps one statistic by linear.
+
+    Linears that read the very same tensor one after the other (query, key and value; gate and up) share the work on it.
+
+    Args:
+        new: makes an empty statistic.
+
+    """
+
+    def __init__(self, new: Callable[[], Statistic]) -> None:
+        self._new = new
+        self.by_linear: dict[str, Statistic] = {}
+        self._last: tuple[weakref.ref[Tensor], int, Any] | None = None
+
+    def __call__(self, name: str, values: Tensor) -> None:
+        """Add the input of the linear `name`, shape (..., channels)."""
+        statistic = self.by_linear.setdefault(name, self._new())
+        if not values.numel():
+            return
+        source, version, text = self._last or (None, -1, None)
+        if source is None or source() is not values or version != values._version:
+            text = statistic.reduced(values)
+            self._last = weakref.ref(values), values._version, text
+        statistic.add(text)
+
+    def check(self) -> None:
+        """Refuse values that are not finite.
+
+        Raises:
+            CalibrationError: naming the first linear whose input had one.
+
+        """
+        for name, statistic in self.by_linear.items():
+            if not statistic.is_finite:
+                raise CalibrationError(
+                    f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
+                )
+
+    def write(self, folder: Path) -> None:
+        """Keep all of them in one file of this folder.
+
+        Raises:
+            CalibrationError: an activation is not finite.
+
+        """
+        self.check()
+        tensors = {
+            f"{key} {name}": value.contiguous()
+            for name, statistic in self.by_linear.items()
+            if not statistic.is_empty
+            for key, value in statistic.tensors().items()
+        }
+        save_file(tensors, folder / FILE_NAME)
+
+
+def read_statistics(kind: type[Statistic], folder: Path) -> dict[str, Statistic]:
+    """What `GatheredStatistics.write` kept, by linear; one that no token reached has none."""
+    path = folder / FILE_NAME
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder.parent} and run again") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        own, _, name = key.partition(" ")
+        parts.setdefault(name, {})[own] = value
+    return {name: kind.of(own) for name, own in parts.items()}

@@ -1,0 +1,60 @@
+"""A part of a quantizer in one file: bias correction (arXiv 1906.04721, section 4.2), b += (W - q(W)) E[x]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.parts.base import NOTHING, Needed, Part
+from cushion.quantization.parts.registry import register
+from cushion.quantization.statistics.observer import InputObserver
+
+MEANS = Needed(f"{__name__}:Means")
+
+
+class Means(InputObserver):
+    """E[x] of every channel of every linear's input."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, values: Tensor) -> None:
+        ones = torch.ones_like(values[..., :1])  # a last channel that counts the tokens
+        new = torch.cat([values, ones], dim=-1).flatten(0, -2).sum(0)
+        self.sums[name] = self.sums.get(name, 0) + new
+
+    def write(self, folder: Any) -> None:
+        torch.save({name: total[:-1] / total[-1] for name, total in self.sums.items()}, folder / "means.pt")
+
+    @classmethod
+    def read(cls, folder: Any, device: torch.device) -> dict[str, Tensor]:
+        return torch.load(folder / "means.pt", map_location=device)
+
+
+class _Correct(Effect):
+    def at(self, work: Work, site: Site) -> None:
+        if isinstance(site.weight, QuantizedWeight):
+            lost = (site.linear.weight - site.weight.dequantize()) @ work.gathered(MEANS, site.name)
+            site.bias = lost if site.bias is None else site.bias + lost
+
+
+CORRECT = _Correct()
+
+
+@dataclass
+class BiasCorrectionConfig: ...
+
+
+class BiasCorrection(Part):
+    name, config, effect = "bias_correction", BiasCorrectionConfig, f"{__name__}:CORRECT"
+
+    def statistics(self, quantizer: Any) -> frozenset[Needed]:
+        return frozenset({MEANS}) if self.is_on(quantizer) else NOTHING
+
+
+register(BiasCorrection())
