@@ -11,6 +11,7 @@ from helpers import random_values
 from torch import Tensor
 
 from cushion.errors import ConfigError
+from cushion.quantization.estimators import entropy
 from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.numerics import Grid, fake_quantize
 from cushion.quantization.statistics.histogram import BINS, Histogram
@@ -164,3 +165,72 @@ def test_the_mse_range_is_as_good_as_brute_force_on_the_values(kind: str, bits: 
         low, high = (torch.tensor([end]) for end in estimated("mse", values, grid))
         found = float(squared_errors(values, low, high, grid)) ** 0.5
         assert found <= 1.005 * by_brute_force(values, grid) ** 0.5 + unseen, grid
+
+
+def kl_divergence(counts: Tensor, kept: int, levels: int) -> float:
+    """Of one threshold, bin by bin as pytorch-quantization computes it."""
+    counts = counts.clone()
+    counts[0] = counts[1]
+    group = torch.arange(kept) * levels // kept
+    coarse = torch.zeros(kept, dtype=torch.float64)
+    for level in group.unique():
+        members = (group == level) & (counts[:kept] > 0)
+        coarse[members] = counts[:kept][members].mean()
+    reference = counts[:kept].clone()
+    reference[-1] += counts[kept:].sum()
+    reference, coarse = reference / reference.sum(), coarse / coarse.sum()
+    return float(torch.where(reference > 0, reference * (reference / coarse).log(), 0).sum())
+
+
+@pytest.mark.parametrize("levels", [8, 128, 256])
+def test_divergences_are_those_of_the_definition(levels: int) -> None:
+    for values in (planted(), random_values(64, 64)):
+        counts = torch.histc(values.abs().double(), entropy.BINS, 0, float(values.abs().max()))
+        found = entropy.divergences(counts, levels)
+        for kept in (128, 129, 200, 256, 333, 1024, 1500, 2047, 2048):
+            expected = kl_divergence(counts, kept, levels)
+            assert float(found[kept - entropy.START]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_magnitudes_are_spread_over_bins_of_equal_width() -> None:
+    for values in (random_values(64, 256), planted(), -planted(), planted().abs() + 5):
+        histogram = Histogram()
+        histogram.update(values)
+        largest = float(values.abs().max())
+        found = entropy.magnitudes(histogram, largest).cumsum(0)
+        exact = torch.histc(values.abs().double(), entropy.BINS, 0, largest).cumsum(0)
+        assert found[-1] == exact[-1] == values.numel()
+        # a bin of the histogram is as wide as eight of these at most
+        assert (found[8:] >= exact[:-8]).all() and (found[:-8] <= exact[8:]).all()
+        assert (found == found.round()).all() and found[-1] > found[-2]
+
+
+def long_tailed() -> Tensor:
+    """Values with a long tail, but no outlier apart."""
+    return random_values(256, 256) * (1 + random_values(256, 256, seed=1).abs()).exp()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_entropy_threshold_is_near_the_best_one_of_the_values(bits: int) -> None:
+    values = long_tailed()
+    largest = float(values.abs().max())
+    exact = entropy.divergences(torch.histc(values.abs().double(), entropy.BINS, 0, largest), 2 ** (bits - 1))
+    low, high = estimated("entropy", values, Grid(bits, True))
+    assert 0.1 * largest < high < 0.5 * largest
+    assert low == max(-high, float(values.min()))
+    place = round(high / largest * entropy.BINS) - entropy.START
+    near = exact[place - 4 : place + 5]  # the bin itself may hold none of the values
+    assert float(near.min()) <= 1.02 * float(exact.min()) < 0.5 * float(exact[-1])
+    assert estimated("entropy", values, Grid(bits, False)) == (low, high)
+
+
+def test_values_of_one_sign_have_all_levels_of_an_asymmetric_grid_for_their_entropy() -> None:
+    values = long_tailed().abs()
+    thresholds = []
+    for grid in (Grid(4, True), Grid(4, False), Grid(5, True)):
+        low, high = estimated("entropy", values, grid)
+        assert low == values.min()
+        assert estimated("entropy", -values, grid) == (-high, -low)
+        thresholds.append(high)
+    symmetric, asymmetric, one_bit_more = thresholds
+    assert symmetric < asymmetric == one_bit_more

@@ -24,3 +24,11 @@ register(
         range="cushion.quantization.estimators.mse:range_of",
     )
 )
+register(
+    Estimator(
+        name="entropy",
+        title="entropy",
+        statistic=_HISTOGRAM,
+        range="cushion.quantization.estimators.entropy:range_of",
+    )
+)
