@@ -26,7 +26,7 @@ from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
-from cushion.schema import STAGES
+from cushion.schema import NO_PREFIX, STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
@@ -178,7 +178,7 @@ def _check(table: PublishedTable, path: Path) -> None:
         for key in table.keys(dimension):
             if key not in selections:
                 raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")
-            stage = selections[key].get("stage", "none")
+            stage = selections[key].get("stage", NO_PREFIX)
             if stage not in STAGES:
                 raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")
 

@@ -32,7 +32,7 @@ NAMES = set(METHODS) - {"none"}
 
 ROOMS = ("search/built_in",)
 """Where methods are named."""
-STARTS = ("config.py", "('empty', 'bos', 'newline')")
+STARTS = ("config/search.py", "('empty', 'bos', 'newline')")
 """Values of `search.start`, which says what the greedy search begins with."""
 
 
