@@ -21,8 +21,10 @@ from cushion.code import package_version
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
-from cushion.evaluation.harness import mean_accuracy
-from cushion.evaluation.tasks import local_task_files, own_task_files, task_batch_size
+from cushion.evaluation.local_tasks import local_task_files
+from cushion.evaluation.task_checks import task_batch_size
+from cushion.evaluation.task_scores import mean_accuracy
+from cushion.evaluation.tasks import own_task_files
 from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
 from cushion.hashing import digest
 from cushion.metrics.columns import Measured, Place, columns, row_values
