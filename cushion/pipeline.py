@@ -19,8 +19,8 @@ from cushion.activations import MagnitudeCurve
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
-from cushion.evaluation.harness import mean_accuracy
-from cushion.evaluation.tasks import task_batch_size
+from cushion.evaluation.task_checks import task_batch_size
+from cushion.evaluation.task_scores import mean_accuracy
 from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix

@@ -8,7 +8,8 @@ from typing import Any
 
 from cushion.code import package_version
 from cushion.config import RunConfig, to_dict
-from cushion.evaluation.tasks import local_task_files, own_task_files
+from cushion.evaluation.local_tasks import local_task_files
+from cushion.evaluation.tasks import own_task_files
 from cushion.hashing import digest
 from cushion.moving_names import resolved
 from cushion.preparation import choose_device
