@@ -35,7 +35,7 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     if config.eval.tasks:
         identity["lm_eval"] = version("lm_eval")
     identity["resolved"] = resolved(config)
-    plugins = PLUGINS.sources()
+    plugins = PLUGINS.versions()
     if plugins:
         identity["plugins"] = plugins
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "cushion"
 
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1"},
+    {"syntax"},
     {"artifacts", "code", "registry", "progress", "checks", "schema"},
     {"metrics"},
     {"quantization/parts"},
