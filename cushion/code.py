@@ -12,15 +12,12 @@ code before it computed.
 
 from __future__ import annotations
 
-import ast
-import re
-import sys
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from cushion.errors import ConfigError
 from cushion.hashing import digest
+from cushion.syntax import Sources, source_of
 
 PACKAGE = __package__
 
@@ -45,6 +42,7 @@ INFRASTRUCTURE = frozenset(
         "cushion.registry",
         "cushion.sources",
         "cushion.step",
+        "cushion.syntax",
     }
 )
 """Modules that are in no step's version, whoever imports them."""
@@ -53,131 +51,20 @@ SHOWN = ("cli", "launching", "preflight", "progress", "reporting", "tracking")
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 
-class Sources:
-    """The source of a package, or of a module that stands alone, as it was when this object was made.
-
-    Args:
-        origin: the package's `__init__.py`, or the module's file.
-        package: the name it is imported by.
-
-    """
-
-    def __init__(self, origin: Path, package: str) -> None:
-        is_package = origin.name == "__init__.py"
-        self._tree: dict[str, ast.Module] = {}
-        self._hash: dict[str, str] = {}
-        self._named: dict[str, set[str]] = {}
-        self._packages: set[str] = set()
-        for path in sorted(origin.parent.rglob("*.py")) if is_package else [origin]:
-            parts = [package, *(path.relative_to(origin.parent).with_suffix("").parts if is_package else ())]
-            if parts[-1] == "__init__":
-                parts.pop()
-                self._packages.add(".".join(parts))
-            self._tree[".".join(parts)] = _without_docstrings(ast.parse(path.read_text(encoding="utf-8")))
-
-    @property
-    def modules(self) -> list[str]:
-        """The names of all modules, ascending by their files."""
-        return list(self._tree)
-
-    def hash_of(self, module: str) -> str:
-        """Hash of a module's syntax tree."""
-        if module not in self._hash:
-            self._hash[module] = digest(ast.dump(self._tree[module]))
-        return self._hash[module]
-
-    def imports(self, module: str, of: Sources | None = None) -> set[str]:
-        """The modules of this package (or those `of` another) that a module imports itself, type checkers' aside."""
-        known = (of or self)._tree.keys()
-        return {part for name in self._imported(module) for part in _and_packages_above(name)} & known - {module}
-
-    def _imported(self, module: str) -> set[str]:
-        """All names that a module imports, those of attributes of modules among them."""
-        if module not in self._named:
-            names: set[str] = set()
-            for node in _imports(self._tree[module].body):
-                if isinstance(node, ast.Import):
-                    names |= {alias.name for alias in node.names}
-                else:
-                    base = self._absolute(module, node)
-                    names |= {f"{base}.{alias.name}" for alias in node.names}
-            names |= {match[1] for node in ast.walk(self._tree[module]) if (match := _lazily_named(node))}
-            self._named[module] = names
-        return self._named[module]
-
-    def closure(self, module: str, without: frozenset[str]) -> set[str]:
-        """A module and all that it imports, directly or through others, but for `without` and what only they import.
-
-        A package that is left out is left out with its modules, but for the root, which is its own `__init__` alone.
-        """
-        found, left = {module}, [module]
-        while left:
-            for name in self.imports(left.pop()) - found:
-                package = name.rpartition(".")[0]
-                if name not in without and not ("." in package and package in without):
-                    found.add(name)
-                    left.append(name)
-        return found
-
-    def _absolute(self, module: str, node: ast.ImportFrom) -> str:
-        if not node.level:
-            return node.module or ""
-        parts = module.split(".")
-        parts = parts[: len(parts) - node.level + (module in self._packages)]
-        return ".".join([*parts, *([node.module] if node.module else [])])
+_OWN = Sources(PACKAGE, [Path(__file__).parent])
 
 
-def _and_packages_above(name: str) -> list[str]:
-    """A module's name and those of the packages above it, which are run with it."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-def _imports(body: Iterable[ast.AST]) -> Iterator[ast.Import | ast.ImportFrom]:
-    for node in body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from _imports(node.orelse)
-        else:
-            yield from _imports(ast.iter_child_nodes(node))
-
-
-def _lazily_named(node: ast.AST) -> re.Match[str] | None:
-    """What a string `module:attribute` names, to be imported when it is used."""
-    if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-        return None
-    return re.fullmatch(r"([\w.]+):\w+", node.value)
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree without statements that are only a string: docstrings of modules, classes, functions and attributes."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [item for item in body if not _is_string(item)]  # type: ignore[attr-defined]
-    return tree
-
-
-def _is_string(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-_OWN = Sources(Path(__file__).with_name("__init__.py"), PACKAGE)
-
-
-@lru_cache
 def _sources(package: str) -> Sources:
     """The source of Cushion, or of a user's package or module."""
     if package == PACKAGE:
         return _OWN
-    place = getattr(sys.modules.get(package), "__file__", None)
-    if place is None:
+    found = source_of(package)
+    if found is None:
         raise ConfigError(
             f"the source of {package}, which defines a cached step, cannot be found, so nothing could tell when it "
-            "changes: define the step in a file, and give a package an __init__.py"
+            "changes: define the step in a file"
         )
-    return Sources(Path(place), package)
+    return found
 
 
 @lru_cache

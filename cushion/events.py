@@ -22,14 +22,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """A point of a series: the step's number and its values as plain scalars.
-
-    `search` and `tuning` by their steps; `perplexity` (`<corpus>/<row>`) and `accuracy` (`<task>/<row>`) by the rows.
-    """
+    """A point of a series (`search`, `tuning`): the step's number and its values as plain scalars."""
 
     kind: str
     step: int
     values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RowMeasured:
+    """A row of the comparison is measured: its number, from 0, and the row as it will stand in result.json."""
+
+    number: int
+    row: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class RunFailed:
     error: str
 
 
-Event = Progress | Record | RunStarted | RunFinished | RunFailed
+Event = Progress | Record | RowMeasured | RunStarted | RunFinished | RunFailed
 
 
 class Listener(Protocol):

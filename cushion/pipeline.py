@@ -10,79 +10,31 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
-from cushion.code import package_version
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
-from cushion.evaluation.harness import mean_accuracy
-from cushion.evaluation.tasks import local_task_files, own_task_files, task_batch_size
-from cushion.events import Event, Listener, Record, RunFailed, RunFinished, RunStarted
-from cushion.hashing import digest
+from cushion.evaluation.task_checks import task_batch_size
+from cushion.evaluation.task_scores import mean_accuracy
+from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.metrics.columns import Measured, Place, columns, row_values
-from cushion.moving_names import resolved
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
-from cushion.registry import PLUGINS
 from cushion.results import Row, RunResult, environment, finished_result
+from cushion.run_folder import run_folder as run_folder
+from cushion.run_folder import run_name as run_name
+from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
+from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
-from cushion.sources import local_files
-from cushion.step import runtime
 from cushion.steps import Steps
 from cushion.tuning import tuning_quantizer
 
 logger = logging.getLogger(__name__)
-
-
-def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
-    """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
-
-    The hash covers the whole configuration but for tracking and places, the code of everything that decides a number
-    (of plugins too), the versions of torch and transformers, what names that move mean now (a model's commit,
-    packages that ship weights or text), the device, and size and time of the files that the user names as text or as
-    model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
-    this one's.
-    """
-    identity = to_dict(config)
-    del identity["tracking"], identity["experiment"]
-    identity["paths"] = {"data_dir": config.paths.data_dir}
-    identity["code"] = package_version()
-    identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])
-    if config.eval.tasks:
-        identity["lm_eval"] = version("lm_eval")
-    identity["resolved"] = resolved(config)
-    plugins = PLUGINS.sources()
-    if plugins:
-        identity["plugins"] = plugins
-    identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
-    row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
-    output = Path(config.paths.output_dir).expanduser()
-    return output / config.experiment / config.model.label / row / digest(identity, 12)
-
-
-def run_name(config: RunConfig) -> str:
-    """How a run is called in a tracker: what was chosen by name."""
-    return f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
-
-
-def _local_inputs(config: RunConfig) -> list[Path]:
-    model = Path(config.model.path).expanduser()
-    weights = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
-    tasks = local_task_files(config.eval, config.paths) + own_task_files(config.eval)
-    return local_files(config.data, config.paths) + tasks + weights
-
-
-def _file_identity(path: Path) -> list[Any]:
-    if not path.is_file():
-        return [path.name, None]
-    stat = path.stat()
-    return [path.name, stat.st_size, stat.st_mtime_ns]
 
 
 def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
@@ -139,7 +91,7 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """A prefix as it stood at one point of the run: none, found, tuned; with the seconds it cost so far."""
+    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far."""
 
     key: str
     title: str
@@ -170,14 +122,14 @@ class _Run:
             "vocabulary": self.lm.vocabulary_size,
         }
         result.evaluation = _evaluation(config, prepared)
-        for warning in _task_warnings(config, prepared):
+        for warning in task_warnings(config, prepared):
             self._warn(warning)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
     def execute(self) -> None:
         """All steps in order."""
-        none = _Stage("none", "no prefix", Prefix.empty(), 0.0)
-        measured = {"none": self._measure(none)}
+        none = _Stage(NO_PREFIX, "no prefix", Prefix.empty(), 0.0)
+        measured = {none.key: self._measure(none)}
         found = self._find()
         tuned = self._tune(found) if found is not None else None
         stages = [stage for stage in (none, found, tuned) if stage is not None]
@@ -188,7 +140,7 @@ class _Run:
             "titles": {stage.key: stage.title for stage in stages},
             "curves": {key: asdict(curve) for key, (curve, _) in measured.items()},
             "quantization_error": {key: error for key, (_, error) in measured.items()},
-            "map": self._map(stages, measured["none"][0]),
+            "map": self._map(stages, measured[none.key][0]),
         }
         self.result.attention = self._attention(stages)
         final = stages[-1]
@@ -241,7 +193,7 @@ class _Run:
             self.result.timings["search"] = found.seconds
         for warning in found.warnings:
             self._warn(warning)
-        return None if found.prefix is None else _Stage("found", method.title, found.prefix, found.seconds or 0.0)
+        return None if found.prefix is None else _Stage(FOUND, method.title, found.prefix, found.seconds or 0.0)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -261,7 +213,7 @@ class _Run:
         self.result.timings["tuning"] = tuned.seconds
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")
-        return _Stage("tuned", "tuned prefix", tuned.prefix, found.seconds + tuned.seconds)
+        return _Stage(TUNED, "tuned prefix", tuned.prefix, found.seconds + tuned.seconds)
 
     def _keep(self, prefix: Prefix) -> None:
         prefix.save(self.folder / "prefix")
@@ -288,7 +240,7 @@ class _Run:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
         if len(stage.prefix):
             label += f" + {stage.title}"
-        name = kind if stage.key == "none" else f"{kind}_{stage.key}"
+        name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
         samples = self.folder / "samples" / name if self.config.eval.samples else None
         keep, keep_seconds = self._keep_modules(stage, quantizer)
         measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
@@ -304,16 +256,11 @@ class _Run:
             for asked in self.tasks.asked
         }
         if any(truncated.values()):
-            self._warn(_truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
-        for corpus, value in measured.perplexity.items():
-            self.emit(Record("perplexity", len(self.result.rows), {f"{corpus}/{name}": value}))
-        values = {f"{task}/{name}": found.value for task, found in measured.tasks.items()}
-        if values:
-            self.emit(Record("accuracy", len(self.result.rows), {**values, f"mean/{name}": mean and mean[0]}))
+            self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
         seconds = stage.seconds + keep_seconds + measured.seconds
         found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
-        return Row(
+        row = Row(
             name=name,
             label=label,
             prefix=self.lm.decode(stage.prefix.token_ids),
@@ -323,6 +270,8 @@ class _Run:
             tokens=measured.tokens,
             tasks=tasks,
         )
+        self.emit(RowMeasured(len(self.result.rows), asdict(row)))
+        return row
 
     def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:
         """The linears that QFeM keeps in full precision behind this stage's prefix, and the seconds of finding them."""
@@ -331,9 +280,9 @@ class _Run:
         kept = self.steps.keep(stage.prefix, quantizer, stage.title)
         is_new = stage.key not in (self.result.qfem or {})
         records = {**(self.result.qfem or {}), stage.key: kept.record}
-        self.result.qfem = {key: records[key] for key in ("none", "found", "tuned") if key in records}
+        self.result.qfem = {key: records[key] for key in STAGES if key in records}
         self.result.timings[f"qfem, {stage.title}"] = kept.seconds
-        for warning in _qfem_warnings(kept.record, stage.title) if is_new else ():
+        for warning in qfem_warnings(kept.record, stage.title) if is_new else ():
             self._warn(warning)
         return kept.names, kept.seconds
 
@@ -365,69 +314,3 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "task_batch_size": task_batch_size(evaluation, config.quantizer),
         "accuracy": evaluation.accuracy,
     }
-
-
-def _qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
-    """What a user should know of one entry of `result.qfem`: nothing kept, a target missed, a doubtful bisection."""
-    search, largest = record["alpha_search"], max(record["ratios"].values(), default=1.0)
-    if search is None:
-        if record["kept"]:
-            return []
-        return [
-            f"quantizer.qfem.alpha={record['alpha']} keeps no linear in full precision ({title}): the largest ratio is "
-            f"{largest:.6g}"
-        ]
-    found, warnings = search["points"][search["found"]], []
-    reference, limit = search["reference_perplexity"], search["target"] * search["reference_perplexity"]
-    if not search["reached"]:
-        warnings.append(
-            f"quantizer.qfem.target={search['target']} is not reached ({title}): with the inputs of all linears in "
-            f"full precision the perplexity on calibration text is {found['perplexity']}, and {limit:.6g} was wanted "
-            f"({reference:.6g} with per-token scales); the run goes on with all of them kept, raise the target"
-        )
-    if search["contradictions"]:
-        counts = ", ".join(str(search["points"][index]["kept_modules"]) for index in search["contradictions"])
-        warnings.append(
-            f"the search for quantizer.qfem.alpha assumes that the perplexity falls with every linear that is kept, "
-            f"and it does not ({title}): {found['kept_modules']} were taken to be needed, which what was measured with "
-            f"{counts} kept contradicts"
-        )
-    return warnings
-
-
-def _task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
-    """What a reader of the accuracies should know."""
-    tasks, lm = prepared.tasks, prepared.lm
-    if not tasks.asked:
-        return []
-    found = []
-    left_out = [name for name in tasks.asked if name not in tasks.in_mean]
-    if left_out:
-        found.append(
-            f"{', '.join(left_out)} of eval.tasks is part of another entry and does not count twice in the mean"
-        )
-    taken = [name for name, task in tasks.tasks.items() if task.prepared]
-    if taken:
-        found.append(
-            f"the records of {', '.join(taken)} are taken as they are, prepared already: the prompts are those of "
-            "lm-eval's task only if they were prepared as it does"
-        )
-    adds = lm.bos_token_id in lm.tokenizer("a")["input_ids"] if config.eval.add_bos is None else config.eval.add_bos
-    if adds != (config.eval.bos == "block"):
-        found.append(
-            f"the contexts of eval.tasks are asked {'with' if adds else 'without'} BOS, and calibration and blocks run "
-            f"{'without' if adds else 'with'} it: set eval.add_bos and eval.bos to the same policy"
-        )
-    return found
-
-
-def _truncation_warning(truncated: dict[str, int], label: str, length: int, shots: int | None) -> str:
-    """What was cut in a row: requests by entry of `eval.tasks`, behind a prefix of `length` tokens."""
-    counts = " and ".join(f"{count} requests of {task}" for task, count in truncated.items() if count)
-    room = f"the model's context leaves behind a prefix of {length} tokens" if length else "the model's context holds"
-    ways_out = [*(["shorten the prefix"] if length else []), *(["lower eval.shots"] if shots != 0 else [])]
-    way_out = f"; {' or '.join(ways_out)}" if ways_out else ""
-    return (
-        f"{counts} of eval.tasks lost the start of their context ({label}): with the answer they are longer "
-        f"than {room}{way_out}"
-    )

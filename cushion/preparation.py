@@ -12,7 +12,8 @@ from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
-from cushion.evaluation.tasks import TaskSet, check_tasks, load_tasks
+from cushion.evaluation.task_checks import check_tasks
+from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS

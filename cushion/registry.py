@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import ItemsView, Iterator
 from importlib.metadata import entry_points
-from pathlib import Path
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
 from cushion.errors import ConfigError, did_you_mean
+from cushion.hashing import digest
+from cushion.syntax import Sources, source_of
 
 GROUP = "cushion.plugins"
 """The entry points that are loaded: modules that register things, or functions without arguments that do."""
@@ -28,7 +28,7 @@ class Plugins:
 
     def __init__(self) -> None:
         self._modules: dict[str, str] = {}
-        self._texts: dict[str, list[list[str]]] = {}
+        self._sources: dict[str, Sources] = {}
         self._broken: ConfigError | None = None
 
     def load(self) -> None:
@@ -48,7 +48,7 @@ class Plugins:
                     loaded = point.load()
                     if callable(loaded):
                         loaded()
-                    self._texts[name] = _sources(point.module)  # now: an edit later on is not what was loaded
+                    self._sources[name] = _source(point.module)  # now: an edit later on is not what was loaded
                 except Exception as error:
                     package = f" of {point.dist.name}" if point.dist is not None else ""
                     self._broken = ConfigError(
@@ -57,18 +57,21 @@ class Plugins:
                     )
                     raise self._broken from error
 
-    def sources(self) -> dict[str, list[list[str]]]:
-        """By plugin, place and text of its Python files: of its module, or of all of its package's."""
+    def versions(self) -> dict[str, str]:
+        """By plugin, a hash of the code of its module, or of all of its package's, as it was loaded."""
         self.load()
-        return dict(self._texts)
+        return {
+            name: digest([[module, source.hash_of(module)] for module in source.modules])
+            for name, source in self._sources.items()
+        }
 
 
-def _sources(module: str) -> list[list[str]]:
-    root = sys.modules[module.partition(".")[0]]
-    if not hasattr(root, "__path__"):
-        return [[module, Path(str(root.__file__)).read_text(encoding="utf-8")]]
-    files = sorted((path.relative_to(folder), path) for folder in root.__path__ for path in Path(folder).rglob("*.py"))
-    return [[place.as_posix(), path.read_text(encoding="utf-8")] for place, path in files]
+def _source(module: str) -> Sources:
+    package = module.partition(".")[0]
+    source = source_of(package)
+    if source is None:
+        raise ConfigError(f"the source of {package} cannot be found, so nothing could tell when it changes")
+    return source
 
 
 class Registry(Generic[Item]):

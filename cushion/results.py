@@ -29,7 +29,7 @@ class Row:
 
     `stage` says whose prefix it has (`cushion.schema.STAGES`); `values` holds its numbers by the key of their column
     (`cushion.metrics`), None where one was not measured; `tokens` by corpus the number of tokens that a perplexity was
-    averaged over; `tasks` by task or group of tasks the fields of `evaluation.harness.TaskScore`.
+    averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`.
     """
 
     name: str

@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from cushion.config import EvalConfig
-from cushion.evaluation.harness import PrefixedModel, TaskScore, group_score
 from cushion.evaluation.perplexity_step import PerplexityStep
+from cushion.evaluation.task_checks import task_batch_size
+from cushion.evaluation.task_scores import TaskScore, group_score
 from cushion.evaluation.task_step import TaskStep
-from cushion.evaluation.tasks import TaskSet, task_batch_size
+from cushion.evaluation.tasks import TaskSet
 from cushion.metrics.columns import RowContext, Values, metrics
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.registry import located
@@ -59,6 +60,8 @@ def measure_row(
     scores: dict[str, TaskScore] = {}
     asked = None
     if tasks.tasks:  # before the quantizer is on: lm-eval ties the weights of a model that it is given
+        from cushion.evaluation.harness import PrefixedModel  # slow to import, and not needed without tasks
+
         batch_size = task_batch_size(config, model.quantizer)
         asked = PrefixedModel(context.lm, model.behind, batch_size, config.add_bos)
     with model:

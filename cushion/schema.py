@@ -13,7 +13,7 @@ from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
 SCHEMA_VERSION = 2
-STAGES = ("none", "found", "tuned")
+STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")
 """Whose prefix a row has: none, the one that was found or given, or that one tuned."""
 
 

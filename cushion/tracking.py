@@ -22,7 +22,7 @@ from requests.utils import get_netrc_auth
 from cushion.artifacts import read_json, write_json
 from cushion.config import ModelConfig, TrackingConfig
 from cushion.errors import ArtifactError
-from cushion.events import Event, Record, RunFailed, RunFinished, RunStarted
+from cushion.events import Event, Record, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 
@@ -121,10 +121,9 @@ class WandbTracker:
             return
         elif isinstance(event, Record):
             values = {f"{event.kind}/{key}": value for key, value in event.values.items() if value is not None}
-            if event.kind in SERIES:
-                self._log_point(event.kind, event.step, values)
-            elif values:
-                self._run.summary.update(values)  # and not as a point: a run that goes on says them again
+            self._log_point(event.kind, event.step, values)
+        elif isinstance(event, RowMeasured):
+            self._run.summary.update(_of_rows([event.row]))  # not as a point: a run that goes on says them again
         elif isinstance(event, RunFinished):
             self._finish(event)
             self._end()
@@ -256,14 +255,22 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     """
     rows, own = result["rows"], result["metrics"]
     found = {column.named(Place.RUN): own.get(column.key) for column in columns(rows, Place.RUN)}
-    for column in columns(rows, Place.TRACKER_ROW):
-        key = column.named(Place.TRACKER_ROW)
-        found |= {f"{key}/{row['name']}": row["values"].get(column.key) for row in rows}
+    found |= _of_rows(rows)
     for kind in ("search", "tuning"):
         record = result[kind] or {}
         found |= {f"{kind}/total_{key}": record[key] for key in ("seconds", "token_forwards") if key in record}
     prefix = result["prefix"] or {}
     found |= {f"prefix/{key}": prefix[key] for key in ("text", "length", "tuned") if key in prefix}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers of rows of a result, those that were measured."""
+    found = {
+        f"{column.named(Place.TRACKER_ROW)}/{row['name']}": row["values"].get(column.key)
+        for column in columns(rows, Place.TRACKER_ROW)
+        for row in rows
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 

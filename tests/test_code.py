@@ -13,8 +13,9 @@ import cushion.search.greedy_prefix
 import cushion.search.rule_prefix
 import cushion.steps  # noqa: F401 - with the two above, every step is defined
 from cushion import code
-from cushion.code import INFRASTRUCTURE, Sources
+from cushion.code import INFRASTRUCTURE
 from cushion.step import Step
+from cushion.syntax import Sources
 
 PACKAGE = Path(code.__file__).parent
 
@@ -28,7 +29,7 @@ def written(folder: Path, **modules: str) -> Sources:
         if path.parent != package and not (path.parent / "__init__.py").exists():
             (path.parent / "__init__.py").write_text("")
         path.write_text(text)
-    return Sources(package / "__init__.py", "p")
+    return Sources("p", [package])
 
 
 def every_step(kind: type[Step] = Step) -> dict[str, type[Step]]:

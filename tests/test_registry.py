@@ -105,22 +105,37 @@ def test_a_plugin_that_takes_a_name_is_named(things: Registry[str], install: Ins
         len(things)
 
 
-def test_the_source_of_a_plugin_is_its_modules_or_its_packages(
-    things: Registry[str], install: Install, tmp_path: Path
-) -> None:
-    module = install("first", "cushion_test_first", MODULE.format(name="first"))
-    install("second", "cushion_test_pack.inner", "")
-    (tmp_path / "cushion_test_pack.inner.py").unlink()
-    package = tmp_path / "cushion_test_pack"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for name in ("inner", "other"):
-        (package / f"{name}.py").write_text(f"# {name}\n")
-    plugins = Plugins()
-    assert plugins.sources() == {
-        "first = cushion_test_first": [["cushion_test_first", module.read_text()]],
-        "second = cushion_test_pack.inner": [["__init__.py", ""], ["inner.py", "# inner\n"], ["other.py", "# other\n"]],
-    }
+def test_the_version_of_a_plugin_is_that_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a module alone, or of a package with all its modules; not of its comments, and not of a later edit."""
+
+    def versions(site: Path, constant: int, comment: str) -> list[str]:
+        files = {
+            "cushion_test_alone.py": f"# {comment}\nX = {constant}\n",
+            "cushion_test_pack/inner.py": f'"""{comment}"""\n',
+            "cushion_test_pack/other.py": f"# {comment}\nX = {constant}\n",
+            "cushion_test_pack/template.py": "{{ not Python }}\n",
+            "mine-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n",
+            "mine-1.0.dist-info/entry_points.txt": (
+                "[cushion.plugins]\n1 = cushion_test_alone\n2 = cushion_test_pack.inner\n"
+            ),
+        }
+        for name, text in files.items():
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            (site / name).write_text(text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(site)
+            for module in [name for name in sys.modules if name.startswith("cushion_test_")]:
+                patch.delitem(sys.modules, module)
+            plugins = Plugins()
+            plugins.load()
+            for name in ("cushion_test_alone.py", "cushion_test_pack/other.py"):
+                (site / name).write_text("X = 100\n")
+            found = plugins.versions()
+        return [found["1 = cushion_test_alone"], found["2 = cushion_test_pack.inner"]]
+
+    one = versions(tmp_path / "one", 1, "one")
+    assert versions(tmp_path / "two", 1, "two") == one
+    assert not set(versions(tmp_path / "three", 2, "one")) & set(one)
 
 
 def test_a_place_is_a_module_and_its_attribute() -> None:

@@ -29,7 +29,7 @@ from cushion.config import (
     WeightConfig,
 )
 from cushion.errors import ConfigError, NotFiniteError
-from cushion.evaluation import perplexity, perplexity_step, task_step
+from cushion.evaluation import harness, perplexity, perplexity_step
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.events import Event, Progress
 from cushion.models import LanguageModel
@@ -112,7 +112,7 @@ def test_a_row_that_fails_leaves_the_model_bit_for_bit(
         seen.append({type(module).__name__ for module in lm.blocks.modules()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(task_step, "run_task", fail)
+    monkeypatch.setattr(harness, "run_task", fail)
     with pytest.raises(KeyboardInterrupt):
         measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", {}, tasks)
     assert len(seen) == 1
@@ -131,7 +131,7 @@ def test_a_row_from_the_cache_computes_nothing(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    for module, name in ((lazily.FittedQuantizer, "on"), (task_step, "run_task"), (perplexity_step, "block_losses")):
+    for module, name in ((lazily.FittedQuantizer, "on"), (harness, "run_task"), (perplexity_step, "block_losses")):
         monkeypatch.setattr(module, name, never)
     assert measured_row(lm, config, Prefix.empty(), PER_TOKEN, tmp_path / "q", blocks, tasks) == first
 
@@ -318,7 +318,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
 ) -> None:
     names = ("copa", "rte", "tiny_generation")
     asked: list[str] = []
-    real = task_step.run_task
+    real = harness.run_task
 
     def count(model: Any, task: Any, limit: int | None) -> Any:
         asked.append(task.name)
@@ -330,7 +330,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
         if how == "between the tasks" and isinstance(event, Progress) and event.unit == "task" and event.done == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(task_step, "run_task", count)
+    monkeypatch.setattr(harness, "run_task", count)
     config = with_tasks(text_file, tmp_path / "broken", include_path, *names)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, [listen])
@@ -339,7 +339,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_task(
     resumed = pipeline.run(config)
     assert asked == (["rte", "tiny_generation"] if how == "inside the task" else ["tiny_generation"])
 
-    monkeypatch.setattr(task_step, "run_task", real)
+    monkeypatch.setattr(harness, "run_task", real)
     unbroken = pipeline.run(with_tasks(text_file, tmp_path / "unbroken", include_path, *names))
     assert without_seconds(resumed) == without_seconds(unbroken)
     assert list(resumed.rows[0].tasks) == list(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from tiny_run import overflow_in_half_precision, saved_model, searching_config, small_config, tuning_config
 from torch import nn
 
+import cushion
 from cushion import pipeline
 from cushion.artifacts import Checkpoint
 from cushion.errors import ArtifactError, NotFiniteError
@@ -162,3 +164,17 @@ def test_a_record_that_lacks_a_key_is_refused_or_makes_no_difference(text_file: 
                 failures.append(f"{step}.json without {key}: {error!r}")
         path.write_text(content, encoding="utf-8")
     assert not failures, "\n".join(failures)
+
+
+def test_lm_eval_is_imported_only_where_a_task_is_asked() -> None:
+    """It and the packages behind it take seconds, which every start of a run would pay."""
+    at_the_top: dict[str, set[str]] = {}
+    for path in Path(cushion.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None)
+                for name in [module] if module else [alias.name for alias in node.names]:
+                    at_the_top.setdefault(name.partition(".")[0], set()).add(path.stem)
+                    at_the_top.setdefault(name, set()).add(path.stem)
+    assert at_the_top["lm_eval"] == {"harness"}
+    assert not {"datasets", "cushion.evaluation.harness"} & at_the_top.keys()

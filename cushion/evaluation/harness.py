@@ -2,6 +2,8 @@
 
 Only what a prefix changes is overridden: the forward pass, generation, and the room that is left for the context. What
 is asked, how it is batched and padded, and every metric are lm-eval's.
+
+lm-eval is slow to import: this module is imported where a task is asked, and not before.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from lm_eval import evaluator
-from lm_eval.api.metrics import pooled_sample_stderr, unweighted_mean_stderr
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from cushion.errors import ConfigError, NotFiniteError
-from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask, TaskGroup, silenced
+from cushion.evaluation.lm_eval_log import silenced
+from cushion.evaluation.task_scores import Metric
+from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -123,33 +125,6 @@ class PrefixedModel(HFLM):
         return generated[:, length:]
 
 
-Metric = dict[str, float | None]
-"""`value` and `stderr`, the standard error; None where lm-eval gives none."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """What one task gave.
-
-    Args:
-        metric: the metric that enters the mean, None where the task has no accuracy.
-        value, stderr: of that metric; the standard error is None where lm-eval gives none.
-        samples: number of records asked.
-        version: lm-eval's version of the task.
-        metrics: all metrics by name.
-        truncated: number of requests (of which a record can have several) whose context was cut from the left.
-
-    """
-
-    metric: str | None
-    value: float | None
-    stderr: float | None
-    samples: int
-    version: str
-    metrics: dict[str, Metric]
-    truncated: int = 0
-
-
 def run_task(
     model: PrefixedModel, task: EvaluationTask, limit: int | None
 ) -> tuple[dict[str, Metric], int, list[dict[str, Any]]]:
@@ -195,13 +170,6 @@ def _has_nan(answers: Any) -> bool:
     return isinstance(answers, float) and math.isnan(answers)
 
 
-def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str, truncated: int = 0) -> TaskScore:
-    """What a task's metrics say, with the one that enters the mean picked out by `main_metric`."""
-    metric = main_metric(list(metrics), accuracy)
-    chosen: Metric = metrics[metric] if metric is not None else {"value": None, "stderr": None}
-    return TaskScore(metric, chosen["value"], chosen["stderr"], samples, version, metrics, truncated)
-
-
 def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
     """lm-eval's `{"acc,none": .., "acc_stderr,none": ..}` as a dictionary by metric."""
     metrics: dict[str, Metric] = {}
@@ -215,52 +183,6 @@ def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
             "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
         }
     return metrics
-
-
-def main_metric(metrics: list[str], accuracy: str = "acc") -> str | None:
-    """The metric of a task that enters the mean.
-
-    `acc`, unnormalised, as papers of SmoothQuant's time report it (or `acc_norm` where that is wanted and the task
-    has it); for a task of free generation its exact match under the first filter; None where it has neither.
-    """
-    for wanted in (accuracy, "acc", "exact_match"):
-        found = next((name for name in metrics if name.partition(",")[0] == wanted), None)
-        if found is not None:
-            return found
-    return None
-
-
-def mean_accuracy(scores: dict[str, TaskScore]) -> tuple[float, float | None] | None:
-    """Mean of the tasks' accuracies and its standard error, the tasks taken as independent; None without any."""
-    values = [score for score in scores.values() if score.value is not None]
-    if not values:
-        return None
-    mean = sum(score.value or 0.0 for score in values) / len(values)
-    errors = [score.stderr for score in values]
-    if any(error is None for error in errors):
-        return mean, None
-    return mean, math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / len(values)
-
-
-def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | None:
-    """The score of a group such as `mmlu_stem`: the mean of its tasks, weighted by their records where it says so."""
-    members = [scores[name] for name in group.tasks]
-    if any(score.value is None for score in members) or len({score.metric for score in members}) > 1:
-        return None
-    weights = [score.samples if group.weighted else 1 for score in members]
-    total = sum(weights)
-    value = sum(w * (score.value or 0.0) for w, score in zip(weights, members, strict=True)) / total
-    errors = [score.stderr for score in members]
-    stderr = None
-    if all(error is not None for error in errors):
-        known, sizes = [error or 0.0 for error in errors], [score.samples for score in members]
-        stderr = float(pooled_sample_stderr(known, sizes) if group.weighted else unweighted_mean_stderr(known))
-    metric = members[0].metric
-    assert metric is not None
-    return TaskScore(
-        metric, value, stderr, sum(score.samples for score in members), members[0].version,
-        {metric: {"value": value, "stderr": stderr}}, sum(score.truncated for score in members),
-    )  # fmt: skip
 
 
 @contextmanager

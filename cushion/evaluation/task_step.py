@@ -8,14 +8,17 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import EvalConfig
-from cushion.evaluation.harness import PrefixedModel, TaskScore, run_task, score
+from cushion.evaluation.task_scores import TaskScore, score
 from cushion.evaluation.tasks import EvaluationTask
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.step import Context, Step
+
+if TYPE_CHECKING:
+    from cushion.evaluation.harness import PrefixedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,8 @@ class TaskStep(Step[tuple[TaskScore, float]]):
 
     def make(self, context: Context, workspace: Workspace) -> None:
         """Ask everything."""
+        from cushion.evaluation.harness import run_task  # slow to import, and not needed without tasks
+
         started = time.perf_counter()
         self.model.put_on()
         metrics, asked, records = run_task(self.asked, self.task, self.config.limit)

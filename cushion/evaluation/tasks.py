@@ -8,84 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
-from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
+from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import ConfigError, DataError
+from cushion.evaluation.local_tasks import LOCAL_SETS, MMLU, LocalSet, local_task
 from cushion.hashing import digest
-from cushion.models import LanguageModel
-from cushion.sources import read_lines, read_records, wikitext_articles
 
 PAPER_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "openbookqa", "rte", "copa")
 """The seven zero-shot tasks whose mean CushionCache reports (arXiv 2406.12016, Table 2)."""
 
-BATCH_SIZE = 8
-"""Requests per forward pass where `eval.task_batch_size` names none and the quantizer allows several."""
-
-GENERATED_TOKENS = 256
-"""What lm-eval lets a task generate that does not say how much."""
-
 FEW_SHOT_SEED = 1234
 """lm-eval's own seed for the draw of examples."""
-
-
-@dataclass(frozen=True)
-class LocalSet:
-    """Where a task's records are below `paths.data_dir`, and what every record must have.
-
-    Args:
-        folder: below the data folder.
-        files: file name by split.
-        fields: keys of a record as the hub has it, which lm-eval's definition reads.
-        processed: keys of a record that the definition's `process_docs` has been applied to already; it is taken as it
-            is only where it lacks some of `fields`.
-        subject: the key that picks the records of one task out of a file for many, by the task's `dataset_name`.
-
-    """
-
-    folder: str
-    files: tuple[tuple[str, str], ...]
-    fields: tuple[str, ...]
-    processed: tuple[str, ...] | None = None
-    subject: str | None = None
-
-
-_MMLU = LocalSet(
-    "mmlu",
-    (("test", "test.jsonl"), ("dev", "dev.jsonl")),
-    ("subject", "question", "choices", "answer"),
-    None,
-    "subject",
-)
-_CHOICES = ("choices", "answerKey")
-LOCAL_SETS = {
-    "lambada_openai": LocalSet("lambada_openai", (("test", "lambada_test.jsonl"),), ("text",)),
-    "hellaswag": LocalSet(
-        "hellaswag",
-        (("validation", "validation.jsonl"),),
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        processed=("query", "choices", "label"),
-    ),
-    "piqa": LocalSet("piqa", (("validation", "validation.jsonl"),), ("goal", "sol1", "sol2", "label")),
-    "winogrande": LocalSet(
-        "winogrande", (("validation", "validation.jsonl"),), ("sentence", "option1", "option2", "answer")
-    ),
-    "openbookqa": LocalSet("openbookqa", (("test", "test.jsonl"),), ("question_stem", *_CHOICES)),
-    "rte": LocalSet("rte", (("validation", "validation.jsonl"),), ("sentence1", "sentence2", "label")),
-    "copa": LocalSet(
-        "copa", (("validation", "validation.jsonl"),), ("premise", "choice1", "choice2", "question", "label")
-    ),
-    "arc_challenge": LocalSet("arc_challenge", (("test", "test.jsonl"),), ("question", *_CHOICES)),
-    "wikitext": LocalSet("wikitext2_raw", (("test", "wiki.test.raw"),), ()),  # the published file, cut into articles
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +73,6 @@ class TaskSet:
         """The entries that the mean is over: those asked for that are no part of another, as `mmlu_stem` is."""
         members = {name: set(self.members(name)) for name in self.asked}
         return tuple(name for name in self.asked if not any(members[name] < other for other in members.values()))
-
-
-def local_task_files(config: EvalConfig, paths: PathsConfig) -> list[Path]:
-    """The files below `paths.data_dir` that a run with tasks may read, present or not."""
-    if paths.data_dir is None or not config.tasks:
-        return []
-    root = Path(paths.data_dir).expanduser()
-    return sorted(root / one.folder / file for one in (*LOCAL_SETS.values(), _MMLU) for _, file in one.files)
 
 
 def own_task_files(config: EvalConfig) -> list[Path]:
@@ -209,7 +140,8 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
         for leaf in leaves:
             local = sets[leaf]
             assert local is not None
-            yield leaf, _local_task(manager, leaf, local, Path(paths.data_dir).expanduser(), config)
+            found = local_task(manager, leaf, local, Path(paths.data_dir).expanduser(), config)
+            yield leaf, _finished(leaf, found.task, found.origin, config, found.prepared)
         return
     try:
         loaded = manager.load([name])["tasks"]
@@ -231,7 +163,7 @@ def _local_set(manager: Any, name: str, config: EvalConfig) -> LocalSet | None:
     own = _include_path(config)
     if own is not None and Path(own).resolve() in Path(manager.task_index[name].yaml_path or "/").resolve().parents:
         return None  # a task of the user's brings its own records
-    return _MMLU if manager.task_index[name].cfg.get("dataset_path") == "cais/mmlu" else LOCAL_SETS.get(name)
+    return MMLU if manager.task_index[name].cfg.get("dataset_path") == "cais/mmlu" else LOCAL_SETS.get(name)
 
 
 def _leaves(manager: Any, name: str) -> list[str]:
@@ -254,151 +186,7 @@ def _is_weighted(manager: Any, name: str) -> bool:
     return bool(metrics[0].get("weight_by_size", True))
 
 
-def _local_task(manager: Any, name: str, local: LocalSet, root: Path, config: EvalConfig) -> EvaluationTask:
-    """The stock task over local records: only where the records come from is replaced in its definition."""
-    if not root.is_dir():
-        raise DataError(f"paths.data_dir={str(root)!r} is not a folder: check the path")
-    records: dict[str, list[dict[str, Any]]] = {}
-    lines: dict[str, list[int]] = {}
-    processed = False
-    definition = manager.task_index[name].cfg
-    subject = definition.get("dataset_name") if local.subject else None
-    for split, file in local.files:
-        path = root / local.folder / file
-        records[split], lines[split], processed = _read(path, local, subject)
-    overrides: dict[str, Any] = {"task": name}
-    if processed:
-        overrides["process_docs"] = None
-    for key in ("training_split", "validation_split", "test_split"):
-        if definition.get(key) not in records:  # lm-eval reads every split that a definition names
-            overrides[key] = None
-    _check_examples(name, definition, set(records), root / local.folder, config)
-    asked = definition.get("test_split") or definition.get("validation_split")
-    path = root / local.folder / dict(local.files)[asked]
-    task = _stock(manager, overrides, name, records, asked, path, lines[asked])
-    _check_records(task, path, lines[asked])
-    origin = ", ".join(str((root / local.folder / file).resolve()) for _, file in local.files)
-    return replace(_finished(name, task, origin, config), prepared=processed)
-
-
-def _stock(
-    manager: Any,
-    overrides: dict[str, Any],
-    name: str,
-    records: dict[str, list[dict[str, Any]]],
-    split: str,
-    path: Path,
-    lines: list[int],
-) -> Any:
-    """lm-eval's task with some of its definition replaced.
-
-    Raises:
-        DataError: it cannot prepare a record of `split`; the first such record's line is named.
-
-    """
-
-    def load(count: int) -> Any:
-        given = {**records, split: records[split][:count]}
-        # a group of our own is lm-eval's way to load a task of its index with changes
-        spec = {"group": "cushion_local", "task": [{**overrides, "custom_dataset": _give(name, given)}]}
-        with silenced("lm_eval.api.task"):  # it warns that the records come from a function
-            return manager.load([spec])["tasks"][name]
-
-    try:
-        return load(len(records[split]))
-    except Exception as error:
-        good, bad = 0, len(records[split])  # it takes the first `good` records, and not the first `bad`
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            try:
-                load(middle)
-            except Exception:  # noqa: BLE001 - whatever it raised before; the first record with it is looked for
-                bad = middle
-            else:
-                good = middle
-        line = lines[bad - 1] if lines else bad
-        raise DataError(f"{path}, line {line}: {name} of lm-eval cannot prepare this record: {error}") from error
-
-
-def _check_records(task: Any, path: Path, lines: list[int]) -> None:
-    """Raise `DataError` for a record of which the definition cannot make a request, with its line."""
-    for number, record in enumerate(task.eval_docs):
-        try:
-            text, target = task.doc_to_text(record), task.doc_to_target(record)
-            if task.OUTPUT_TYPE == "multiple_choice":
-                choices = task.doc_to_choice(record)
-                gold = text if isinstance(text, int) else target  # WinoGrande's choices are contexts
-                known = 0 <= gold < len(choices) if isinstance(gold, int) else gold in choices
-                if not known:
-                    raise ValueError(f"its answer {gold!r} is none of its {len(choices)} choices")
-            elif not text and not str(target).strip():
-                raise ValueError("it is empty")
-        except Exception as error:  # whatever a template or a function of a definition raises
-            line = lines[number] if lines else number + 1
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"{path}, line {line}: {task.task_name} of lm-eval cannot make a request of this record: {reason}"
-            ) from error
-
-
-def _check_examples(name: str, definition: dict[str, Any], splits: set[str], folder: Path, config: EvalConfig) -> None:
-    """Refuse examples from another split than the stock task's, which is what lm-eval falls back to."""
-    shots = definition.get("num_fewshot") if config.shots is None else config.shots
-    keys = ("fewshot_split", "training_split", "validation_split", "test_split")
-    split = next(definition[key] for key in keys if definition.get(key))
-    if shots and split not in splits:
-        raise DataError(
-            f"eval.shots={shots}: lm-eval takes the examples of {name} from the split {split!r}, which {folder} is not "
-            "read for; set eval.shots=0, or leave paths.data_dir out and use the hub"
-        )
-
-
-def _give(name: str, records: dict[str, list[dict[str, Any]]]) -> Callable[..., Any]:
-    def dataset(**_metadata: Any) -> Any:
-        import datasets  # slow to import, and not needed without tasks
-
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in records.items()})
-
-    dataset.__name__ = f"local_{name}"
-    return dataset
-
-
-def _read(path: Path, local: LocalSet, subject: str | None) -> tuple[list[dict[str, Any]], list[int], bool]:
-    """The records of one file, their lines, and whether they are in the form that `process_docs` makes."""
-    if path.suffix != ".jsonl":
-        from_first = dropwhile(lambda line: not line.strip(), read_lines(path))
-        return [{"page": article} for article in wikitext_articles(from_first, "\n")], [], False
-    records = list(read_records(path))
-    if local.subject is not None:
-        for line, record in records:
-            _check_fields(path, line, record, local.fields)
-        records = [(line, record) for line, record in records if record.get(local.subject) == subject]
-    if not records:
-        what = f" with {local.subject}={subject!r}" if local.subject else ""
-        raise DataError(f"{path} holds no record{what}: check the file")
-    first, fields = set(records[0][1]), local.fields
-    if local.processed is not None and set(local.processed) <= first and not set(fields) <= first:
-        fields = local.processed
-    kinds: dict[str, type] = {}
-    for line, record in records:
-        _check_fields(path, line, record, fields)
-        for field in fields:
-            kind = kinds.setdefault(field, type(record[field]))
-            if type(record[field]) is not kind:
-                raise DataError(
-                    f"{path} line {line}: the field {field!r} is {type(record[field]).__name__}, and {kind.__name__} "
-                    "in the records before it"
-                )
-    return [record for _, record in records], [line for line, _ in records], fields is local.processed
-
-
-def _check_fields(path: Path, line: int, record: dict[str, Any], fields: tuple[str, ...]) -> None:
-    missing = [field for field in fields if field not in record]
-    if missing:
-        raise DataError(f"{path} line {line} has no field {', '.join(map(repr, missing))}, only {sorted(record)}")
-
-
-def _finished(name: str, task: Any, origin: str, config: EvalConfig) -> EvaluationTask:
+def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: bool = False) -> EvaluationTask:
     """Set what lm-eval's own runner sets on a task before it asks its requests, and hash what they depend on."""
     shots = config.shots
     if shots and task.get_config("num_fewshot") == 0:
@@ -418,64 +206,4 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig) -> Evaluati
         raise ConfigError(f"eval.shots={wanted} is more than the {len(examples)} examples that {name} has: lower it")
     own = [] if config.include_path is None else [_text(path) for path in own_task_files(config)]
     identity = digest(json.loads(json.dumps([definition, task.VERSION, records, examples, own], default=str)))
-    return EvaluationTask(name, task, identity, origin)
-
-
-def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None) -> int:
-    """Requests per forward pass: as configured, else one where a dynamic per-tensor range would span a batch.
-
-    A dynamic per-tensor range is that of the whole batch: other requests and padding would decide a request's scale.
-    """
-    if config.task_batch_size is not None:
-        return config.task_batch_size
-    return 1 if quantizer is not None and quantizer.spans_batch else BATCH_SIZE
-
-
-def check_tasks(
-    lm: LanguageModel, config: EvalConfig, tasks: TaskSet, quantizer: QuantizerConfig, prefix_length: int
-) -> None:
-    """Refuse what cannot be evaluated right: no room behind the prefix, or scales that would span a batch.
-
-    Raises:
-        ConfigError: names the key.
-
-    """
-    if not config.tasks:
-        return
-    if lm.context_length is not None and lm.context_length - prefix_length < 2:
-        raise ConfigError(
-            f"a prefix of up to {prefix_length} tokens leaves no room for the context of eval.tasks in the "
-            f"{lm.context_length} positions of {lm.label}: shorten the prefix"
-        )
-    for name, one in tasks.tasks.items():
-        if getattr(one.task, "UNSAFE_CODE", False) or getattr(one.task, "MULTIMODAL", False):
-            kind = "runs code that the model writes" if getattr(one.task, "UNSAFE_CODE", False) else "shows images"
-            raise ConfigError(f"eval.tasks={name} {kind}, which is not supported: leave it out")
-        if lm.context_length is None or one.task.OUTPUT_TYPE != "generate_until":
-            continue
-        given = one.task.get_config("generation_kwargs") or {}
-        keys = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        generated = next((int(given[key]) for key in keys if given.get(key) is not None), GENERATED_TOKENS)
-        if lm.context_length - prefix_length - generated < 1:
-            raise ConfigError(
-                f"eval.tasks={name} generates up to {generated} tokens, and behind a prefix of up to {prefix_length} "
-                f"no room is left for its context in the {lm.context_length} positions of {lm.label}: "
-                "shorten the prefix"
-            )
-    if (config.task_batch_size or 1) > 1 and quantizer.spans_batch:
-        raise ConfigError(
-            f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "
-            "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1 or null"
-        )
-
-
-@contextmanager
-def silenced(name: str) -> Iterator[None]:
-    """Keep a logger of lm-eval's from warning of what is meant as it is."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return EvaluationTask(name, task, identity, origin, prepared)

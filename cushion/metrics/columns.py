@@ -101,8 +101,8 @@ class Column:
 class Measured:
     """What was found on one row, before it stands in columns.
 
-    `perplexity` by corpus; `tasks` by task the fields of `evaluation.harness.TaskScore`; `accuracy` the mean over the
-    tasks and its standard error, None without any; `seconds` all that the row cost.
+    `perplexity` by corpus; `tasks` by task the fields of `evaluation.task_scores.TaskScore`; `accuracy` the mean over
+    the tasks and its standard error, None without any; `seconds` all that the row cost.
     """
 
     perplexity: Mapping[str, float]

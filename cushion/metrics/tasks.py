@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from cushion.metrics.columns import Column, Measured, Metric, Place, Row, Values, register
 
+ACCURACY = "accuracy"
+"""The measure that a published table names."""
 _FURTHER = "accuracy, %"
 _TRACKER = frozenset({Place.TRACKER_TABLE, Place.TRACKER_ROW, Place.RUN})
 _IN_TABLES = frozenset({Place.COMPARISON, Place.REPORT})
@@ -88,4 +90,4 @@ def _values(measured: Measured) -> Values:
     return values
 
 
-register(Metric("tasks", _columns, _values, {"accuracy": MEAN}, order=20))
+register(Metric("tasks", _columns, _values, {ACCURACY: MEAN}, order=20))

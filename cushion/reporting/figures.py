@@ -18,6 +18,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from cushion.schema import NO_PREFIX
+
 _LINES = (
     ("top1", "top-1", "#b2182b", "-"),
     ("top2", "top-2", "#ef8a62", "--"),
@@ -192,7 +194,7 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     panels = [(f"{titles[stage]}:\nfirst {attention['first']} tokens", shares["first"])
               for stage, shares in attention["stages"].items()]  # fmt: skip
     panels += [(f"{titles[stage]}:\nthe prefix", shares["prefix"])
-               for stage, shares in attention["stages"].items() if stage != "none"]  # fmt: skip
+               for stage, shares in attention["stages"].items() if stage != NO_PREFIX]  # fmt: skip
     figure, axes = pyplot.subplots(1, len(panels), figsize=(2.4 * len(panels) + 0.6, 3.4), sharey=True, squeeze=False)
     for axis, (title, shares) in zip(axes[0], panels, strict=True):
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")

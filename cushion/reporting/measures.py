@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from cushion.metrics.columns import Column, Place, Row, metrics, ordinary, parts
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Cell
+from cushion.schema import NO_PREFIX
 
 MISSING = Cell("missing", kind="missing")
 FAILED = Cell("failed", kind="failed")
@@ -57,9 +58,9 @@ def _magnitude(key: str) -> Callable[[Run, Row], float | None]:
     def read(run: Run, row: Row) -> float | None:
         curves = run.record.get("activations", {}).get("curves", {})
         stage = row["stage"]
-        if "none" not in curves or stage not in curves:
+        if NO_PREFIX not in curves or stage not in curves:
             return None
-        largest: list[float] = curves["none"]["top1"]
+        largest: list[float] = curves[NO_PREFIX]["top1"]
         return float(curves[stage][key][largest.index(max(largest))])
 
     return read

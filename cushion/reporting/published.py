@@ -21,12 +21,13 @@ from cushion.errors import ArtifactError, did_you_mean
 from cushion.flat import flatten
 from cushion.metrics.perplexity import KEY as PERPLEXITY
 from cushion.metrics.perplexity import corpora as corpora_of
+from cushion.metrics.tasks import ACCURACY
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
-from cushion.schema import STAGES
+from cushion.schema import NO_PREFIX, STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
@@ -178,7 +179,7 @@ def _check(table: PublishedTable, path: Path) -> None:
         for key in table.keys(dimension):
             if key not in selections:
                 raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")
-            stage = selections[key].get("stage", "none")
+            stage = selections[key].get("stage", NO_PREFIX)
             if stage not in STAGES:
                 raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")
 
@@ -318,7 +319,7 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, c
                 if at["measure"] == PERPLEXITY:
                     measured = corpora_of([row])
                     corpora |= set(measured) if len(measured) == 1 else set()
-                if at["measure"] == "accuracy" and row.get("tasks"):
+                if at["measure"] == ACCURACY and row.get("tasks"):
                     scored.add(tuple(task for task, score in row["tasks"].items() if score["metric"] is not None))
     if not by_seed:
         return Cell("not measured", kind="missing")

@@ -15,13 +15,13 @@ from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
 from cushion.reporting.runs import varying
-from cushion.schema import STAGES
+from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
 
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""
 
-_TITLES = {"none": "no prefix", "found": "found prefix", "tuned": "tuned prefix"}
-_LINES = {"none": ":", "found": "--", "tuned": "-"}
+_TITLES = {NO_PREFIX: "no prefix", FOUND: "found prefix", TUNED: "tuned prefix"}
+_LINES = {NO_PREFIX: ":", FOUND: "--", TUNED: "-"}
 _LOGARITHMIC_FROM = 30.0
 _COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
 
@@ -41,7 +41,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The points by stage (`none`, `found`, `tuned`) and by what else tells the runs apart, ascending in x."""
+    """The points by stage and by what else tells the runs apart, ascending in x."""
 
     kind: str
     """`tradeoff` or `cost`."""
@@ -101,7 +101,7 @@ def _tradeoff(
     series: dict[tuple[str, str], list[Point]] = {}
     drawn: set[int] = set()
     for seeds in by_configuration.values():
-        for stage in STAGES if kind == "tradeoff" else ("found", "tuned"):
+        for stage in STAGES if kind == "tradeoff" else (FOUND, TUNED):
             measured = [
                 (number, float(x), perplexity)
                 for number, run in seeds
@@ -119,7 +119,7 @@ def _tradeoff(
             drawn |= set(numbers)
     for points in series.values():
         points.sort(key=lambda point: point.x)
-    with_prefix = any(stage != "none" for stage, _ in series)
+    with_prefix = any(stage != NO_PREFIX for stage, _ in series)
     if with_prefix and len({point.x for points in series.values() for point in points}) > 1:
         in_order = sorted(series.items(), key=lambda item: (STAGES.index(item[0][0]), item[0][1]))
         yield Tradeoff(kind, axis, corpus, dict(in_order), tuple(sorted(drawn)))
@@ -142,8 +142,8 @@ def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
     """
     rows = run.record["rows"]
     quantized = any(row["quantized"] for row in rows)
-    if stage == "found" and _found_nothing(run):
-        stage = "none"
+    if stage == FOUND and _found_nothing(run):
+        stage = NO_PREFIX
     key = key_of(corpus)
     values = [row["values"].get(key) for row in rows if (row["stage"], row["quantized"]) == (stage, quantized)]
     return values[0] if values else None
@@ -151,7 +151,7 @@ def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
 
 def _found_nothing(run: Run) -> bool:
     searched = setting(run, "search.method") or setting(run, "search.name") or "none"
-    return searched != "none" and all(row["stage"] == "none" for row in run.record["rows"])
+    return searched != "none" and all(row["stage"] == NO_PREFIX for row in run.record["rows"])
 
 
 def setting(run: Run, key: str) -> Any:
@@ -182,7 +182,7 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             yerr=_bars([point.deviation for point in points]),
             fmt=f"o{line}",
             color=_COLOURS[settings.index(apart) % len(_COLOURS)],
-            markerfacecolor=None if stage == "tuned" else "white",
+            markerfacecolor=None if stage == TUNED else "white",
             markersize=4.5,
             linewidth=1.4,
             capsize=2.5,

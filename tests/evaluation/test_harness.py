@@ -25,16 +25,8 @@ from untouched import assert_untouched, snapshot
 from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
 from cushion.errors import ConfigError
 from cushion.evaluation import tasks as tasks_module
-from cushion.evaluation.harness import (
-    BOOTSTRAP,
-    PrefixedModel,
-    TaskScore,
-    group_score,
-    main_metric,
-    mean_accuracy,
-    run_task,
-    score,
-)
+from cushion.evaluation.harness import BOOTSTRAP, PrefixedModel, run_task
+from cushion.evaluation.task_scores import TaskScore, group_score, main_metric, mean_accuracy, score
 from cushion.evaluation.tasks import EvaluationTask, TaskGroup, load_tasks
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix

@@ -18,7 +18,9 @@ from cushion import pipeline
 from cushion.config import EvalConfig, PathsConfig, SearchConfig
 from cushion.errors import ConfigError, DataError
 from cushion.evaluation import tasks as module
-from cushion.evaluation.tasks import PAPER_TASKS, TaskSet, check_tasks, load_tasks, local_task_files, task_batch_size
+from cushion.evaluation.local_tasks import local_task_files
+from cushion.evaluation.task_checks import check_tasks, task_batch_size
+from cushion.evaluation.tasks import PAPER_TASKS, TaskSet, load_tasks
 from cushion.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]

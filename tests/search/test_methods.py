@@ -32,7 +32,7 @@ NAMES = set(METHODS) - {"none"}
 
 ROOMS = ("search/built_in",)
 """Where methods are named."""
-STARTS = ("config.py", "('empty', 'bos', 'newline')")
+STARTS = ("config/search.py", "('empty', 'bos', 'newline')")
 """Values of `search.start`, which says what the greedy search begins with."""
 
 
@@ -158,8 +158,8 @@ def test_a_plugin_that_is_changed_makes_another_run(
 ) -> None:
     config = small_config(text_file, tmp_path)
     folders = []
-    for text in ("", "x = 1\n", "x = 2\n"):
-        monkeypatch.setattr(PLUGINS, "sources", lambda text=text: {"mine": [["mine", text]]} if text else {})
+    for version in ("", "1", "2"):
+        monkeypatch.setattr(PLUGINS, "versions", lambda version=version: {"mine": version} if version else {})
         folders.append(pipeline.run_folder(replace(config)))
     assert len(set(folders)) == 3
 

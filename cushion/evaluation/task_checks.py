@@ -1,0 +1,62 @@
+"""What of `eval.tasks` cannot be asked right, and how many requests go into one forward pass."""
+
+from __future__ import annotations
+
+from cushion.config import EvalConfig, QuantizerConfig
+from cushion.errors import ConfigError
+from cushion.evaluation.tasks import TaskSet
+from cushion.models import LanguageModel
+
+BATCH_SIZE = 8
+"""Requests per forward pass where `eval.task_batch_size` names none and the quantizer allows several."""
+
+GENERATED_TOKENS = 256
+"""What lm-eval lets a task generate that does not say how much."""
+
+
+def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None) -> int:
+    """Requests per forward pass: as configured, else one where a dynamic per-tensor range would span a batch.
+
+    A dynamic per-tensor range is that of the whole batch: other requests and padding would decide a request's scale.
+    """
+    if config.task_batch_size is not None:
+        return config.task_batch_size
+    return 1 if quantizer is not None and quantizer.spans_batch else BATCH_SIZE
+
+
+def check_tasks(
+    lm: LanguageModel, config: EvalConfig, tasks: TaskSet, quantizer: QuantizerConfig, prefix_length: int
+) -> None:
+    """Refuse what cannot be evaluated right: no room behind the prefix, or scales that would span a batch.
+
+    Raises:
+        ConfigError: names the key.
+
+    """
+    if not config.tasks:
+        return
+    if lm.context_length is not None and lm.context_length - prefix_length < 2:
+        raise ConfigError(
+            f"a prefix of up to {prefix_length} tokens leaves no room for the context of eval.tasks in the "
+            f"{lm.context_length} positions of {lm.label}: shorten the prefix"
+        )
+    for name, one in tasks.tasks.items():
+        if getattr(one.task, "UNSAFE_CODE", False) or getattr(one.task, "MULTIMODAL", False):
+            kind = "runs code that the model writes" if getattr(one.task, "UNSAFE_CODE", False) else "shows images"
+            raise ConfigError(f"eval.tasks={name} {kind}, which is not supported: leave it out")
+        if lm.context_length is None or one.task.OUTPUT_TYPE != "generate_until":
+            continue
+        given = one.task.get_config("generation_kwargs") or {}
+        keys = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        generated = next((int(given[key]) for key in keys if given.get(key) is not None), GENERATED_TOKENS)
+        if lm.context_length - prefix_length - generated < 1:
+            raise ConfigError(
+                f"eval.tasks={name} generates up to {generated} tokens, and behind a prefix of up to {prefix_length} "
+                f"no room is left for its context in the {lm.context_length} positions of {lm.label}: "
+                "shorten the prefix"
+            )
+    if (config.task_batch_size or 1) > 1 and quantizer.spans_batch:
+        raise ConfigError(
+            f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "
+            "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1 or null"
+        )

@@ -1,0 +1,74 @@
+"""What a reader of a result should know of what a run found, as texts; `config_warnings` are those of its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cushion.config import RunConfig
+from cushion.preparation import Prepared
+
+
+def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
+    """What a user should know of one entry of `result.qfem`: nothing kept, a target missed, a doubtful bisection."""
+    search, largest = record["alpha_search"], max(record["ratios"].values(), default=1.0)
+    if search is None:
+        if record["kept"]:
+            return []
+        return [
+            f"quantizer.qfem.alpha={record['alpha']} keeps no linear in full precision ({title}): the largest ratio is "
+            f"{largest:.6g}"
+        ]
+    found, warnings = search["points"][search["found"]], []
+    reference, limit = search["reference_perplexity"], search["target"] * search["reference_perplexity"]
+    if not search["reached"]:
+        warnings.append(
+            f"quantizer.qfem.target={search['target']} is not reached ({title}): with the inputs of all linears in "
+            f"full precision the perplexity on calibration text is {found['perplexity']}, and {limit:.6g} was wanted "
+            f"({reference:.6g} with per-token scales); the run goes on with all of them kept, raise the target"
+        )
+    if search["contradictions"]:
+        counts = ", ".join(str(search["points"][index]["kept_modules"]) for index in search["contradictions"])
+        warnings.append(
+            f"the search for quantizer.qfem.alpha assumes that the perplexity falls with every linear that is kept, "
+            f"and it does not ({title}): {found['kept_modules']} were taken to be needed, which what was measured with "
+            f"{counts} kept contradicts"
+        )
+    return warnings
+
+
+def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
+    """What a reader of the accuracies should know."""
+    tasks, lm = prepared.tasks, prepared.lm
+    if not tasks.asked:
+        return []
+    found = []
+    left_out = [name for name in tasks.asked if name not in tasks.in_mean]
+    if left_out:
+        found.append(
+            f"{', '.join(left_out)} of eval.tasks is part of another entry and does not count twice in the mean"
+        )
+    taken = [name for name, task in tasks.tasks.items() if task.prepared]
+    if taken:
+        found.append(
+            f"the records of {', '.join(taken)} are taken as they are, prepared already: the prompts are those of "
+            "lm-eval's task only if they were prepared as it does"
+        )
+    adds = lm.bos_token_id in lm.tokenizer("a")["input_ids"] if config.eval.add_bos is None else config.eval.add_bos
+    if adds != (config.eval.bos == "block"):
+        found.append(
+            f"the contexts of eval.tasks are asked {'with' if adds else 'without'} BOS, and calibration and blocks run "
+            f"{'without' if adds else 'with'} it: set eval.add_bos and eval.bos to the same policy"
+        )
+    return found
+
+
+def truncation_warning(truncated: dict[str, int], label: str, length: int, shots: int | None) -> str:
+    """What was cut in a row: requests by entry of `eval.tasks`, behind a prefix of `length` tokens."""
+    counts = " and ".join(f"{count} requests of {task}" for task, count in truncated.items() if count)
+    room = f"the model's context leaves behind a prefix of {length} tokens" if length else "the model's context holds"
+    ways_out = [*(["shorten the prefix"] if length else []), *(["lower eval.shots"] if shots != 0 else [])]
+    way_out = f"; {' or '.join(ways_out)}" if ways_out else ""
+    return (
+        f"{counts} of eval.tasks lost the start of their context ({label}): with the answer they are longer "
+        f"than {room}{way_out}"
+    )

@@ -1,0 +1,102 @@
+"""The keys of cached steps are made of what docs/results.md says they are made of."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import small_config, tuning_config
+from tiny_tasks import own_tasks
+
+import cushion.search.greedy_prefix
+import cushion.search.rule_prefix
+import cushion.steps  # noqa: F401 - with the two above, every step is defined
+from cushion import pipeline
+from cushion.config import (
+    ActivationConfig,
+    CalibrationConfig,
+    EvalConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+)
+from cushion.step import Step
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+OF_EVERY_STEP = {"step", "code", "runtime", "model"}
+
+
+def documented() -> dict[str, set[str]]:
+    """By step, the names in its key, `config.tau` for what stands in a record, as the page has them."""
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (`[^|]*`) \| [^|]*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {step: set(re.findall(r"`([\w.]+)`", names)) for step, names in rows}
+
+
+def names_in(key: dict[str, object]) -> set[str]:
+    """The names in a key as the page writes them."""
+    found = key.keys() - OF_EVERY_STEP - {"config"}
+    options = key.get("config")
+    return found | ({f"config.{name}" for name in options} if isinstance(options, dict) else set())
+
+
+def runs(text: Path, folder: Path) -> list[RunConfig]:
+    """Runs that together have every step."""
+    everything = tuning_config(text, folder / "out")
+    everything.search = replace(everything.search, proposal="outlier", scoring="full", max_length=1)
+    everything.tuning.lambda_q = 0.1
+    everything.quantizer = QuantizerConfig(
+        "qfem",
+        activations=ActivationConfig(range="dynamic"),
+        calibration=CalibrationConfig(2, 16),
+        smoothing_alpha=0.5,
+        qfem=QFeMConfig(search=True, target=1.5, curve=0),
+    )
+    everything.eval = EvalConfig(
+        block_length=32, blocks=2, activation_blocks=2, controls=False, limit=2, tasks=["tiny_generation"],
+        include_path=own_tasks(folder),
+    )  # fmt: skip
+    found = [everything]
+    for method in ("qfep", "prefixquant"):
+        config = small_config(text, folder / "out")
+        config.search = SearchConfig(name=method, method=method, texts=2, text_length=20)
+        config.eval = replace(config.eval, controls=False)
+        found.append(config)
+    return found
+
+
+def test_every_key_is_made_of_what_the_page_says(text_file: Path, tmp_path: Path) -> None:
+    made: dict[str, set[str]] = {}
+    for config in runs(text_file, tmp_path):
+        pipeline.run(config)
+    for path in (tmp_path / "out" / "cache").glob("*/*/depends_on.json"):
+        key = json.loads(path.read_text(encoding="utf-8"))
+        assert key.keys() >= OF_EVERY_STEP
+        made.setdefault(path.parent.parent.name, set()).update(names_in(key))
+    assert made == documented()
+
+
+def test_the_page_has_every_step() -> None:
+    def below(kind: type[Step]) -> set[str]:
+        found = {
+            step.name
+            for step in kind.__subclasses__()
+            if "name" in vars(step) and step.__module__.startswith("cushion.")
+        }
+        return found.union(*(below(step) for step in kind.__subclasses__()))
+
+    assert below(Step) <= set(documented())
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ({"prefix": "p", "step": "s", "code": "c", "runtime": {}, "model": "m"}, {"prefix"}),
+        ({"config": {"tau": 1.0, "grid": None}, "texts": "t"}, {"config.tau", "config.grid", "texts"}),
+    ],
+)
+def test_names_are_those_of_the_records(key: dict[str, object], names: set[str]) -> None:
+    assert names_in(key) == names
