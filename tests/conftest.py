@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for the processes that tests start too
@@ -13,9 +13,10 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
-from tiny_tasks import own_tasks
+from tiny_tasks import few_tasks, own_tasks
 
 from cushion.config import ModelConfig, PathsConfig
+from cushion.evaluation import tasks
 from cushion.models import LanguageModel, load_language_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and tests side by side lose nothing
@@ -66,6 +67,8 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for `eval.include_path`, the same one for all tests: lm-eval indexes its tasks but once."""
-    return own_tasks(tmp_path_factory.mktemp("own_tasks"))
+def include_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A folder for `eval.include_path`, the same one for all tests: its tasks and `STOCK` are indexed but once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_task_manager", few_tasks)
+        yield own_tasks(tmp_path_factory.mktemp("own_tasks"))
