@@ -52,8 +52,7 @@ def tiny() -> Callable[..., LanguageModel]:
     return make
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def write_documents(path: Path) -> Path:
     """60 different English-looking documents, separated by blank lines: enough for every purpose of a tiny run."""
     sentence = "the a prefix of keys and values takes the sink so that no token after it has an outlier in any block"
     words = sentence.split()
@@ -61,9 +60,14 @@ def text_file(tmp_path: Path) -> Path:
     for index in range(60):
         picked = [words[(index * 7 + step * (index % 5 + 3)) % len(words)] for step in range(120)]
         documents.append(f"Document {index}. " + " ".join(picked) + ".")
-    path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """The documents of `write_documents`, for one test."""
+    return write_documents(tmp_path / "text.txt")
 
 
 @pytest.fixture(scope="session")
