@@ -31,6 +31,13 @@ SMOOTHABLE = (*FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_ne
 VARIANTS = (*SMOOTHABLE, "opt_post_norm")
 """Everything that the table has an entry for."""
 
+FEW = ("llama", "opt", "gpt_neox")
+"""They stand for all where nothing depends on the family: rotary and learned positions, RMSNorm and LayerNorm,
+attention and MLP in turn and side by side, projections apart and fused."""
+
+UNLIKE = (*FEW, "bloom", "mixtral", "gemma2")
+"""Those, and what is unlike them: positions without a limit, experts, norms with an offset and sliding windows."""
+
 SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
 """The families whose tiny model has layers with a sliding window of 8 positions."""
 
