@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for the processes that tests start too
@@ -13,9 +13,10 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
-from tiny_tasks import own_tasks
+from tiny_tasks import few_tasks, own_tasks
 
 from cushion.config import ModelConfig, PathsConfig
+from cushion.evaluation import tasks
 from cushion.models import LanguageModel, load_language_model
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and tests side by side lose nothing
@@ -29,6 +30,13 @@ SMOOTHABLE = (*FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_ne
 
 VARIANTS = (*SMOOTHABLE, "opt_post_norm")
 """Everything that the table has an entry for."""
+
+FEW = ("llama", "opt", "gpt_neox")
+"""They stand for all where nothing depends on the family: rotary and learned positions, RMSNorm and LayerNorm,
+attention and MLP in turn and side by side, projections apart and fused."""
+
+UNLIKE = (*FEW, "bloom", "mixtral", "gemma2")
+"""Those, and what is unlike them: positions without a limit, experts, norms with an offset and sliding windows."""
 
 SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
 """The families whose tiny model has layers with a sliding window of 8 positions."""
@@ -51,8 +59,7 @@ def tiny() -> Callable[..., LanguageModel]:
     return make
 
 
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def write_documents(path: Path) -> Path:
     """60 different English-looking documents, separated by blank lines: enough for every purpose of a tiny run."""
     sentence = "the a prefix of keys and values takes the sink so that no token after it has an outlier in any block"
     words = sentence.split()
@@ -60,12 +67,19 @@ def text_file(tmp_path: Path) -> Path:
     for index in range(60):
         picked = [words[(index * 7 + step * (index % 5 + 3)) % len(words)] for step in range(120)]
         documents.append(f"Document {index}. " + " ".join(picked) + ".")
-    path = tmp_path / "text.txt"
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return path
 
 
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """The documents of `write_documents`, for one test."""
+    return write_documents(tmp_path / "text.txt")
+
+
 @pytest.fixture(scope="session")
-def include_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for `eval.include_path`, the same one for all tests: lm-eval indexes its tasks but once."""
-    return own_tasks(tmp_path_factory.mktemp("own_tasks"))
+def include_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A folder for `eval.include_path`, the same one for all tests: its tasks and `STOCK` are indexed but once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_task_manager", few_tasks)
+        yield own_tasks(tmp_path_factory.mktemp("own_tasks"))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, FEW
 from helpers import random_values
 from torch import Tensor, nn
 
@@ -276,7 +276,7 @@ def test_ratios_over_a_median_of_zero_and_over_what_is_not_finite() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+@pytest.mark.parametrize("family", (*FEW, "bloom", "gemma2"))
 def test_token_scales_of_a_batch_are_those_of_its_texts_one_by_one(tiny: Tiny, family: str) -> None:
     lm, ids = tiny(family), torch.arange(21).reshape(3, 7)
     together, apart = TokenScales(texts=3), TokenScales()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import UNLIKE
 from helpers import random_texts
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def plain_outputs(lm: LanguageModel, start: list[int], rows: Tensor) -> list[Ten
 
 
 @pytest.mark.parametrize("start", [[], [256, 10]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_rows_that_stay_are_what_they_would_have_been_alone(tiny: Tiny, family: str, start: list[int]) -> None:
     lm = tiny(family)
     expected = plain_outputs(lm, start, ROWS)

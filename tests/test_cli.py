@@ -280,11 +280,11 @@ def living_models() -> int:
 
 
 FAILURES = {
-    "text too short": ["eval.blocks=100000,100001,100002"],
-    "overflow": ["model.path=../overflowing", "model.dtype=float16", "seed=0,1,2"],
-    "bug": ["seed=0,1,2"],
+    "text too short": ["eval.blocks=100000,100001"],
+    "overflow": ["model.path=../overflowing", "model.dtype=float16", "seed=0,1"],
+    "bug": ["seed=0,1"],
 }
-"""Sweeps of three jobs that fail after their model is loaded: in the preparation, in a step, by a bug in a step."""
+"""Sweeps of two jobs that fail after their model is loaded: in the preparation, in a step, by a bug in a step."""
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -295,7 +295,8 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
     monkeypatch: pytest.MonkeyPatch,
     failure: str,
 ) -> None:
-    saved_model(tmp_path / "overflowing", overflow_in_half_precision)
+    if failure == "overflow":
+        saved_model(tmp_path / "overflowing", overflow_in_half_precision)
     load, living = preparation.load_language_model, []
 
     def watched(*given: object, **options: object) -> object:
@@ -316,8 +317,8 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
     outcome = cushion("-m", *(a for a in arguments if a.split("=")[0] not in replaced), *FAILURES[failure])
     assert outcome.code == 1
     expected = {"text too short": "were asked for", "overflow": "model.dtype=bfloat16", "bug": "RuntimeError: a bug"}
-    assert len([line for line in outcome.err.splitlines() if expected[failure] in line]) == 3
-    assert living == [before] * 3, "each job starts with the memory of the one before"
+    assert len([line for line in outcome.err.splitlines() if expected[failure] in line]) == 2
+    assert living == [before] * 2, "each job starts with the memory of the one before"
     assert living_models() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -118,26 +119,31 @@ def test_a_constant_in_a_module_changes_the_steps_that_import_it_and_no_other(
 
 
 def test_code_that_changes_on_disk_labels_nothing_that_ran_before(tmp_path: Path) -> None:
-    """In a process of its own, over a copy of the package: the version asked for after an edit is the old one."""
-    copied = tmp_path / "cushion"
-    for path in PACKAGE.rglob("*.py"):
-        target = copied / path.relative_to(PACKAGE)
+    """In a process of its own, over a copy of some modules: the version asked for after an edit is the old one."""
+    name = "cushion.quantization.numerics"
+    for module in code._OWN.closure(code.__name__, frozenset()) | code._OWN.closure(name, INFRASTRUCTURE):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        source = Path(spec.origin)
+        target = tmp_path / "cushion" / source.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    script = (
-        "from pathlib import Path\n"
-        "from cushion import code\n"
+        target.write_bytes(source.read_bytes())
+    edit = (
         "numerics = Path(code.__file__).parent / 'quantization' / 'numerics.py'\n"
         "numerics.write_text(numerics.read_text() + '\\nNEW = 1\\n')\n"
-        "print(code.version_of('cushion.quantization.numerics'), code.package_version())\n"
     )
 
-    def printed() -> str:
+    def printed(before: str) -> list[str]:
+        script = (
+            f"from pathlib import Path\nfrom cushion import code\n{before}"
+            f"print(code.version_of('{name}'), code.package_version())\n"
+        )
         command = [sys.executable, "-c", script]
-        return subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True).stdout  # fmt: skip # noqa: E501
+        return subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True).stdout.split()  # fmt: skip # noqa: E501
 
-    first, second = printed().split(), printed().split()
-    assert first == [code.version_of("cushion.quantization.numerics"), code.package_version()]
+    unedited, first, second = printed(""), printed(edit), printed("")
+    assert first == unedited
+    assert first[0] == code.version_of(name)
     assert second[0] != first[0], "the next process sees the edit"
     assert second[1] != first[1]
 

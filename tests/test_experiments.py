@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from composing import composed
+from composing import composed, with_values
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from cushion.cli import config_folder
-from cushion.config import to_dict
+from cushion.config import RunConfig, to_dict
 from cushion.flat import flatten
 from cushion.reporting.published import PublishedTable, load_published, published_folder, published_names
 
@@ -27,11 +27,31 @@ def swept(path: Path) -> dict[str, list[str]]:
     return {str(one.key_or_group): list(one.sweep_string_iterator()) for one in overrides}
 
 
+GROUPS = {path.relative_to(config_folder()).as_posix() for path in config_folder().rglob("*") if path.is_dir()}
+
+
+def at(experiment: str, key: str, value: str) -> RunConfig:
+    """The configuration of an experiment with one more override."""
+    whole = f"{key}={value}"
+    if key.replace(".", "/") in GROUPS:
+        return composed(f"experiment={experiment}", whole)
+    return with_values((f"experiment={experiment}",), whole)
+
+
+def test_setting_a_value_is_composing_with_it() -> None:
+    for value in ("search.tau=0.25", "tuning.lambda_q=0", "seed=4", "quantizer.targets=[q_proj,k_proj]"):
+        assert (
+            with_values(("experiment=main",), value)
+            == composed("experiment=main", value)
+            != composed("experiment=main")
+        )
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_value_of_a_sweep_is_valid_and_makes_another_run(path: Path) -> None:
     assert OmegaConf.load(path).hydra.mode == "MULTIRUN"
     for key, values in swept(path).items():
-        configs = [repr(composed(f"experiment={path.stem}", f"{key}={value}")) for value in values]
+        configs = [repr(at(path.stem, key, value)) for value in values]
         assert len(set(configs)) == len(values) > 1, key
 
 

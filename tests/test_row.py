@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, FEW
 from tiny_run import small_config
 from tiny_tasks import DYNAMIC, FILES, PER_TOKEN, RECORDS, STATIC, ranges_of, write_lines, write_sets
 from torch import Tensor
@@ -217,7 +217,7 @@ def test_predictions_are_capped_where_the_model_caps_them(tiny: Tiny) -> None:
     assert torch.allclose(capped, 5 * torch.tanh(plain / 5), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_perplexity_in_chunks_is_that_in_one_piece(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -6,21 +6,25 @@ import ast
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_documents
 from tiny_run import overflow_in_half_precision, saved_model, searching_config, small_config, tuning_config
 from torch import nn
 
 import cushion
 from cushion import pipeline
 from cushion.artifacts import Checkpoint
+from cushion.config import PathsConfig, RunConfig
 from cushion.errors import ArtifactError, NotFiniteError
 from cushion.events import Event, RunFailed
 from cushion.results import FILE_NAME, RunResult
+from cushion.step import Context, Step, compute
 
 
 def plant(name: str, value: float) -> Callable[[nn.Module], object]:
@@ -80,7 +84,7 @@ def test_a_candidate_that_overflows_neither_wins_nor_ends_the_search(
 ) -> None:
     monkeypatch.setattr(Checkpoint, "due", lambda self: True)  # the checkpoints of a search that takes long
     config = searching_config(text_file, tmp_path / "out")
-    config.search.proposal = "vocabulary"
+    config.search.proposal, config.search.batch_size = "vocabulary", 20
     broken = ord("~")  # a token that no text has
     change = lambda model: model.get_input_embeddings().weight[broken].fill_(float("inf"))  # noqa: E731
     config.model.path = str(saved_model(tmp_path / "model", change))
@@ -104,39 +108,87 @@ def outcome(value: Any) -> Any:
     return [outcome(item) for item in value] if isinstance(value, list) else value
 
 
+@dataclass
+class SoundRun:
+    """A finished run with every step, what it found out, and its steps by the folder that they were kept in."""
+
+    config: RunConfig
+    found: Any
+    steps: dict[Path, tuple[Step[Any], Context]]
+
+    def folders(self) -> dict[str, Path]:
+        """The first folder of each kind of step whose damage is tried out."""
+        wanted = ("search", "tuning", "calibration", "activations", "activation_map", "perplexity")
+        return {name: next(folder for folder in self.steps if folder.parent.name == name) for name in wanted}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> SoundRun:
+    """One run for all that is damaged below; what damages it, mends it."""
+    folder = tmp_path_factory.mktemp("sound")
+    config = tuning_config(write_documents(folder / "text.txt"), folder / "out")
+    asked: list[tuple[Step[Any], Context]] = []
+    depends_on = Step.depends_on
+
+    def noted(step: Step[Any], context: Context) -> dict[str, Any]:
+        asked.append((step, context))
+        return depends_on(step, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "depends_on", noted)
+        result = pipeline.run(config)
+
+    def never(_: object) -> None:
+        raise AssertionError("a step of a finished run is made again")
+
+    steps = {
+        context.store.get_or_make(step.name, step.depends_on(context), never): (step, context)
+        for step, context in asked
+    }  # fmt: skip
+    return SoundRun(config, outcome(result), steps)
+
+
+@contextmanager
+def replaced(path: Path, change: Callable[[Path], Any]) -> Iterator[None]:
+    """Change a file, and write it back in the end."""
+    content = path.read_bytes()
+    change(path)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "empty record": lambda path: path.write_text("{}") if path.suffix == ".json" else None,
-    "list": lambda path: path.write_text("[]") if path.suffix == ".json" else None,
-    "text": lambda path: path.write_text('"text"') if path.suffix == ".json" else None,
+    "empty record": lambda path: path.write_text("{}"),
+    "list": lambda path: path.write_text("[]"),
+    "text": lambda path: path.write_text('"text"'),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-30]),
     "gone": lambda path: path.unlink(),
 }
 
 
+def assert_names(error: pytest.ExceptionInfo[ArtifactError], folder: Path) -> None:
+    """One line, with the folder and that it is to be deleted."""
+    message = str(error.value)
+    assert "\n" not in message
+    assert re.search(rf"{re.escape(str(folder))}(?![/\w])", message), message
+    assert "delete" in message
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_deleting_the_folder_that_is_named_mends_a_damaged_step(text_file: Path, tmp_path: Path, damage: str) -> None:
-    config = tuning_config(text_file, tmp_path / "out")
-    sound = outcome(pipeline.run(config))
-    result, cache = pipeline.run_folder(config) / FILE_NAME, tmp_path / "out" / "cache"
+def test_reading_a_damaged_step_names_the_folder_to_delete(sound: SoundRun, damage: str) -> None:
     seen = set()
-    for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
-        folder = kept(cache, step)[0]
-        for name in sorted(
-            {path.name for path in folder.iterdir()} - {"depends_on.json", "made.json"}
-        ):  # nothing reads these
-            content = (folder / name).read_bytes()
-            DAMAGES[damage](folder / name)
-            if (folder / name).is_file() and (folder / name).read_bytes() == content:
+    for name, folder in sound.folders().items():
+        for path in sorted(folder.iterdir()):
+            unread = path.name in ("depends_on.json", "made.json")
+            if unread or (path.suffix != ".json" and damage not in ("truncated", "gone")):
                 continue
-            seen.add(f"{step}/{name}")
-            result.unlink()
-            with pytest.raises(ArtifactError, match=r"damaged|missing|no prefix|not found") as caught:
-                pipeline.run(config)
-            assert "\n" not in str(caught.value)
-            assert re.search(rf"{re.escape(str(folder))}(?![/\w])", str(caught.value)), str(caught.value)
-            assert "delete" in str(caught.value)
-            shutil.rmtree(folder)
-            assert outcome(pipeline.run(config)) == sound
+            seen.add(f"{name}/{path.name}")
+            message = r"damaged|missing|no prefix|not found"
+            with replaced(path, DAMAGES[damage]), pytest.raises(ArtifactError, match=message) as caught:
+                compute(*sound.steps[folder])
+            assert_names(caught, folder)
     jsons = {"search/search.json", "search/prefix.json", "tuning/tuning.json", "tuning/prefix.json",
              "calibration/calibration.json", "activations/activations.json",
              "activation_map/activation_map.json", "perplexity/perplexity.json"}  # fmt: skip
@@ -144,26 +196,48 @@ def test_deleting_the_folder_that_is_named_mends_a_damaged_step(text_file: Path,
     assert seen == (jsons | tensors if damage in ("truncated", "gone") else jsons)
 
 
-def test_a_record_that_lacks_a_key_is_refused_or_makes_no_difference(text_file: Path, tmp_path: Path) -> None:
-    config = tuning_config(text_file, tmp_path / "out")
-    sound = outcome(pipeline.run(config))
-    result, cache = pipeline.run_folder(config) / FILE_NAME, tmp_path / "out" / "cache"
-    failures = []
-    for step in ("search", "tuning", "calibration", "activations", "activation_map", "perplexity"):
-        path = kept(cache, step)[0] / f"{step}.json"
-        content = path.read_text(encoding="utf-8")
-        for key in json.loads(content):
-            path.write_text(json.dumps({k: v for k, v in json.loads(content).items() if k != key}), encoding="utf-8")
-            result.unlink()
-            try:
-                if outcome(pipeline.run(config)) != sound:
-                    failures.append(f"{step}.json without {key}: another result")
-            except ArtifactError as error:
-                assert str(path.parent) in str(error)
-            except Exception as error:  # noqa: BLE001 - every one of them is a failure of this test
-                failures.append(f"{step}.json without {key}: {error!r}")
-        path.write_text(content, encoding="utf-8")
+def test_deleting_the_folders_that_are_named_mends_a_damaged_run(sound: SoundRun, tmp_path: Path) -> None:
+    """Every kind of step damaged at once: the run names one after the other, and ends with what it found before."""
+    output = tmp_path / "out"
+    shutil.copytree(sound.config.paths.output_dir, output)
+    config = replace(sound.config, paths=PathsConfig(output_dir=str(output), cache_dir=str(output / "cache")))
+    (pipeline.run_folder(config) / FILE_NAME).unlink()
+    folders = {output / "cache" / name / folder.name for name, folder in sound.folders().items()}
+    for number, folder in enumerate(sorted(folders)):
+        file = next(path for path in sorted(folder.iterdir()) if path.name not in ("depends_on.json", "made.json"))
+        DAMAGES["truncated" if number % 2 else "gone"](file)
+    left = set(folders)
+    while left:
+        with pytest.raises(ArtifactError) as caught:
+            pipeline.run(config)
+        (folder,) = (folder for folder in left if re.search(rf"{re.escape(str(folder))}(?!\w)", str(caught.value)))
+        assert_names(caught, folder)
+        shutil.rmtree(folder)
+        left.remove(folder)
+    assert outcome(pipeline.run(config)) == sound.found
+
+
+def test_a_record_that_lacks_a_key_is_refused_or_makes_no_difference(sound: SoundRun) -> None:
+    result = pipeline.run_folder(sound.config) / FILE_NAME
+    refused, failures = set(), []
+    for name, folder in sound.folders().items():
+        path = folder / f"{name}.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for key in record:
+            lacking = json.dumps({other: value for other, value in record.items() if other != key})
+            with replaced(path, lambda path, lacking=lacking: path.write_text(lacking, encoding="utf-8")):
+                try:
+                    compute(*sound.steps[folder])
+                    with replaced(result, DAMAGES["gone"]):
+                        if outcome(pipeline.run(sound.config)) != sound.found:
+                            failures.append(f"{name}.json without {key}: another result")
+                except ArtifactError as error:
+                    assert str(folder) in str(error)
+                    refused.add(name)
+                except Exception as error:  # noqa: BLE001 - every one of them is a failure of this test
+                    failures.append(f"{name}.json without {key}: {error!r}")
     assert not failures, "\n".join(failures)
+    assert refused == set(sound.folders())
 
 
 def test_lm_eval_is_imported_only_where_a_task_is_asked() -> None:

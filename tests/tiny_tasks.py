@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,21 @@ def own_tasks(folder: Path) -> str:
     (folder / "generation.yaml").write_text(GENERATION.format(folder=folder), encoding="utf-8")
     (folder / "examples.yaml").write_text(EXAMPLES.format(folder=folder), encoding="utf-8")
     return str(folder)
+
+
+STOCK = ("arc", "glue/rte", "hellaswag", "lambada", "mmlu/default", "openbookqa", "piqa", "super_glue/copa", "wikitext",
+         "winogrande")  # fmt: skip
+"""The folders of lm-eval that define what the tests ask for."""
+
+
+@lru_cache
+def few_tasks(include_path: str | None) -> Any:
+    """Stand in for lm-eval's index of all tasks, whose 26,000 files take 17 seconds: that of the folders `STOCK`."""
+    from lm_eval import tasks
+
+    root = Path(tasks.__file__).parent
+    own = [] if include_path is None else [include_path]
+    return tasks.TaskManager(include_defaults=False, include_path=[*(str(root / name) for name in STOCK), *own])
 
 
 # ---- quantizers ------------------------------------------------------------------------------------------------------

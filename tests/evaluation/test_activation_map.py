@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import UNLIKE
 from torch import Tensor
 
 from cushion.errors import NotFiniteError
@@ -41,7 +41,7 @@ def plainly(lm: LanguageModel, prefix: list[int], text: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [[], [11, 12, 13]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_a_map_is_that_of_a_plain_forward_pass(tiny: Tiny, family: str, tokens: list[int]) -> None:
     lm, text = tiny(family), text_of()
     expected = plainly(lm, tokens, text)[:MAP_POSITIONS]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, FEW
 from helpers import random_texts
 from tiny_run import small_config
 from torch import Tensor
@@ -146,7 +146,7 @@ def test_a_sliding_window_hides_the_prefix_from_late_queries(tiny: Tiny) -> None
     assert torch.tensor(late.prefix).abs().max() == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_the_way_attention_is_computed_is_put_back(tiny: Tiny, family: str) -> None:
     lm, texts = tiny(family), random_texts(2, 20)
     before = lm.model.config._attn_implementation

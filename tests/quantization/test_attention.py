@@ -118,7 +118,7 @@ def test_attention_recomputed(tiny: Tiny, case: str, planted: float | None) -> N
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", REPLACEABLE)
+@pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize("part", ["kv_cache", "attention"])
 @pytest.mark.parametrize("prompt", [[], [17, 42]], ids=["plain", "prefix"])
 def test_fewer_bits_go_further_from_full_precision(tiny: Tiny, family: str, part: str, prompt: list[int]) -> None:
@@ -181,7 +181,7 @@ def test_a_cache_that_is_no_prefix_is_quantized_as_ordinary_tokens(tiny: Tiny) -
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
-@pytest.mark.parametrize("family", REPLACEABLE)
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_leaving_restores_the_attention(tiny: Tiny, family: str, raises: bool) -> None:
     lm = tiny(family)
     untouched, before = logits(lm), lm.model.config._attn_implementation

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import FAMILIES, SMOOTHABLE
+from conftest import FAMILIES, FEW, SMOOTHABLE, UNLIKE
 from helpers import calibrated, random_texts
 from torch import Tensor, nn
 from transformers import (
@@ -267,7 +267,7 @@ def test_tied_embeddings_are_untied_for_the_length_of_the_block_alone() -> None:
 # The way back, and what is refused.
 
 
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
 def test_leaving_restores_the_very_same_objects_and_bits(tiny: Tiny, family: str, raises: bool) -> None:
     lm = tiny(family)
@@ -344,7 +344,7 @@ def peak(values: Tensor) -> float:
     return float(values.abs().max() / values.abs().mean())
 
 
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_a_planted_outlier_channel_is_spread_over_the_stream(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     stream = lm.architecture.residual
@@ -398,7 +398,7 @@ def test_rotation_rescues_per_token_four_bits_from_an_outlier_channel(tiny: Tiny
     assert errors["hadamard"] < errors["none"] / 3
 
 
-@pytest.mark.parametrize("family", [family for family in ROTATABLE if family != "mixtral"])  # an expert is not reached
+@pytest.mark.parametrize("family", [family for family in UNLIKE if family != "mixtral"])  # an expert is not reached
 @pytest.mark.parametrize("alpha", [None, 0.8])
 def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
     tiny: Tiny, family: str, alpha: float | None
@@ -421,7 +421,7 @@ def test_static_quantization_with_rotation_smoothing_and_prefix_recomputed(
             torch.testing.assert_close(logits(lm, prefix), plain, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ROTATABLE)
+@pytest.mark.parametrize("family", FEW)
 def test_gradients_reach_the_prefix_through_a_rotated_quantized_model(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     found = Prefix.from_tokens(lm.model, [1, 2, 3])

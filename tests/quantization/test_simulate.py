@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import FAMILIES, SMOOTHABLE
+from conftest import FAMILIES, FEW, SMOOTHABLE, UNLIKE
 from helpers import calibrated, random_texts
 from torch import Tensor, nn
 from untouched import assert_untouched, snapshot
@@ -60,7 +60,7 @@ def logits(lm: LanguageModel, texts: Tensor) -> Tensor:
 # Nothing quantized, and the way back.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_with_nothing_quantized_and_no_prefix_logits_are_bit_equal(tiny: Tiny, family: str) -> None:
     lm, texts = tiny(family), make_texts()
     untouched = logits(lm, texts)
@@ -205,7 +205,7 @@ def inputs_of(lm: LanguageModel, names: list[str], texts: Tensor) -> dict[str, T
     return seen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("granularity", ["static", "per_tensor", "per_token"])
 def test_w8a8_of_every_linear_recomputed(tiny: Tiny, family: str, granularity: str) -> None:
     lm, texts = tiny(family), make_texts()
@@ -275,7 +275,7 @@ def test_smoothing_leaves_the_full_precision_function_unchanged(tiny: Tiny, fami
     assert changed == {name for block in range(3) for _, names in smoothed_linears(lm, block) for name in names}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_norms_and_weights_are_scaled_by_equation_4(tiny: Tiny, family: str, alpha: float) -> None:
     lm, texts = tiny(family), make_texts()
@@ -298,7 +298,7 @@ def test_norms_and_weights_are_scaled_by_equation_4(tiny: Tiny, family: str, alp
             torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] * scale)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
 def test_smoothing_lowers_the_range_of_a_planted_outlier_channel(tiny: Tiny, family: str, alpha: float) -> None:
     lm, texts = tiny(family), make_texts()
@@ -328,7 +328,7 @@ def test_smoothing_lowers_the_range_of_a_planted_outlier_channel(tiny: Tiny, fam
                 assert spread_after < spread_before / 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize(("alpha", "symmetric"), [(0.8, True), (0.5, False)])
 def test_smoothed_static_ranges_are_those_of_calibrating_the_smoothed_model(
     tiny: Tiny, family: str, alpha: float, symmetric: bool
@@ -403,7 +403,7 @@ def test_folding_into_a_half_precision_norm_with_offset_keeps_what_is_left(tiny:
                 assert (1 + lm.model.get_submodule(norm).weight.float()).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])  # an expert is not reached
+@pytest.mark.parametrize("family", [family for family in UNLIKE if family != "mixtral"])  # an expert is not reached
 @pytest.mark.parametrize("granularity", ["static", "per_tensor", "per_token"])
 def test_smoothquant_o1_to_o3_of_every_linear_recomputed(tiny: Tiny, family: str, granularity: str) -> None:
     """Equation 4, then q(X / s) q(W s)^T + b, from the plain model's statistics and weights alone."""

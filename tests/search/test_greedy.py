@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import UNLIKE
 from helpers import random_texts
 from searching import assert_it_goes_on_after_any_event, comparable
 from torch import Tensor
@@ -98,8 +98,8 @@ def test_search_equals_brute_force(tiny: Tiny, start: str, objective: str) -> No
         assert_same_search(state, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_search_equals_brute_force_in_every_family(tiny: Tiny, family: str) -> None:
+@pytest.mark.parametrize("family", UNLIKE)
+def test_search_equals_brute_force_in_families_unlike_each_other(tiny: Tiny, family: str) -> None:
     lm, texts, candidates = tiny(family), some_texts(seed=1), CANDIDATES[::3]
     for tau in (0.6, 1.0):
         expected = brute_force(lm, [], texts, candidates, "quantization_error", tau, 3)

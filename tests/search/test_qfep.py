@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import UNLIKE
 from helpers import random_texts
 from planted import MODULE, plant_first_spike
 from torch import Tensor
@@ -110,7 +110,7 @@ def by_plain_loops(lm: LanguageModel, texts: Tensor, config: SearchConfig) -> tu
     return module, ratios[module], tokens, [bos, context, token]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_qfep_agrees_with_plain_loops_over_the_whole_model(tiny: Tiny, family: str) -> None:
     lm, texts, config = tiny(family), draw(3, 16), replace(CONFIG, contexts=6)
     record = search(lm, texts, config)
@@ -171,7 +171,7 @@ def test_the_model_is_run_only_as_deep_as_the_module_needs_and_is_whole_again(ti
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 @pytest.mark.parametrize("count", [1, 2, 3])
 @torch.no_grad()
 def test_the_first_blocks_compute_what_they_compute_in_the_whole_model(tiny: Tiny, family: str, count: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import UNLIKE
 from helpers import random_texts
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def search(lm: LanguageModel, texts: Tensor, **options: Any) -> SearchState:
     return state
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_copies_judge_as_one_model_does(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     prefix, rows = Prefix.from_tokens(lm.model, [7, 8]), rows_of(list(range(40, 63)), some_texts()[0])
@@ -77,7 +77,7 @@ def test_a_copy_shares_nothing_and_keeps_what_is_tied(tiny: Tiny) -> None:
             assert not copied.requires_grad
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_nothing_of_a_copy_stays_behind(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     meta = torch.device("meta")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FEW, UNLIKE
 from helpers import random_texts
 from searching import assert_it_goes_on_after_any_event, comparable
 from torch import Tensor
@@ -43,7 +43,7 @@ def search(
 # ---- exact ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_exact_finds_what_exhaustive_finds(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     for seed, objective in enumerate(("quantization_error", "maximum_activation")):
@@ -101,7 +101,7 @@ def test_ties_go_to_the_candidate_that_comes_first(tiny: Tiny, scoring: str, bat
 # ---- pruned ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_pruned_that_keeps_everything_is_exhaustive(tiny: Tiny, family: str) -> None:
     lm, texts = tiny(family), random_texts(3, 10, seed=2)
     rounds = [SearchRound(0.4, 4, 260, "spikes"), SearchRound(0.4, 4, 500, "start")]
@@ -139,7 +139,7 @@ def test_a_round_ranks_by_the_first_terms_of_the_objective(tiny: Tiny) -> None:
         assert state.token_ids == [best]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNLIKE)
 def test_a_truncated_objective_is_the_sum_of_the_first_terms(tiny: Tiny, family: str) -> None:
     lm, rows = tiny(family), rows_of([5, 99, 256], random_texts(3, 10)[0])
     objective, terms = Objective(SearchConfig()), []
