@@ -34,6 +34,7 @@ RANKS = (
     {"pipeline"},
     {"reporting"},
     {"tracking"},
+    {"export"},
     {"cli"},
     {"preflight"},
 )
