@@ -39,6 +39,7 @@ RANKS = (
     {"pipeline"},
     {"reporting"},
     {"tracking"},
+    {"export"},
     {"cli"},
     {"preflight"},
 )

@@ -110,7 +110,11 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 
 
-@pytest.mark.parametrize("name", ["docs/config.md", "docs/data.md", "docs/method.md", "docs/results.md", "README.md"])
+PAGES = ("docs/config.md", "docs/data.md", "docs/export.md", "docs/method.md", "docs/results.md", "README.md")
+"""The pages that speak of keys of the configuration."""
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_no_page_names_a_key_that_there_is_not(name: str) -> None:
     text = page(name)
     code = [body for language, body in FENCE.findall(text) if language != "python"]

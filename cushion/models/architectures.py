@@ -1,17 +1,21 @@
 """The architecture table: where the decoder blocks, their linears and the norms before them are. Data, no branches.
 
-A new family is one entry here and one row in `tests/models/test_architectures.py`; docs/extending.md walks through it.
+A new family is one entry here and one row in `tests/models/test_architectures.py`, or one file of a user's package that
+registers it; docs/extending.md walks through it. Plugins import this module, so it is light: no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from cushion.errors import ConfigError, UnsupportedModelError, did_you_mean
+from cushion.registry import PLUGINS, Registry
 
-from cushion.errors import UnsupportedModelError, did_you_mean
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 Requirements = tuple[tuple[str, Any], ...]
 
@@ -66,6 +70,8 @@ class Architecture:
         key_value_heads: how many heads the cache of a layer has: a number, or a key of the configuration. None:
             `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
         residual: where the residual stream is written and read; None where it is not known: rotation is refused.
+        tiny: a function that makes the configuration of a tiny model of the family, `model.path=tiny:<model_type>`;
+            it imports transformers by itself. Cushion's own families have theirs in `cushion.models.tiny`.
 
     """
 
@@ -80,6 +86,7 @@ class Architecture:
     full_precision: tuple[str, ...] = ()
     key_value_heads: str | int | None = None
     residual: ResidualStream | None = None
+    tiny: Callable[[], PreTrainedConfig] | None = field(default=None, compare=False)
 
     def cache_shape(self, config: Any) -> tuple[int, int, int]:
         """Layers, key-value heads and head size of the cache of a model with this configuration."""
@@ -245,11 +252,35 @@ _ENTRIES = (
     ),
 )
 
-ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
-    model_type: tuple(entry for entry in _ENTRIES if entry.model_type == model_type)
-    for model_type in dict.fromkeys(entry.model_type for entry in _ENTRIES)
-}
-"""The entries of each family, in the order in which they are tried."""
+ARCHITECTURES: Registry[tuple[Architecture, ...]] = Registry("model_type", __package__, PLUGINS)
+"""The entries of each family, in the order in which they are tried: Cushion's own, then those of plugins."""
+
+
+def register(*entries: Architecture) -> None:
+    """Make a family known: all of its entries, in the order in which they are to be tried.
+
+    Raises:
+        ConfigError: they are not of one family, or the family is known already.
+
+    """
+    families = list(dict.fromkeys(entry.model_type for entry in entries))
+    if len(families) != 1:
+        raise ConfigError(f"model_type={', '.join(families)}: register the entries of one family, and of one alone")
+    try:
+        ARCHITECTURES.register(families[0], entries)
+    except ConfigError as error:
+        raise ConfigError(
+            f"model_type={families[0]} is registered twice: all entries of a family are registered in one place"
+        ) from error
+
+
+for _model_type in dict.fromkeys(entry.model_type for entry in _ENTRIES):
+    register(*(entry for entry in _ENTRIES if entry.model_type == _model_type))
+
+
+def plugin_identity(architecture: Architecture) -> dict[str, Any] | None:
+    """What an entry says, as plain JSON, where it is not one of this file: no version of code speaks for those."""
+    return None if architecture in _ENTRIES else asdict(replace(architecture, tiny=None))
 
 
 def expand(block: nn.Module, path: str) -> list[str]:
@@ -285,7 +316,7 @@ def find_architecture(config: Any, model: str) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"model.path={model!r} has the architecture {model_type!r}, which is not supported (supported: {known})"
-            f"{did_you_mean(model_type, ARCHITECTURES)}; docs/extending.md says how to add one"
+            f"{did_you_mean(model_type, ARCHITECTURES)}; a plugin of one file adds it, see docs/extending.md"
         )
     for entry in ARCHITECTURES[model_type]:
         if not any(unmet(entry.requires, config)):
@@ -293,6 +324,6 @@ def find_architecture(config: Any, model: str) -> Architecture:
     keys = dict.fromkeys(key for entry in ARCHITECTURES[model_type] for key, _ in entry.requires)
     values = ", ".join(f"{key}={getattr(config, key, None)}" for key in keys)
     raise UnsupportedModelError(
-        f"model.path={model!r} is a variant of {model_type!r} that is not supported ({values}); docs/extending.md says "
-        "how to add one"
+        f"model.path={model!r} is a variant of {model_type!r} that is not supported ({values}); an entry of the "
+        "table adds it, see docs/extending.md"
     )

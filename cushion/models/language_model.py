@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, did_you_mean
 from cushion.hashing import digest, tensor_digest
-from cushion.models.architectures import Architecture, expand, find_architecture
+from cushion.models.architectures import Architecture, expand, find_architecture, plugin_identity
 from cushion.models.embedded import embedded_model
 from cushion.models.experts import with_linear_experts
 from cushion.models.tiny import byte_tokenizer, tiny_model
@@ -203,7 +203,11 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
     if config.device_map is None or scheme == "tiny":
         cast(Any, model).to(device)
     model.eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, architecture, config.label, _fingerprint(model, tokenizer, config))
+    fingerprint = _fingerprint(model, tokenizer, config)
+    own = plugin_identity(architecture)
+    if own is not None:
+        fingerprint = digest([fingerprint, own])
+    return LanguageModel(model, tokenizer, architecture, config.label, fingerprint)
 
 
 def _refuse_offloading(model: PreTrainedModel, config: ModelConfig) -> None:

@@ -1,6 +1,6 @@
 """Tiny random models with a tiny tokenizer, made on the spot: for tests and for trying a configuration in seconds.
 
-They show no outliers of their own; `path="tiny:llama"` and the other names of `TINY` load them by configuration.
+They show no outliers of their own; `path="tiny:llama"` and the other names of `tiny_configurations` load them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from cushion.errors import ModelNotFoundError, did_you_mean
+from cushion.models.architectures import ARCHITECTURES
 
 VOCABULARY_SIZE = 260
 """256 bytes and the four special tokens."""
@@ -99,7 +100,15 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "falcon_alibi": lambda: _falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True),
 }
-"""Configurations by name: `config.model_type` of every family in the architecture table, and some of its variants."""
+"""Configurations by name: `config.model_type` of every family of Cushion's own, and some of its variants."""
+
+
+def tiny_configurations() -> dict[str, Callable[[], PreTrainedConfig]]:
+    """`TINY`, and the tiny configurations that plugins bring with their families."""
+    brought = {
+        name: entry.tiny for name, entries in ARCHITECTURES.items() for entry in entries if entry.tiny is not None
+    }
+    return {**brought, **TINY}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -120,14 +129,15 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
         ModelNotFoundError: no tiny model has this name.
 
     """
-    if name not in TINY:
+    configurations = tiny_configurations()
+    if name not in configurations:
         raise ModelNotFoundError(
-            f"model.path='tiny:{name}' does not exist: known are {', '.join(f'tiny:{key}' for key in TINY)}"
-            f"{did_you_mean(name, TINY)}"
+            f"model.path='tiny:{name}' does not exist: known are {', '.join(f'tiny:{key}' for key in configurations)}"
+            f"{did_you_mean(name, configurations)}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(configurations[name](), dtype=torch.float32)
         with torch.no_grad():  # a spread of weights at which attention and norms do something visible
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
