@@ -18,6 +18,7 @@ from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
 from cushion import cli, preparation
+from cushion.reporting import figures
 from cushion.results import FILE_NAME
 
 SMALL = ["tracking=none", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
@@ -41,11 +42,15 @@ def arguments(text_file: Path) -> list[str]:
 def cushion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Outcome]]:
-    """`cushion("model=tiny", ...)`: the command in this process, in a folder of its own."""
+    """`cushion("model=tiny", ...)`: the command in this process, in a folder of its own.
+
+    It draws no figures, which takes ten times as long as the run, unless a test asks for `figures_drawn`.
+    """
     folder = tmp_path / "work"
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # set by the command, and taken back after the test
+    monkeypatch.setattr(figures, "draw_figures", lambda *_: None)
 
     def run(*overrides: str) -> Outcome:
         GlobalHydra.instance().clear()
@@ -63,6 +68,15 @@ def cushion(
     GlobalHydra.instance().clear()
 
 
+DRAW_FIGURES = figures.draw_figures
+
+
+@pytest.fixture
+def figures_drawn(cushion: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command draws its figures, as it does for a user."""
+    monkeypatch.setattr(figures, "draw_figures", DRAW_FIGURES)
+
+
 def one_error(outcome: Outcome) -> str:
     """The only line on standard error of a refused command."""
     assert outcome.code == 1
@@ -76,6 +90,7 @@ def one_error(outcome: Outcome) -> str:
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("figures_drawn")
 def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     cushion: Callable[..., Outcome], arguments: list[str]
 ) -> None:
@@ -88,9 +103,9 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     assert result["status"] == "completed"
     for row in result["rows"]:
         assert row["label"] in first.out
-    figures = [Path(line.split()[-1]) for line in first.out.splitlines() if line.startswith("figure ")]
-    assert {figure.name for figure in figures} == {"activation_curves.png", "activation_map.png", "attention_maps.png"}
-    assert all(figure.is_file() for figure in figures)
+    drawn = [Path(line.split()[-1]) for line in first.out.splitlines() if line.startswith("figure ")]
+    assert {figure.name for figure in drawn} == {"activation_curves.png", "activation_map.png", "attention_maps.png"}
+    assert all(figure.is_file() for figure in drawn)
     assert "perplexity" in first.err, "progress bars go to standard error"
     second = cushion(*arguments)
     assert (second.code, second.out, second.err) == (0, first.out, "")

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,19 @@ from cushion.config import RunConfig, SearchConfig, TrackingConfig, to_dict
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
 from cushion.flat import flatten
 from cushion.metrics.columns import Measured, row_values
-from cushion.reporting.figures import draw_figures
+from cushion.reporting import figures
 from cushion.results import finished_result
 from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, summary
 
 OFFLINE = TrackingConfig(mode="offline")
+
+
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    """Draw nothing: what is tested is the same without figures, and they take longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_figures", lambda *_: None)
+        yield
 
 
 # ---- a real run ---------------------------------------------------------------------------------------------------
@@ -35,7 +43,7 @@ OFFLINE = TrackingConfig(mode="offline")
 
 def drawn(event: Event) -> None:
     if isinstance(event, RunFinished):
-        draw_figures(event.result, event.folder)
+        figures.draw_figures(event.result, event.folder)
 
 
 def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(text_file: Path, tmp_path: Path) -> None:
@@ -136,6 +144,7 @@ def tracked_until_killed(text: Path, output: Path, stage: str, done: int) -> Non
     pipeline.run(tuning_config(text, output), [kill, WandbTracker(OFFLINE)])
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(("stage", "done"), [("tuning", 4), ("finished", 0)])
 def test_a_run_that_goes_on_after_a_kill_is_one_run_and_logs_nothing_twice(
     text_file: Path, tmp_path: Path, stage: str, done: int
@@ -228,6 +237,7 @@ def test_what_was_logged_before_is_removed_once_there_is_a_new_run(
     assert [path.name for path in (tmp_path / "wandb").iterdir()] == [new.name]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_finished_run_is_logged_again_only_if_its_wandb_run_ended_badly(
     text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,6 +324,7 @@ class FailingRun:
         self._call("finish")
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("failing", ["init", "define_metric", "log", "log_artifact", "finish"])
 def test_a_failing_tracker_warns_once_and_the_run_completes(
     text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
