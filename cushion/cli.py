@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def execute(config: RunConfig) -> Path:
 def _hydra_main(config: DictConfig) -> str:
     _set_up()  # again: a launcher may have started this process
     try:
-        with _place():
+        with _full_disk_is_no_fault_of_logging(), _place():  # likewise
             return str(execute(to_run_config(config)))
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         report(error)
@@ -118,18 +119,24 @@ def _hydra_main(config: DictConfig) -> str:
 def _set_up() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("cushion").setLevel(logging.INFO)
-    logging.Handler.handleError = _logging_failed  # type: ignore[method-assign, assignment]
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-_HANDLE_ERROR = logging.Handler.handleError
+@contextmanager
+def _full_disk_is_no_fault_of_logging() -> Iterator[None]:
+    """Within the block, a log file that a full disk does not take (W&B's own) is no reason for a traceback a line."""
+    before = logging.Handler.handleError
 
+    def failed(handler: logging.Handler, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if error is None or not _is_full_disk(error):
+            before(handler, record)
 
-def _logging_failed(handler: logging.Handler, record: logging.LogRecord) -> None:
-    """As `logging` does, but for a full disk: W&B's own log file there is no reason for a traceback a line."""
-    error = sys.exc_info()[1]
-    if error is None or not _is_full_disk(error):
-        _HANDLE_ERROR(handler, record)
+    logging.Handler.handleError = failed  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        logging.Handler.handleError = before  # type: ignore[method-assign]
 
 
 def _place() -> AbstractContextManager[object]:
@@ -175,7 +182,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them; they are printed below
     register_schema()
     try:
-        _hydra_main()
+        with _full_disk_is_no_fault_of_logging():
+            _hydra_main()
     except _ReportedError:
         sys.exit(1)
     except Exception as error:  # noqa: BLE001 - told to the user, and the exit status says so

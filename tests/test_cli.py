@@ -338,13 +338,16 @@ def test_the_failed_jobs_of_a_sweep_leave_no_model_in_memory(
 
 
 def test_a_log_file_on_a_full_disk_is_no_traceback_and_any_other_fault_of_logging_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(logging.Handler, "handleError", logging.Handler.handleError)  # set back after the test
-    cli._set_up()
-    full = logging.FileHandler("/dev/full")
-    full.handle(logging.makeLogRecord({"msg": "lost"}))
-    assert capsys.readouterr().err == ""
-    full.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    usual, full = logging.Handler.handleError, logging.FileHandler("/dev/full")
+    lost = logging.makeLogRecord({"msg": "lost"})
+    with cli._full_disk_is_no_fault_of_logging(), cli._full_disk_is_no_fault_of_logging():
+        full.handle(lost)
+        assert capsys.readouterr().err == ""
+        full.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+        assert "--- Logging error ---" in capsys.readouterr().err
+    assert logging.Handler.handleError is usual, "other programs log as ever"
+    full.handle(lost)
     assert "--- Logging error ---" in capsys.readouterr().err
     full.stream = None  # what it holds could not be written on closing either
