@@ -47,6 +47,9 @@ def options_without_effect(config: RunConfig) -> list[str]:
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
     found += _of_quantizer(quantizer)
+    if quantizer.is_full_precision:
+        changed_execution = without_effect("", config, ("execution",), f"with quantizer={quantizer.name}")
+        found += [warning.removeprefix(".") for warning in changed_execution]
     return found
 
 

@@ -14,6 +14,7 @@ from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
+from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
@@ -123,6 +124,7 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
 
 def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
     check_quantizer(lm, config.quantizer)
+    load_execution(config.execution).check(lm, config.quantizer)
     method, started = METHODS[config.search.method], len(start_tokens)
     method.check_model(config.search, lm, started)
     longest = method.longest(config.search, started)

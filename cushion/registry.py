@@ -166,3 +166,5 @@ def located(place: str) -> Any:
 PLUGINS = Plugins()
 SEARCH_METHODS: Registry[Any] = Registry("search.method", "cushion.search.built_in", PLUGINS)
 """The ways of finding a prefix; `cushion.search.methods` says what one is."""
+EXECUTIONS: Registry[str] = Registry("execution", "cushion.execution.built_in", PLUGINS)
+"""How quantized linears are computed: `module:class` of a `cushion.execution.base.Execution`."""

@@ -32,7 +32,7 @@ from cushion.quantization.parts.qfem import QFeMConfig as QFeMConfig
 from cushion.quantization.parts.weights import WeightConfig as WeightConfig
 from cushion.quantization.quantizer import CalibrationConfig as CalibrationConfig
 from cushion.quantization.quantizer import QuantizerConfig as QuantizerConfig
-from cushion.registry import SEARCH_METHODS
+from cushion.registry import EXECUTIONS, SEARCH_METHODS
 
 
 @dataclass
@@ -66,8 +66,10 @@ class RunConfig:
     experiment: str = "default"
     seed: int = 0
     device: str = "auto"
+    execution: str = "simulated"
 
     def __post_init__(self) -> None:
+        EXECUTIONS[self.execution]  # refuses a name that there is not
         at_least("seed", self.seed, 0)
         safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
         require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")

@@ -6,12 +6,17 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.quantizer import QuantizerConfig
 
 
 class Execution(Protocol):
-    """One way to compute quantized linears."""
+    """One way to compute quantized linears. It is made without arguments."""
+
+    def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
+        """Raise `ConfigError` where it cannot compute this quantizer on this model, before anything is computed."""
 
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None

@@ -1,19 +1,30 @@
-"""The executions by name. Nothing is imported before it is used."""
+"""The executions by name. What one names is imported when it is used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cushion.registry import located
+from cushion.code import version_of
+from cushion.registry import EXECUTIONS, located
 
 if TYPE_CHECKING:
     from cushion.execution.base import Execution
 
-EXECUTIONS: dict[str, str] = {"simulated": "cushion.execution.simulated:Simulated"}
-"""`module:class` of an `Execution` that is made without arguments."""
+SIMULATED = "simulated"
+"""What searches, tunes and judges QFeM's alpha, whatever the rows of a table are computed with."""
 
 
 def load_execution(name: str) -> Execution:
-    """The execution of this name."""
+    """The execution of this name.
+
+    Raises:
+        ConfigError: there is none.
+
+    """
     execution: Execution = located(EXECUTIONS[name])()
     return execution
+
+
+def execution_identity(name: str) -> list[str]:
+    """Name and code of an execution, for the keys of cached steps."""
+    return [name, version_of(EXECUTIONS[name].partition(":")[0])]

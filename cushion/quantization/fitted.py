@@ -11,7 +11,7 @@ import torch
 
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
-from cushion.execution.registry import load_execution
+from cushion.execution.registry import SIMULATED, load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.check import check_quantizer, effects_of
@@ -54,7 +54,7 @@ class FittedQuantizer:
     @contextmanager
     @torch.no_grad()
     def on(
-        self, lm: LanguageModel, straight_through: bool = False, execution: str = "simulated"
+        self, lm: LanguageModel, straight_through: bool = False, execution: str = SIMULATED
     ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 

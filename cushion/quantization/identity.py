@@ -6,13 +6,17 @@ from collections.abc import Set
 from typing import Any
 
 from cushion.code import version_of
+from cushion.execution.registry import SIMULATED, execution_identity
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.parts.registry import parts
 from cushion.quantization.quantizer import QuantizerConfig
 
 
 def quantizer_identity(
-    quantizer: QuantizerConfig, calibration: Calibration | None = None, keep: Set[str] = frozenset()
+    quantizer: QuantizerConfig,
+    calibration: Calibration | None = None,
+    keep: Set[str] = frozenset(),
+    execution: str = SIMULATED,
 ) -> dict[str, Any]:
     """The part of a key that stands for a quantizer as it is put on a model, with the code of its parts.
 
@@ -21,6 +25,7 @@ def quantizer_identity(
             them is.
         calibration: the statistics that it uses, if any.
         keep: the linears that QFeM keeps in full precision.
+        execution: how its linears are computed.
 
     """
     found: dict[str, Any] = {}
@@ -35,7 +40,7 @@ def quantizer_identity(
                 module = part.effect.partition(":")[0]
                 code[module] = version_of(module)
     found |= {key: getattr(quantizer, key) for key in sorted(shared)}
-    found["code"] = code
+    found |= {"code": code, "execution": execution_identity(execution)}
     if keep:
         found["keep"] = sorted(keep)
     if calibration is not None and quantizer.is_fitted:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from cushion.config import QuantizerConfig
+from cushion.execution.registry import SIMULATED
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
@@ -27,6 +28,7 @@ class QuantizedLazily:
         quantizer: None for full precision.
         calibration: statistics behind this prefix, where the quantizer needs them.
         keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+        execution: how quantized linears are computed.
 
     """
 
@@ -35,6 +37,7 @@ class QuantizedLazily:
     quantizer: QuantizerConfig | None = None
     calibration: Calibration | None = None
     keep: frozenset[str] = frozenset()
+    execution: str = SIMULATED
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
     _is_on: bool = False
 
@@ -51,12 +54,12 @@ class QuantizedLazily:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
             fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep)
-            self._stack.enter_context(fitted.on(self.lm))
+            self._stack.enter_context(fitted.on(self.lm, execution=self.execution))
             self._is_on = True
 
     def identity(self) -> dict[str, Any]:
         """What of prefix and quantizer decides an outcome."""
         quantizer = None
         if self.quantizer is not None:
-            quantizer = quantizer_identity(self.quantizer, self.calibration, self.keep)
+            quantizer = quantizer_identity(self.quantizer, self.calibration, self.keep, self.execution)
         return {"prefix": self.behind.fingerprint, "quantizer": quantizer}

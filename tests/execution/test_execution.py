@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import registered
+from tiny_run import small_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cushion.config import ActivationConfig, QuantizerConfig, WeightConfig
-from cushion.execution.registry import EXECUTIONS, load_execution
+from cushion import pipeline
+from cushion.config import ActivationConfig, QuantizerConfig, RunConfig, WeightConfig
+from cushion.config_warnings import options_without_effect
+from cushion.errors import ConfigError
+from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight, quantize_weight
+from cushion.registry import EXECUTIONS
 
 Tiny = Callable[..., LanguageModel]
 
@@ -97,12 +105,49 @@ class Doubled(nn.Module):
 
 
 class Doubling:
+    def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
+        if quantizer.weights.bits == 5:
+            raise ConfigError("execution=doubling takes no quantizer.weights.bits=5: use 4")
+
     def linear(self, weight: Any, bias: Tensor | None, activation: ActivationQuantizer | None) -> nn.Module:
         return Doubled(weight, bias)
 
 
-def test_linears_are_built_by_the_execution_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EXECUTIONS, "doubling", f"{__name__}:Doubling")
+@pytest.fixture
+def doubling() -> Iterator[str]:
+    with registered(EXECUTIONS, "doubling", f"{__name__}:Doubling"):
+        yield "doubling"
+
+
+def test_the_execution_of_a_run_computes_its_quantized_rows_and_nothing_else(
+    text_file: Path, tmp_path: Path, doubling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cushion.execution.registry.version_of", lambda module: "of the test")
+    config = small_config(text_file, tmp_path)
+    simulated = pipeline.run(config)
+    doubled = pipeline.run(replace(config, execution=doubling))
+    for row, other in zip(simulated.rows, doubled.rows, strict=True):
+        same = row.under("perplexity") == other.under("perplexity")
+        assert same == (not row.quantized), row.name
+    assert simulated.search == doubled.search
+    weights = replace(config.quantizer.weights, bits=5)
+    refused = replace(config, execution=doubling, quantizer=replace(config.quantizer, weights=weights))
+    with pytest.raises(ConfigError, match=r"execution=doubling takes no quantizer\.weights\.bits=5"):
+        pipeline.run(refused)
+
+
+def test_an_execution_that_there_is_not_is_refused_and_one_without_effect_warned_of() -> None:
+    with pytest.raises(ConfigError, match=r"execution='simulate' is not allowed: .*did you mean 'simulated'"):
+        RunConfig(execution="simulate")
+    plain = QuantizerConfig("none", WeightConfig(None), ActivationConfig(None))
+    with registered(EXECUTIONS, "other", "somewhere:Other"):
+        assert "execution='other' has no effect with quantizer=none" in options_without_effect(
+            RunConfig(quantizer=plain, execution="other")
+        )
+
+
+@pytest.mark.usefixtures("doubling")
+def test_linears_are_built_by_the_execution_alone(tiny: Tiny) -> None:
     lm = tiny()
     names, before = set(lm.linears()), list(lm.model.modules())
     for weight_bits in (4, None):
