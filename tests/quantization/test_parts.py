@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,27 @@ def test_what_a_part_declares(part: str, statistics: set[Any], reads: set[str], 
     assert one.reads(EVERYTHING) == reads
     assert one.spans_batch(EVERYTHING) == spans_batch
     assert one.label(EVERYTHING) == label
+
+
+CHANGES: dict[str, list[Any]] = {
+    "weights": [WeightConfig(5, "per_group", 16), WeightConfig(4), WeightConfig(4, "per_group", 8),
+                WeightConfig(4, "per_group", 16, "mse")],
+    "activations": [ActivationConfig(5, symmetric=False), ActivationConfig(6), ActivationConfig(6, range="dynamic"),
+                    ActivationConfig(6, "per_token", "dynamic", False), ActivationConfig(6, estimator="mse"),
+                    ActivationConfig(6, estimator="percentile"),
+                    ActivationConfig(6, estimator="percentile", estimator_options={"percentile": 99})],
+    "kv_cache": [KvCacheConfig(5, "per_tensor"), KvCacheConfig(4), KvCacheConfig(4, "per_tensor", True)],
+    "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
+    "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
+    "levels": ["full"], "zero_point": ["real"], "targets": [["all"]],
+}  # fmt: skip
+
+
+def test_everything_that_decides_is_in_the_identity() -> None:
+    assert CHANGES.keys() == {*SHARED, *(name for part in parts() for name in part.fields)} - {"qfem"}
+    changed = [EVERYTHING, *(replace(EVERYTHING, **{key: value}) for key in CHANGES for value in CHANGES[key])]
+    identities = [json.dumps(quantizer_identity(quantizer), sort_keys=True) for quantizer in changed]
+    assert len(set(identities)) == len(changed)
 
 
 def test_a_quantizer_is_what_its_parts_are_together() -> None:

@@ -30,7 +30,7 @@ class Attention(DynamicGrid):
     order = 40
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("attention",)
-    config = AttentionConfig
+    own = AttentionConfig
 
     def label(self, quantizer: Quantizer) -> str:
         """` attention 8`."""

@@ -20,9 +20,9 @@ def grid_keys(symmetric: bool) -> frozenset[str]:
 
 
 class DynamicGrid(Part):
-    """A part that is one grid with dynamic ranges, of something inside of attention: `config` is its configuration."""
+    """A part that is one grid with dynamic ranges, of something inside of attention: `own` is its configuration."""
 
-    config: ClassVar[type[Any]]
+    own: ClassVar[type[Any]]
 
     def grid(self, quantizer: Quantizer) -> Any:
         """The part's own configuration."""
@@ -34,7 +34,7 @@ class DynamicGrid(Part):
 
     def off(self, quantizer: Quantizer) -> Quantizer:
         """In full precision."""
-        return replace(quantizer, **{self.fields[0]: self.config(bits=None)})
+        return replace(quantizer, **{self.fields[0]: self.own(bits=None)})
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The keys of the grid."""

@@ -30,7 +30,7 @@ class KvCache(DynamicGrid):
     order = 30
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("kv_cache",)
-    config = KvCacheConfig
+    own = KvCacheConfig
 
     def label(self, quantizer: Quantizer) -> str:
         """`KV8`."""
