@@ -37,6 +37,7 @@ INFRASTRUCTURE = frozenset(
         "cushion.models.tiny",
         "cushion.quantization.estimators.base",  # their code stands in the identity of a quantizer
         "cushion.quantization.estimators.registry",
+        "cushion.quantization.formats",
         "cushion.quantization.parts",  # with its modules; what they decide stands in the identity of a quantizer
         "cushion.quantization.quantizer",
         "cushion.registry",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
 
@@ -15,7 +16,8 @@ class _Inputs(Effect):
         """A quantizer of the input, with the range that calibration gives where it is static."""
         activations = work.config.activations
         assert activations.bits is not None
-        grid = Grid(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
+        make = FORMATS[activations.format].make
+        grid = make(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
         fixed = None
         if activations.range == "static":
             fixed = _static_range(work, site.name, grid, site.linear.weight.device)

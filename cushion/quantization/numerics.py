@@ -64,6 +64,10 @@ class Grid:
         scale = width / self.steps
         return torch.where(scale > 0, scale, torch.ones_like(scale)), offset
 
+    def rounded(self, units: Tensor) -> Tensor:
+        """The nearest codes of values in units of the scale, ties to even; may change `units` in place."""
+        return units.round_().clamp_(*self.bounds)
+
     def _with_integer_zero_point(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Scale, and the offset as the negative of a whole number of steps; `minimum <= 0 <= maximum`."""
         scale = (maximum - minimum) / self.steps
@@ -91,11 +95,13 @@ def fake_quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> 
 
 
 def quantize(values: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Tensor:
-    """The codes `clamp(round((X - z) / s))`, whole numbers in a new float32 tensor; arguments as `fake_quantize`."""
-    low, high = grid.bounds
+    """The codes `clamp(round((X - z) / s))` in a new float32 tensor, whole numbers on an integer grid.
+
+    Arguments as `fake_quantize`.
+    """
     if grid.symmetric:
-        return (values.float() / scale.float()).round_().clamp_(low, high)
-    return (values.float() - offset.float()).div_(scale.float()).round_().clamp_(low, high)
+        return grid.rounded(values.float() / scale.float())
+    return grid.rounded((values.float() - offset.float()).div_(scale.float()))
 
 
 def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:

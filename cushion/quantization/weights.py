@@ -7,7 +7,8 @@ from torch import Tensor
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
-from cushion.quantization.numerics import Grid, min_max, quantize_weight
+from cushion.quantization.formats.registry import FORMATS
+from cushion.quantization.numerics import min_max, quantize_weight
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.weight_ranges import mse_ranges
 
@@ -30,7 +31,7 @@ class _Weights(Effect):
         weights = work.config.weights
         assert weights.bits is not None
         assert isinstance(site.weight, Tensor), "quantized twice"
-        grid = Grid(weights.bits, True, work.config.levels)
+        grid = FORMATS[weights.format].make(weights.bits, True, work.config.levels)
         ranges = mse_ranges if weights.estimator == "mse" else min_max
         site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size, ranges)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
 from typing import Any
 
 import pytest
+import torch
 from installed_plugins import PLUGINS, ROOT, cushion, installed
 
-NAMES = ("percentile_999", "bias_correction")
+from cushion.quantization.estimators.registry import ESTIMATORS
+from cushion.quantization.numerics import Grid
+from cushion.quantization.statistics.histogram import Histogram
+
+NAMES = ("percentile_999", "bias_correction", "powers_of_two")
 
 
 @pytest.fixture(scope="module")
@@ -23,37 +29,42 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "quantizer.calibration.samples=4", "quantizer.calibration.length=64", "eval.block_length=32", "eval.blocks=4",
         "eval.activation_blocks=2", "quantizer.weights.bits=3", f"paths.output_dir={folder / 'out'}",
     ]  # fmt: skip
-    same = "{percentile: 99.9}"
-    for choice in (
-        ["quantizer=percentile_999,bias_correction,per_tensor_static"],
-        ["quantizer.activations.estimator=percentile", f"+quantizer.activations.estimator_options={same}"],
-    ):
-        sweep = ["-m"] if "," in choice[0] else []
-        cushion(site, "cli", "--config-dir", str(PLUGINS / "conf"), *sweep, *words, *choice)
+    names = ",".join([*NAMES, "per_tensor_static"])
+    cushion(site, "cli", "--config-dir", str(PLUGINS / "conf"), "-m", *words, f"quantizer={names}")
     read = [json.loads(path.read_text()) for path in (folder / "out").rglob("result.json")]
     assert len(read) == 4
-    own = {"minmax": "per_tensor_static", "percentile": "percentile"}
-    return {
-        own[result["config"]["quantizer"]["activations"]["estimator"]]
-        if result["config"]["quantizer"]["name"] == "per_tensor_static"
-        else result["config"]["quantizer"]["name"]: result
-        for result in read
-    }
+    return {result["config"]["quantizer"]["name"]: result for result in read}
 
 
 def values(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result["rows"][-1]["values"].items() if "seconds" not in key}
 
 
-def test_an_estimator_in_one_file_gives_what_the_built_in_one_does(results: dict[str, dict[str, Any]]) -> None:
-    assert values(results["percentile_999"]) == values(results["percentile"])
+def test_an_estimator_in_one_file_is_chosen_by_its_option(results: dict[str, dict[str, Any]]) -> None:
     assert values(results["percentile_999"]) != values(results["per_tensor_static"])
     assert results["percentile_999"]["warnings"] == []
+
+
+def test_its_range_is_that_of_the_built_in_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_in = ESTIMATORS["percentile"]
+    monkeypatch.setattr(ESTIMATORS, "_items", dict(ESTIMATORS.items()))
+    own = runpy.run_path(str(PLUGINS / "percentile_999.py"), run_name="percentile_999_here")["range_of"]
+    observed = Histogram()
+    observed.update(torch.randn(64, 100, generator=torch.Generator().manual_seed(0)) ** 3)
+    low, high = built_in.range_of(observed, Grid(8, True), {"percentile": 99.9})
+    assert own(observed, None, {}) == (pytest.approx(float(low)), pytest.approx(float(high)))
 
 
 def test_a_part_in_one_file_changes_the_model_and_its_label(results: dict[str, dict[str, Any]]) -> None:
     assert values(results["bias_correction"]) != values(results["per_tensor_static"])
     assert results["bias_correction"]["config"]["quantizer"]["plugins"] == {"bias_correction": {}}
+
+
+def test_a_number_format_in_one_file_rounds_the_weights_and_stands_in_the_label(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    assert results["powers_of_two"]["rows"][-1]["label"].startswith("powers_of_two W3 (powers_of_two) A8")
+    assert values(results["powers_of_two"]) != values(results["per_tensor_static"])
 
 
 @pytest.mark.parametrize("name", NAMES)

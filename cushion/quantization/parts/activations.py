@@ -8,8 +8,9 @@ from typing import Any
 from cushion.checks import one_of, require, without_effect
 from cushion.quantization.estimators.base import Estimator
 from cushion.quantization.estimators.registry import ESTIMATORS
+from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import GRANULARITIES, NOTHING, Needed, Part, Quantizer
-from cushion.quantization.parts.grids import check_bits, grid_keys
+from cushion.quantization.parts.grids import grid_keys, width
 from cushion.quantization.parts.registry import register
 
 KINDS_OF_RANGE = ("static", "dynamic")
@@ -28,9 +29,10 @@ class ActivationConfig:
     symmetric: bool = True
     estimator: str = "minmax"
     estimator_options: dict[str, Any] = field(default_factory=dict)
+    format: str = "int"
 
     def __post_init__(self) -> None:
-        check_bits("quantizer.activations.bits", self.bits)
+        check_format("quantizer.activations", self.format, self.bits, self.symmetric)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
         self.estimation()
@@ -79,6 +81,7 @@ class Activations(Part):
         if own["range"] == "static":
             estimator, options = quantizer.activations.estimation()
             own["estimator"] = estimator.identity(options)
+        own["format"] = FORMATS[own["format"]].identity()
         return {"activations": own}
 
     def warnings(self, quantizer: Quantizer) -> list[str]:
@@ -86,8 +89,10 @@ class Activations(Part):
         key, activations = "quantizer.activations", quantizer.activations
         if self.is_on(quantizer) and activations.range == "static":
             return []
-        why = f"with {key}.range=dynamic" if self.is_on(quantizer) else f"with {key}.bits=null"
-        return without_effect(key, activations, ("estimator", "estimator_options"), why)
+        keys = ("estimator", "estimator_options")
+        if self.is_on(quantizer):
+            return without_effect(key, activations, keys, f"with {key}.range=dynamic")
+        return without_effect(key, activations, (*keys, "format"), f"with {key}.bits=null")
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""
@@ -100,7 +105,7 @@ class Activations(Part):
 
     def label(self, quantizer: Quantizer) -> str:
         """`A8`."""
-        return f"A{quantizer.activations.bits or 16}"
+        return f"A{width(quantizer.activations)}"
 
 
 register(Activations())

@@ -14,6 +14,13 @@ def check_bits(key: str, bits: int | None) -> None:
     require(bits is None or 2 <= bits <= 8, key, bits, "2 to 8, or null for full precision")
 
 
+def width(config: Any) -> str:
+    """The bits as they stand in the name of a scheme: 8, 16 where nothing is rounded, `8 (format)` for no integers."""
+    if config.bits is None:
+        return "16"
+    return f"{config.bits}" if config.format == "int" else f"{config.bits} ({config.format}) "
+
+
 def grid_keys(symmetric: bool) -> frozenset[str]:
     """The common keys that a grid is made of; a symmetric one has no zero point."""
     return frozenset({"levels"} if symmetric else {"levels", "zero_point"})

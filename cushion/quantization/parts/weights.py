@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cushion.checks import at_least, one_of, without_effect
+from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
-from cushion.quantization.parts.grids import check_bits, grid_keys
+from cushion.quantization.parts.grids import grid_keys, width
 from cushion.quantization.parts.registry import register
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -25,9 +26,10 @@ class WeightConfig:
     granularity: str = "per_tensor"
     group_size: int = 128
     estimator: str = "minmax"
+    format: str = "int"
 
     def __post_init__(self) -> None:
-        check_bits("quantizer.weights.bits", self.bits)
+        check_format("quantizer.weights", self.format, self.bits)
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
         at_least("quantizer.weights.group_size", self.group_size, 1)
         one_of("quantizer.weights.estimator", self.estimator, WEIGHT_ESTIMATORS)
@@ -57,17 +59,17 @@ class Weights(Part):
         """The grid; the size of groups where there are groups."""
         weights = quantizer.weights
         size = weights.group_size if weights.granularity == "per_group" else None
-        return {"weights": {**vars(weights), "group_size": size}}
+        return {"weights": {**vars(weights), "group_size": size, "format": FORMATS[weights.format].identity()}}
 
     def label(self, quantizer: Quantizer) -> str:
         """`W8`."""
-        return f"W{quantizer.weights.bits or 16}"
+        return f"W{width(quantizer.weights)}"
 
     def warnings(self, quantizer: Quantizer) -> list[str]:
         """The estimator without bits, the size of groups without groups."""
         weights, section, found = quantizer.weights, "quantizer.weights", list[str]()
         if weights.bits is None:
-            found += without_effect(section, weights, ("estimator",), "with quantizer.weights.bits=null")
+            found += without_effect(section, weights, ("estimator", "format"), "with quantizer.weights.bits=null")
         if weights.granularity != "per_group":
             why = f"with quantizer.weights.granularity={weights.granularity}"
             found += without_effect(section, weights, ("group_size",), why)

@@ -1,0 +1,31 @@
+"""The number formats by name."""
+
+from __future__ import annotations
+
+from cushion.checks import require
+from cushion.quantization.formats.base import Format
+from cushion.registry import PLUGINS, Registry
+
+FORMATS: Registry[Format] = Registry("format", "cushion.quantization.formats.built_in", PLUGINS)
+
+
+def register(form: Format) -> Format:
+    """Make a format known under its name.
+
+    Raises:
+        ConfigError: there is one of this name.
+
+    """
+    return FORMATS.register(form.name, form)
+
+
+def check_format(section: str, name: str, bits: int | None, symmetric: bool = True) -> None:
+    """Raise `ConfigError` unless there is such a format, and it has these bits and this symmetry."""
+    require(name in FORMATS, f"{section}.format", name, f"choose one of {', '.join(FORMATS)}")
+    form = FORMATS[name]
+    if bits is None:
+        return
+    widths = ", ".join(map(str, form.bits)) if list(form.bits) != list(range(2, 9)) else "2 to 8"
+    require(bits in form.bits, f"{section}.bits", bits, f"{widths}, or null for full precision")
+    reason = f"{section}.format={name} has no offset: set {section}.symmetric=true"
+    require(symmetric or not form.symmetric_only, f"{section}.symmetric", symmetric, reason)
