@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -42,10 +43,10 @@ def structured(cls: type[Any], values: Any, key: str) -> Any:
 
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values or {}))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        allowed = ", ".join(f"{name}={value!r}" for name, value in vars(cls()).items()) or "nothing"
+        allowed = ", ".join(field.name for field in fields(cls)) or "nothing"
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}={values!r} is not allowed: {reason}; it has {allowed} by default") from error
+        raise ConfigError(f"{key}={values!r} is not allowed: {reason}; its keys are: {allowed}") from error

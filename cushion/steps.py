@@ -116,7 +116,8 @@ class Steps:
         gathered = self._gather(behind, quantizer, "prefix" if len(behind) else "no prefix")
         found = (None, [], 0.0) if ranges is None else (ranges.ranges, [ranges.key], ranges.seconds)
         key = digest([*found[1], gathered.key])
-        return Calibration(found[0], key, found[2] + gathered.seconds, gathered.found)
+        own_seconds = 0.0 if RATIOS in quantizer.gathered else gathered.seconds  # else they are counted with QFeM's
+        return Calibration(found[0], key, found[2] + own_seconds, gathered.found)
 
     def _gather(self, behind: Prefix, quantizer: QuantizerConfig, title: str) -> InputStatistics:
         """All that the parts of a quantizer need to know of the inputs as they find them, in one pass."""

@@ -26,5 +26,5 @@ def load_execution(name: str) -> Execution:
 
 
 def execution_identity(name: str) -> list[str]:
-    """Name and code of an execution, for the keys of cached steps."""
-    return [name, version_of(EXECUTIONS[name].partition(":")[0])]
+    """Name, place and code of an execution, for the keys of cached steps."""
+    return [name, EXECUTIONS[name], version_of(EXECUTIONS[name].partition(":")[0])]

@@ -17,8 +17,8 @@ from cushion.quantization.calibration import Calibration
 from cushion.quantization.check import check_quantizer, effects_of
 from cushion.quantization.effect import Site, Work
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
-from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.base import Needed
+from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 
 
@@ -83,11 +83,11 @@ class FittedQuantizer:
                 surroundings.enter_context(effect.around(work))
             siblings = _siblings(lm)
             for name, linear in lm.linears(config.targets).items():
-                own = None if linear.bias is None else linear.bias.detach()
-                site = Site(name, linear, linear.weight.detach(), own)
+                weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+                site = Site(name, linear, weight, bias)
                 for effect in effects:
                     effect.at(work, site)
-                if site.activation is None and site.bias is own and not isinstance(site.weight, QuantizedWeight):
+                if site.activation is None and site.weight is weight and site.bias is bias:
                     continue
                 shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
                 parent, _, leaf = name.rpartition(".")
@@ -95,11 +95,19 @@ class FittedQuantizer:
                 work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
             yield lm
         finally:
-            work.replacements.undo()
-            surroundings.close()
+            try:
+                work.replacements.undo()
+            finally:
+                surroundings.close()
 
     def _check_ranges(self, lm: LanguageModel) -> None:
         config = self.config
+        missing = PARTS["qfem"].off(config).gathered - self.inputs.keys()
+        if missing:
+            raise CalibrationError(
+                f"quantizer={config.name} needs statistics of the linears' inputs ({min(missing).place}), and they "
+                "were not given: gather them behind the prefix first (cushion.quantization.input_statistics)"
+            )
         if not config.needs_calibration:
             return
         if self.ranges is None:

@@ -37,8 +37,7 @@ def quantizer_identity(
             found |= own
             shared |= part.reads(quantizer)
             if own and part.effect is not None:  # what QFeM decides is in `keep`
-                module = part.effect.partition(":")[0]
-                code[module] = version_of(module)
+                code[part.effect] = version_of(part.effect.partition(":")[0])
     found |= {key: getattr(quantizer, key) for key in sorted(shared)}
     found |= {"code": code, "execution": execution_identity(execution)}
     if keep:

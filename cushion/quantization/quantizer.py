@@ -35,7 +35,7 @@ class QuantizerConfig:
     """Group `quantizer`: simulated quantization of the linears in the decoder blocks (lm_head stays as it is).
 
     Every field but `name`, `calibration`, `plugins` and those of `SHARED` belongs to one part of `PARTS`. The parts of
-    users' packages have their options in `plugins`, by their names.
+    users' packages have their options in `plugins`, by their names; null turns one off.
     """
 
     name: str = "per_tensor_static"
@@ -54,7 +54,8 @@ class QuantizerConfig:
     plugins: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.plugins = {name: PARTS[name].configured(own) for name, own in self.plugins.items()}
+        named = {name: own for name, own in self.plugins.items() if own is not None}
+        self.plugins = {name: PARTS[name].configured(own) for name, own in named.items()}
         one_of("quantizer.levels", self.levels, LEVELS)
         one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")

@@ -39,21 +39,29 @@ class _Smoothing(Effect):
 
         A reader that stays in full precision, such as a router, is scaled with the others and has no say in the scale.
         """
-        lm, alpha = work.lm, work.config.smoothing_alpha
+        alpha = work.config.smoothing_alpha
         assert alpha is not None
+        replacements = Replacements()
+        try:
+            self._fold(work, alpha, replacements)
+            yield
+        finally:
+            replacements.undo()
+
+    def _fold(self, work: Work, alpha: float, replacements: Replacements) -> None:
+        lm = work.lm
         for index in range(len(lm.blocks)):
             for norm_name, readers in lm.norm_readers(index):
                 linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
                 weights = [linear.weight.detach() for linear in linears.values()]
                 scale = smoothing_scales(_shared_abs_max(linears, work), weights, alpha)
-                _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, work.replacements)
+                _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, replacements)
                 for name, reader in readers.items():
                     weight = cast(Tensor, reader.weight)
                     new = (weight.float() * scale.to(weight.device)).to(weight.dtype)
-                    work.replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
+                    replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
                     if name in linears:
                         work.divisors[name] = scale
-        yield
 
 
 SMOOTHING = _Smoothing()

@@ -24,9 +24,8 @@ class Means(InputObserver):
         self.sums: dict[str, Tensor] = {}
 
     def __call__(self, name: str, values: Tensor) -> None:
-        ones = torch.ones_like(values[..., :1])  # a last channel that counts the tokens
-        new = torch.cat([values, ones], dim=-1).flatten(0, -2).sum(0)
-        self.sums[name] = self.sums.get(name, 0) + new
+        counted = torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)  # the last channel counts the tokens
+        self.sums[name] = self.sums.get(name, 0) + counted.flatten(0, -2).double().sum(0)
 
     def write(self, folder: Any) -> None:
         torch.save({name: total[:-1] / total[-1] for name, total in self.sums.items()}, folder / "means.pt")
@@ -39,19 +38,20 @@ class Means(InputObserver):
 class _Correct(Effect):
     def at(self, work: Work, site: Site) -> None:
         if isinstance(site.weight, QuantizedWeight):
-            lost = (site.linear.weight - site.weight.dequantize()) @ work.gathered(MEANS, site.name)
-            site.bias = lost if site.bias is None else site.bias + lost
+            error = (site.linear.weight - site.weight.dequantize()).double()
+            lost = (error @ work.gathered(MEANS, site.name)).to(site.linear.weight.dtype)
+            site.bias = lost + (0 if site.bias is None else site.bias)
 
 
 CORRECT = _Correct()
 
 
 @dataclass
-class BiasCorrectionConfig: ...
+class Options: ...
 
 
 class BiasCorrection(Part):
-    name, config, effect = "bias_correction", BiasCorrectionConfig, f"{__name__}:CORRECT"
+    name, config, effect = "bias_correction", Options, f"{__name__}:CORRECT"
 
     def statistics(self, quantizer: Any) -> frozenset[Needed]:
         return frozenset({MEANS}) if self.is_on(quantizer) else NOTHING

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
+import torch
 from helpers import registered
+from torch import Tensor
 
 from cushion.checks import at_least
 from cushion.config import (
@@ -24,7 +26,10 @@ from cushion.config import (
     WeightConfig,
 )
 from cushion.config_warnings import options_without_effect
-from cushion.errors import ConfigError
+from cushion.errors import CalibrationError, ConfigError
+from cushion.models import LanguageModel
+from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
@@ -193,7 +198,7 @@ def test_a_part_that_is_added_is_asked_and_turned_off_with_nothing_else_changed(
 @pytest.mark.parametrize(
     ("plugins", "message"),
     [
-        ({"noise": {"bit": 3}}, r"quantizer.plugins.noise={'bit': 3} is not allowed: .*bit.*; it has bits=4"),
+        ({"noise": {"bit": 3}}, r"quantizer.plugins.noise={'bit': 3} is not allowed: .*bit.*; its keys are: bits"),
         ({"noise": {"bits": "many"}}, r"quantizer.plugins.noise={'bits': 'many'} is not allowed: .*many"),
         ({"noise": {"bits": 0}}, r"quantizer.plugins.noise.bits=0 is not allowed: it must be at least 1"),
         ({"nois": {}}, r"quantizer.plugins='nois' is not allowed: choose one of .*did you mean 'noise'"),
@@ -203,6 +208,53 @@ def test_a_part_that_is_added_is_asked_and_turned_off_with_nothing_else_changed(
 def test_options_of_a_part_that_is_added_are_checked(plugins: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantizerConfig(plugins=plugins)
+
+
+@pytest.mark.usefixtures("noise")
+def test_null_turns_a_part_that_is_added_off_and_targets_count_for_one_that_is_on() -> None:
+    plain = QuantizerConfig("plain", WeightConfig(bits=None), ActivationConfig(bits=None))
+    assert replace(plain, plugins={"noise": None}) == plain
+    noisy = replace(plain, plugins={"noise": {}})
+    assert unread(noisy) == ("levels", "zero_point")
+    assert quantizer_identity(noisy) != quantizer_identity(replace(noisy, targets=["q_proj"]))
+
+
+class Halving(Effect):
+    """Leaves half of every targeted weight, as numbers."""
+
+    def at(self, work: Work, site: Site) -> None:
+        assert isinstance(site.weight, Tensor)
+        site.weight = site.weight / 2
+
+
+HALVING = Halving()
+
+
+class Half(Part):
+    name = "half"
+    config = NoiseConfig
+    effect = f"{__name__}:HALVING"
+
+
+def test_a_part_may_change_a_weight_and_leave_it_in_full_precision(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny()
+    before = {name: linear.weight for name, linear in lm.linears().items()}
+    with registered(PARTS, "half", Half()):
+        config = QuantizerConfig(
+            "half", WeightConfig(bits=None), ActivationConfig(bits=None), targets=["q_proj"], plugins={"half": {}}
+        )
+        with FittedQuantizer(config).on(lm):
+            for name, weight in before.items():
+                now = lm.model.get_submodule(name).weight
+                assert torch.equal(now, weight / 2) if name.endswith("q_proj") else now is weight
+    assert all(linear.weight is before[name] for name, linear in lm.linears().items())
+
+
+def test_an_estimator_without_its_statistic_is_refused(tiny: Callable[..., LanguageModel]) -> None:
+    config = QuantizerConfig(activations=ActivationConfig(estimator="mse"))
+    message = r"needs statistics of the linears' inputs .*histogram:Histogram"
+    with pytest.raises(CalibrationError, match=message), FittedQuantizer(config).on(tiny()):
+        pass
 
 
 def test_the_configuration_needs_no_torch() -> None:

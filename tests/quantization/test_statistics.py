@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cushion.errors import CalibrationError
 from cushion.quantization.statistics.base import Statistic
-from cushion.quantization.statistics.gathered import GatheredStatistics
+from cushion.quantization.statistics.gathered import GatheredStatistics, read_statistics
 from cushion.quantization.statistics.histogram import BINS, OCTAVES, Histogram
 from cushion.quantization.statistics.moving_ranges import MovingRanges
 
@@ -174,3 +175,15 @@ def test_the_linear_with_values_that_are_not_finite_is_named() -> None:
     gathered("layers.0.down", torch.tensor([[1.0, float("inf")]]))
     with pytest.raises(CalibrationError, match=r"layers\.0\.down is not finite.*float32"):
         gathered.check()
+
+
+def test_linears_that_share_a_tensor_are_kept_and_read_again_after_one_text(tmp_path: Path) -> None:
+    gathered = GatheredStatistics(lambda: MovingRanges(0.01))
+    values = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    for name in ("gate", "up"):
+        gathered(name, values)
+    gathered.write(tmp_path)
+    found = read_statistics(MovingRanges, tmp_path)
+    for name in ("gate", "up"):
+        for key, tensor in found[name].tensors().items():
+            assert torch.equal(tensor, gathered.by_linear[name].tensors()[key])

@@ -122,7 +122,8 @@ class Estimator:
         return {"name": self.name, "options": dict(options), "code": [_version(self.statistic), _version(self.range)]}
 
 
-def _version(place: str | None) -> str | None:
+def _version(place: str | None) -> list[str] | None:
+    """A place, and the version of its code."""
     from cushion.code import version_of  # reads the whole package: not needed for --help or a refused configuration
 
-    return None if place is None else version_of(place.partition(":")[0])
+    return None if place is None else [place, version_of(place.partition(":")[0])]

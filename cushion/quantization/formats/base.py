@@ -37,7 +37,7 @@ class Format:
         return cast("Grid", located(self.grid)(bits, symmetric, levels, zero_point))
 
     def identity(self) -> list[str]:
-        """Name and code, for the keys of cached steps."""
+        """Name, place and code, for the keys of cached steps."""
         from cushion.code import version_of  # not needed for --help or a refused configuration
 
-        return [self.name, version_of(self.grid.partition(":")[0])]
+        return [self.name, self.grid, version_of(self.grid.partition(":")[0])]

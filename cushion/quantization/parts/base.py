@@ -89,8 +89,11 @@ class Part(ABC):
         return NOTHING
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
-        """Which of the keys that parts have in common this one reads: `levels`, `zero_point`, `targets`."""
-        return NOTHING
+        """Which of the keys that parts have in common this one reads: `levels`, `zero_point`, `targets`.
+
+        A part of a user's package reads the targets unless it says otherwise: its effect sees targeted linears alone.
+        """
+        return frozenset({"targets"}) if self.config is not None and self.is_on(quantizer) else NOTHING
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """What of this part, while it is on, decides an outcome: for the keys of cached steps, as plain JSON."""

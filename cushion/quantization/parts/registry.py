@@ -44,7 +44,7 @@ def turned_off(quantizer: Q, which: Callable[[Part], bool]) -> Q:
 
     Two quantizers that do the same with these parts off are equal then, but for name and calibration text.
     """
-    for part in parts():
+    for part in reversed(parts()):  # what stands on others goes before them
         if which(part):
             quantizer = part.off(quantizer)
     defaults = type(quantizer)()

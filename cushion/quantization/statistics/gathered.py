@@ -65,7 +65,7 @@ class GatheredStatistics:
         """
         self.check()
         tensors = {
-            f"{key} {name}": value.contiguous()
+            f"{key} {name}": value.clone().contiguous()  # linears that read one tensor may share it
             for name, statistic in self.by_linear.items()
             if not statistic.is_empty
             for key, value in statistic.tensors().items()
