@@ -54,12 +54,27 @@ def write_json(path: Path, record: Any) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; a file that is missing or damaged is an `ArtifactError` that names it and the folder to delete."""
+def read_json(path: Path, artifact: Path | None = None) -> Any:
+    """Read JSON; a file that is missing or damaged is an `ArtifactError` that names it and the folder to delete.
+
+    That folder is `artifact`, where the file does not stand in it directly.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again") from error
+        raise _damaged(path, artifact, error) from error
+
+
+def read_tensors(path: Path, device: str = "cpu", artifact: Path | None = None) -> dict[str, Tensor]:
+    """Read safetensors; what is missing or damaged is told as by `read_json`."""
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, artifact, error) from error
+
+
+def _damaged(path: Path, artifact: Path | None, error: Exception) -> ArtifactError:
+    return ArtifactError(f"{path} is damaged ({error}): delete the folder {artifact or path.parent} and run again")
 
 
 @contextmanager

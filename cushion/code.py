@@ -68,6 +68,11 @@ def _sources(package: str) -> Sources:
     return found
 
 
+def version_at(place: str) -> str:
+    """The version of what `module:attribute` names: of its module."""
+    return version_of(place.partition(":")[0])
+
+
 @lru_cache
 def version_of(module: str) -> str:
     """Hash of everything in a module's import closure that can decide a number.

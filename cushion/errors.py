@@ -46,6 +46,13 @@ class TuningError(CushionError):
     """Prefix tuning cannot go on, for example because the loss is no longer finite."""
 
 
+def input_not_finite(name: str) -> CalibrationError:
+    """What is wrong where calibration text drove the input of the linear `name` beyond the model's precision."""
+    return CalibrationError(
+        f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
+    )
+
+
 def did_you_mean(value: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the option closest to `value`, or an empty string when none is close."""
     close = difflib.get_close_matches(str(value), [str(option) for option in options], n=1, cutoff=0.6)

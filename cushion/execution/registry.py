@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cushion.code import version_of
+from cushion.code import version_at
 from cushion.registry import EXECUTIONS, located
 
 if TYPE_CHECKING:
@@ -27,4 +27,4 @@ def load_execution(name: str) -> Execution:
 
 def execution_identity(name: str) -> list[str]:
     """Name, place and code of an execution, for the keys of cached steps."""
-    return [name, EXECUTIONS[name], version_of(EXECUTIONS[name].partition(":")[0])]
+    return [name, EXECUTIONS[name], version_at(EXECUTIONS[name])]

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cushion.activations import ChannelRanges, observe_inputs
-from cushion.artifacts import Workspace, read_json, write_json
-from cushion.errors import ArtifactError, CalibrationError
+from cushion.artifacts import Workspace, read_json, read_tensors, write_json
+from cushion.errors import input_not_finite
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -50,9 +49,7 @@ def calibrate(lm: LanguageModel, prefix: Prefix, texts: Tensor, ranges: ChannelR
         yield done
     for name, low in ranges.minimum.items():
         if not (torch.isfinite(low).all() and torch.isfinite(ranges.maximum[name]).all()):
-            raise CalibrationError(
-                f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
-            )
+            raise input_not_finite(name)
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,7 @@ class CalibrationStep(Step[Calibration]):
     def read(self, context: Context, folder: Path) -> Calibration:
         """The ranges, on the model's device."""
         seconds = float(read_json(folder / "calibration.json")["seconds"])
-        path = folder / "ranges.safetensors"
-        try:
-            tensors = load_file(path, device=str(context.lm.device))
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder} and run again") from error
+        tensors = read_tensors(folder / "ranges.safetensors", str(context.lm.device))
         ranges = ChannelRanges()
         for name, tensor in tensors.items():
             kind, _, linear_name = name.partition(".")

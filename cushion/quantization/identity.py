@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from cushion.code import version_of
+from cushion.code import version_at
 from cushion.execution.registry import SIMULATED, execution_identity
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.parts.registry import parts
@@ -37,7 +37,7 @@ def quantizer_identity(
             found |= own
             shared |= part.reads(quantizer)
             if own and part.effect is not None:  # what QFeM decides is in `keep`
-                code[part.effect] = version_of(part.effect.partition(":")[0])
+                code[part.effect] = version_at(part.effect)
     found |= {key: getattr(quantizer, key) for key in sorted(shared)}
     found |= {"code": code, "execution": execution_identity(execution)}
     if keep:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cushion.activations import observe_inputs
 from cushion.artifacts import Workspace, read_json, write_json
-from cushion.code import version_of
+from cushion.code import version_at
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -98,7 +98,7 @@ class InputStatisticsStep(Step[InputStatistics]):
         return {
             "prefix": self.behind.fingerprint,
             "quantizer": quantizer_identity(without_rounding(self.quantizer), self.calibration),
-            "gathered": [[*needed, version_of(needed.place.partition(":")[0])] for needed in self._needed()],
+            "gathered": [[*needed, version_at(needed.place)] for needed in self._needed()],
             "texts": tensor_digest([self.texts]),
         }
 

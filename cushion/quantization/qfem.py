@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cushion.activations import TokenScales
 from cushion.artifacts import read_json, write_json
-from cushion.errors import CalibrationError
+from cushion.errors import CalibrationError, input_not_finite
 from cushion.quantization.effect import Effect, Work
 from cushion.quantization.statistics.observer import InputObserver
 
@@ -91,9 +91,7 @@ class RatioObserver(InputObserver):
         """
         for name in self._scales.names:
             if not all(torch.isfinite(row).all() for row in self._scales.rows(name)):
-                raise CalibrationError(
-                    f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
-                )
+                raise input_not_finite(name)
         own = {name: min(ratio, sys.float_info.max) for name, ratio in self._scales.ratios().items()}
         groups = list({id(group): group for group in self._group.values()}.values())
         shared = {name: max(own[member] for member in group) for group in groups for name in group}
@@ -107,7 +105,7 @@ class RatioObserver(InputObserver):
     @classmethod
     def read(cls, folder: Path, device: torch.device) -> ModuleRatios:
         """The ratios that were kept."""
-        record = read_json(folder / "ratios.json")
+        record = read_json(folder / "ratios.json", folder.parent)
         return ModuleRatios(record["ratios"], record["groups"])
 
 

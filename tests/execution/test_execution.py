@@ -122,7 +122,7 @@ def doubling() -> Iterator[str]:
 def test_the_execution_of_a_run_computes_its_quantized_rows_and_nothing_else(
     text_file: Path, tmp_path: Path, doubling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cushion.execution.registry.version_of", lambda module: "of the test")
+    monkeypatch.setattr("cushion.execution.registry.version_at", lambda place: "of the test")
     config = small_config(text_file, tmp_path)
     simulated = pipeline.run(config)
     doubled = pipeline.run(replace(config, execution=doubling))

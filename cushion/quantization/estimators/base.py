@@ -124,6 +124,6 @@ class Estimator:
 
 def _version(place: str | None) -> list[str] | None:
     """A place, and the version of its code."""
-    from cushion.code import version_of  # reads the whole package: not needed for --help or a refused configuration
+    from cushion.code import version_at  # reads the whole package: not needed for --help or a refused configuration
 
-    return None if place is None else [place, version_of(place.partition(":")[0])]
+    return None if place is None else [place, version_at(place)]

@@ -38,6 +38,6 @@ class Format:
 
     def identity(self) -> list[str]:
         """Name, place and code, for the keys of cached steps."""
-        from cushion.code import version_of  # not needed for --help or a refused configuration
+        from cushion.code import version_at  # not needed for --help or a refused configuration
 
-        return [self.name, self.grid, version_of(self.grid.partition(":")[0])]
+        return [self.name, self.grid, version_at(self.grid)]

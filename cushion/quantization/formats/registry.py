@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cushion.checks import require
+from cushion.checks import one_of, require
 from cushion.quantization.formats.base import Format
 from cushion.registry import PLUGINS, Registry
 
@@ -21,7 +21,7 @@ def register(form: Format) -> Format:
 
 def check_format(section: str, name: str, bits: int | None, symmetric: bool = True) -> None:
     """Raise `ConfigError` unless there is such a format, and it has these bits and this symmetry."""
-    require(name in FORMATS, f"{section}.format", name, f"choose one of {', '.join(FORMATS)}")
+    one_of(f"{section}.format", name, tuple(FORMATS))
     form = FORMATS[name]
     if bits is None:
         return

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cushion.errors import ArtifactError, CalibrationError
+from cushion.artifacts import read_tensors
+from cushion.errors import input_not_finite
 from cushion.quantization.statistics.base import Statistic
 
 FILE_NAME = "statistics.safetensors"
@@ -52,9 +52,7 @@ class GatheredStatistics:
         """
         for name, statistic in self.by_linear.items():
             if not statistic.is_finite:
-                raise CalibrationError(
-                    f"the input of {name} is not finite on the calibration text: use model.dtype=float32 or bfloat16"
-                )
+                raise input_not_finite(name)
 
     def write(self, folder: Path) -> None:
         """Keep all of them in one file of this folder.
@@ -75,11 +73,7 @@ class GatheredStatistics:
 
 def read_statistics(kind: type[Statistic], folder: Path) -> dict[str, Statistic]:
     """What `GatheredStatistics.write` kept, by linear; one that no token reached has none."""
-    path = folder / FILE_NAME
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder.parent} and run again") from error
+    tensors = read_tensors(folder / FILE_NAME, artifact=folder.parent)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         own, _, name = key.partition(" ")
