@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ class Work:
         straight_through: let gradients pass all rounding.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+        input_hooks: by linear, a hook before its forward pass, which whatever stands for the linear keeps.
 
     """
 
@@ -44,6 +45,7 @@ class Work:
     straight_through: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of every channel of the input of the linear `name`, each (in_features,).

@@ -92,6 +92,8 @@ class FittedQuantizer:
                 shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
                 parent, _, leaf = name.rpartition(".")
                 stands_for_it = build.linear(site.weight, site.bias, shared)
+                if name in work.input_hooks:
+                    stands_for_it.register_forward_pre_hook(work.input_hooks[name], with_kwargs=True)
                 work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
             yield lm
         finally:

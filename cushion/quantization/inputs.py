@@ -9,6 +9,8 @@ from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
+from cushion.quantization.parts.activations import EXTREMES
+from cushion.quantization.parts.registry import mixes_channels
 
 
 class _Inputs(Effect):
@@ -31,6 +33,9 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
     if estimator.statistic is not None:
         observed = work.gathered(estimator.needed(options), name)
         low, high = estimator.range_of(observed, grid, options)
+        return low.to(device), high.to(device)
+    if mixes_channels(work.config):
+        low, high = work.gathered(EXTREMES, name).range
         return low.to(device), high.to(device)
     low, high = work.ranges_of(name, device)
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel

@@ -55,6 +55,9 @@ class Part(ABC):
     keeps_function: ClassVar[bool] = False
     """Whether the model computes the same with this part on, but for rounding errors of its own precision."""
 
+    mixes_channels: ClassVar[bool] = False
+    """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
+
     def of(self, quantizer: Quantizer) -> Any:
         """The configuration of a part that a user's package adds; None where the quantizer does not name it."""
         return quantizer.plugins.get(self.name)
