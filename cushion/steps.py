@@ -24,6 +24,7 @@ from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization.calibration import Calibration, CalibrationStep
+from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.identity import rotation_of
 from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
 from cushion.quantization.lazily import QuantizedLazily
@@ -84,6 +85,7 @@ class Steps:
         texts, held_out = self._texts.tuning, self._texts.held_out
         assert texts is not None and held_out is not None
         under = tuning_quantizer(config, quantizer)
+        keep = self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None
         step = TuningRun(
             found,
             config,
@@ -93,8 +95,8 @@ class Steps:
             held_out,
             self._config.seed,
             self._folder,
-            self._calibrate_if_needed(found, under),
-            self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None,
+            self._calibrate_if_needed(found, under, keep or frozenset()),
+            keep,
         )
         return compute(step, self._context)
 
@@ -108,8 +110,27 @@ class Steps:
     def _ranges_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         return self.calibrate(behind, quantizer) if quantizer.needs_calibration else None
 
-    def _calibrate_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
-        """Everything that the quantizer has to know before it goes on the model; None where that is nothing."""
+    def _calibrate_if_needed(
+        self, behind: Prefix, quantizer: QuantizerConfig, keep: frozenset[str] = frozenset()
+    ) -> Calibration | None:
+        """Everything that the quantizer has to know before it goes on the model; None where that is nothing.
+
+        Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+
+        """
+        seen = self._see_inputs(behind, quantizer)
+        if not quantizer.blockwise:
+            return seen
+        texts = self._texts.calibration
+        assert texts is not None
+        fitted = compute(FittingStep(behind, quantizer, seen, keep, texts), self._context)
+        seen = seen or Calibration(None, "", 0.0)
+        return replace(
+            seen, key=digest([seen.key, fitted.key]), seconds=seen.seconds + fitted.seconds, fits=fitted.fits
+        )
+
+    def _see_inputs(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         ranges = self._ranges_if_needed(behind, quantizer)
         if not quantizer.gathered - {RATIOS}:
             return ranges
@@ -190,7 +211,7 @@ class Steps:
             samples: folder for lm-eval's record of every sample, None for none.
 
         """
-        calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer)
+        calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer, keep)
         model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges
+from cushion.activations import ChannelRanges, Observer, observe_inputs
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer
@@ -33,6 +33,7 @@ class Work:
         straight_through: let gradients pass all rounding.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+        fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
 
     """
 
@@ -44,6 +45,7 @@ class Work:
     straight_through: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of every channel of the input of the linear `name`, each (in_features,).
@@ -66,6 +68,20 @@ class Work:
         if name not in self.inputs.get(kind, {}):
             raise not_seen(name)
         return self.inputs[kind][name]
+
+    def fit_of(self, part: str, name: str) -> Tensor:
+        """What `Effect.fit` of the part found for the linear `name`.
+
+        Raises:
+            CalibrationError: the part was not fitted to it.
+
+        """
+        if name not in self.fits.get(part, {}):
+            raise CalibrationError(
+                f"quantizer.plugins.{part} found nothing for {name}: fit it to this model again, with more text "
+                "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
+            )
+        return self.fits[part][name]
 
 
 def not_seen(name: str) -> CalibrationError:
@@ -96,6 +112,46 @@ class Site:
     activation: ActivationQuantizer | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A decoder block whose turn it is: those before it are quantized, it and those behind it are not.
+
+    All hidden states are behind the same prefix, and those of a model that is rotated and smoothed as the quantizer
+    says.
+
+    Args:
+        work: the quantizer, with what was found for the blocks before.
+        index: the block's number.
+        texts: token ids, (texts, tokens).
+        inputs: of the block in the full-precision model, (texts, tokens, features).
+        targets: what the full-precision block makes of them, (texts, tokens, features).
+        quantized: its inputs where the blocks before are quantized, (texts, tokens, features).
+        run: the block, as it stands at the moment, on texts and hidden states as those above.
+        sites: the block's targeted linears by full name, as the parts before have filled them in.
+
+    """
+
+    work: Work
+    index: int
+    texts: Tensor
+    inputs: Tensor
+    targets: Tensor
+    quantized: Tensor
+    run: Callable[[Tensor, Tensor], Tensor]
+    sites: Mapping[str, Site] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def observe(self, observer: Observer) -> None:
+        """Show `observer` what each targeted linear reads, text by text: (1, tokens, channels) or (tokens, channels).
+
+        The blocks before are quantized, this one is not.
+        """
+        linears = {name: site.linear for name, site in self.sites.items()}
+        with observe_inputs(linears, observer):
+            for text, hidden in zip(self.texts, self.quantized, strict=True):
+                self.run(text[None], hidden[None])
+
+
 class Effect:
     """What a part does to a model. One object serves all quantizers, and is asked where the part is on."""
 
@@ -114,3 +170,10 @@ class Effect:
     def at(self, work: Work, site: Site) -> None:
         """What is done to one targeted linear."""
         return
+
+    def fit(self, turn: Turn) -> dict[str, Tensor]:
+        """What is found for the linears of one block, by full name, where the part is `blockwise`.
+
+        It is asked once for every block, in order; `at` then reads it from `Work.fit_of`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} belongs to a part with blockwise=True and has no fit")

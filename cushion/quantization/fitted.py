@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
 from cushion.execution.registry import SIMULATED, load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.calibration import Calibration
-from cushion.quantization.check import check_quantizer, effects_of
+from cushion.quantization.check import acting_parts, check_quantizer
 from cushion.quantization.effect import Site, Work
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.replacements import Replacements
+
+if TYPE_CHECKING:
+    from cushion.execution.base import Execution
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class FittedQuantizer:
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
         inputs: what else the parts of the quantizer need to know of the linears' inputs, by what was needed
             (`cushion.quantization.input_statistics`).
+        fits: what was found block by block, by part and linear, where a part asks for it
+            (`cushion.quantization.fitting`).
 
     """
 
@@ -41,6 +48,7 @@ class FittedQuantizer:
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
+    fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -49,7 +57,7 @@ class FittedQuantizer:
         """A quantizer with what a calibration found, or with nothing."""
         if calibration is None:
             return cls(config, None, keep)
-        return cls(config, calibration.ranges, keep, calibration.inputs)
+        return cls(config, calibration.ranges, keep, calibration.inputs, calibration.fits)
 
     @contextmanager
     @torch.no_grad()
@@ -68,37 +76,35 @@ class FittedQuantizer:
             ConfigError: a target, the group size or the rotation does not fit the model.
 
         """
+        build = load_execution(execution)
+        with self.surroundings(lm, straight_through) as work, rounded(work, build):
+            yield lm
+
+    @contextmanager
+    @torch.no_grad()
+    def surroundings(self, lm: LanguageModel, straight_through: bool = False) -> Iterator[Work]:
+        """The model with what keeps its function, rotation and smoothing; nothing is rounded yet.
+
+        Arguments and errors as those of `on`.
+
+        Yields:
+            What `rounded` needs to go on.
+
+        """
         assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
-        config, build = self.config, load_execution(execution)
+        config = self.config
         check_quantizer(lm, config)
         self._check_ranges(lm)
         self._check_keep(lm)
-        effects = effects_of(config)
-        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through)
-        for effect in effects:
+        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through, fits=self.fits)
+        acting = acting_parts(config)
+        for effect in acting.values():
             effect.ready(work)
-        surroundings = ExitStack()
-        try:
-            for effect in effects:
-                surroundings.enter_context(effect.around(work))
-            siblings = _siblings(lm)
-            for name, linear in lm.linears(config.targets).items():
-                weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-                site = Site(name, linear, weight, bias)
-                for effect in effects:
-                    effect.at(work, site)
-                if site.activation is None and site.weight is weight and site.bias is bias:
-                    continue
-                shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
-                parent, _, leaf = name.rpartition(".")
-                stands_for_it = build.linear(site.weight, site.bias, shared)
-                work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
-            yield lm
-        finally:
-            try:
-                work.replacements.undo()
-            finally:
-                surroundings.close()
+        with ExitStack() as stack:
+            for part, effect in acting.items():
+                if part.keeps_function:
+                    stack.enter_context(effect.around(work))
+            yield work
 
     def _check_ranges(self, lm: LanguageModel) -> None:
         config = self.config
@@ -108,6 +114,12 @@ class FittedQuantizer:
                 f"quantizer={config.name} needs statistics of the linears' inputs ({min(missing).place}), and they "
                 "were not given: gather them behind the prefix first (cushion.quantization.input_statistics)"
             )
+        for part in config.blockwise:
+            if part not in self.fits:
+                raise CalibrationError(
+                    f"quantizer={config.name} has quantizer.plugins.{part}, which was not fitted: fit it block by block "
+                    "behind the prefix first (cushion.quantization.fitting)"
+                )
         if not config.needs_calibration:
             return
         if self.ranges is None:
@@ -127,6 +139,50 @@ class FittedQuantizer:
                 f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder "
                 "blocks: measure the ratios of this model again"
             )
+
+
+@contextmanager
+@torch.no_grad()
+def rounded(work: Work, build: Execution, block: int | None = None) -> Iterator[dict[str, nn.Module]]:
+    """What a quantizer does beyond its surroundings, on the linears of one block, or of all of them.
+
+    Args:
+        work: the quantizer, its surroundings on the model.
+        build: how quantized linears are computed.
+        block: number of the only block whose linears are quantized; None for all blocks.
+
+    Yields:
+        By full name, what stands for each linear.
+
+    """
+    work, placed = replace(work, replacements=Replacements()), dict[str, nn.Module]()
+    acting, siblings = acting_parts(work.config), _siblings(work.lm)
+    with ExitStack() as stack:
+        for part, effect in acting.items():
+            if not part.keeps_function:
+                stack.enter_context(effect.around(work))
+        stack.callback(work.replacements.undo)
+        for name, site in sites_of(work, block).items():
+            weight, bias = site.weight, site.bias
+            for effect in acting.values():
+                effect.at(work, site)
+            if site.activation is None and site.weight is weight and site.bias is bias:
+                continue
+            shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
+            parent, _, leaf = name.rpartition(".")
+            placed[name] = build.linear(site.weight, site.bias, shared)
+            work.replacements.put(work.lm.model.get_submodule(parent), leaf, placed[name])
+        yield placed
+
+
+def sites_of(work: Work, block: int | None = None) -> dict[str, Site]:
+    """The targeted linears of one block, or of all of them, as they are now, by full name."""
+    within = f"{work.lm.architecture.blocks}." + ("" if block is None else f"{block}.")
+    return {
+        name: Site(name, linear, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        for name, linear in work.lm.linears(work.config.targets).items()
+        if name.startswith(within)
+    }
 
 
 def _siblings(lm: LanguageModel) -> dict[str, list[ActivationQuantizer]]:

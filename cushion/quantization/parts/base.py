@@ -55,6 +55,9 @@ class Part(ABC):
     keeps_function: ClassVar[bool] = False
     """Whether the model computes the same with this part on, but for rounding errors of its own precision."""
 
+    blockwise: ClassVar[bool] = False
+    """Whether its effect is fitted (`Effect.fit`) to one decoder block after another, those before it quantized."""
+
     def of(self, quantizer: Quantizer) -> Any:
         """The configuration of a part that a user's package adds; None where the quantizer does not name it."""
         return quantizer.plugins.get(self.name)
