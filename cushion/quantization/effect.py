@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
+from cushion.quantization.learned import Learned
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.base import Needed
@@ -31,6 +32,8 @@ class Work:
         inputs: what else was gathered of them, by what was needed.
         keep: linears whose input stays in full precision; None where nothing was said of them.
         straight_through: let gradients pass all rounding.
+        learned: what takes the place of estimated ranges.
+        learns: whether the static ranges are to learn.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
 
@@ -42,6 +45,8 @@ class Work:
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
     keep: frozenset[str] | None = None
     straight_through: bool = False
+    learned: Learned = field(default_factory=Learned)
+    learns: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
 

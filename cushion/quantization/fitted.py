@@ -16,6 +16,7 @@ from cushion.models import LanguageModel
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.check import check_quantizer, effects_of
 from cushion.quantization.effect import Site, Work
+from cushion.quantization.learned import LearnableQuantizer, Learned
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS
@@ -34,6 +35,8 @@ class FittedQuantizer:
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
         inputs: what else the parts of the quantizer need to know of the linears' inputs, by what was needed
             (`cushion.quantization.input_statistics`).
+        learned: ranges and weights that were learned for it, which take the place of estimated ranges and of the
+            model's weights.
 
     """
 
@@ -41,30 +44,41 @@ class FittedQuantizer:
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
+    learned: Learned | None = None
 
     @classmethod
     def of(
-        cls, config: QuantizerConfig, calibration: Calibration | None, keep: frozenset[str] | None = None
+        cls,
+        config: QuantizerConfig,
+        calibration: Calibration | None,
+        keep: frozenset[str] | None = None,
+        learned: Learned | None = None,
     ) -> FittedQuantizer:
         """A quantizer with what a calibration found, or with nothing."""
         if calibration is None:
-            return cls(config, None, keep)
-        return cls(config, calibration.ranges, keep, calibration.inputs)
+            return cls(config, None, keep, learned=learned)
+        return cls(config, calibration.ranges, keep, calibration.inputs, learned)
 
     @contextmanager
     @torch.no_grad()
     def on(
-        self, lm: LanguageModel, straight_through: bool = False, execution: str = SIMULATED
+        self,
+        lm: LanguageModel,
+        straight_through: bool = False,
+        execution: str = SIMULATED,
+        learnable: dict[str, LearnableQuantizer] | None = None,
     ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 
         Args:
             straight_through: let gradients pass the rounding of activations and inside attention (for tuning).
             execution: how quantized linears are computed, a name of `EXECUTIONS`.
+            learnable: filled with the quantizers of the inputs, by linear, whose static ranges then learn; linears that
+                read the output of the same norm and have the same range have one in common. None: nothing learns.
 
         Raises:
-            CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` names what is
-                not a linear of the blocks.
+            CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` or `learned`
+                names what is not a linear of the blocks, or does not fit it.
             ConfigError: a target, the group size or the rotation does not fit the model.
 
         """
@@ -73,8 +87,10 @@ class FittedQuantizer:
         check_quantizer(lm, config)
         self._check_ranges(lm)
         self._check_keep(lm)
+        learned = self.learned or Learned()
+        self._check_learned(lm, learned)
         effects = effects_of(config)
-        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through)
+        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through, learned, learnable is not None)
         for effect in effects:
             effect.ready(work)
         surroundings = ExitStack()
@@ -85,11 +101,15 @@ class FittedQuantizer:
             for name, linear in lm.linears(config.targets).items():
                 weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
                 site = Site(name, linear, weight, bias)
+                if name in learned.weights:
+                    site.weight = learned.weights[name].to(weight)
                 for effect in effects:
                     effect.at(work, site)
                 if site.activation is None and site.weight is weight and site.bias is bias:
                     continue
                 shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
+                if learnable is not None and isinstance(shared, LearnableQuantizer):
+                    learnable[name] = shared
                 parent, _, leaf = name.rpartition(".")
                 stands_for_it = build.linear(site.weight, site.bias, shared)
                 work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
@@ -127,6 +147,24 @@ class FittedQuantizer:
                 f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder "
                 "blocks: measure the ratios of this model again"
             )
+
+    def _check_learned(self, lm: LanguageModel, learned: Learned) -> None:
+        linears = lm.linears(self.config.targets)
+        unknown = sorted((learned.ranges.keys() | learned.weights.keys()) - linears.keys())
+        if unknown:
+            raise CalibrationError(
+                f"something was learned for {unknown[0]}, which is not a linear that quantizer={self.config.name} "
+                f"quantizes in {lm.label}: learn it again with this model and these quantizer.targets"
+            )
+        if learned.ranges and self.config.activations.range != "static":
+            raise CalibrationError(
+                f"quantizer={self.config.name} has ranges that were learned, and quantizer.activations.range="
+                f"{self.config.activations.range} has no use for them: set it to static"
+            )
+        for name, weight in learned.weights.items():
+            if weight.shape != linears[name].weight.shape:
+                shapes = f"{tuple(weight.shape)}, and that of the model {tuple(linears[name].weight.shape)}"
+                raise CalibrationError(f"the learned weight of {name} has shape {shapes}: it is of another model")
 
 
 def _siblings(lm: LanguageModel) -> dict[str, list[ActivationQuantizer]]:
