@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges, Observer, observe_inputs
+from cushion.activations import ChannelRanges, observe_inputs
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
+from cushion.quantization.learned import Learned
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.base import Needed
@@ -31,6 +32,8 @@ class Work:
         inputs: what else was gathered of them, by what was needed.
         keep: linears whose input stays in full precision; None where nothing was said of them.
         straight_through: let gradients pass all rounding.
+        learned: what takes the place of estimated ranges.
+        learns: whether the static ranges are to learn.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
         fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
@@ -43,6 +46,8 @@ class Work:
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
     keep: frozenset[str] | None = None
     straight_through: bool = False
+    learned: Learned = field(default_factory=Learned)
+    learns: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
     fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -141,15 +146,17 @@ class Turn:
     sites: Mapping[str, Site] = field(default_factory=dict)
 
     @torch.no_grad()
-    def observe(self, observer: Observer) -> None:
-        """Show `observer` what each targeted linear reads, text by text: (1, tokens, channels) or (tokens, channels).
+    def linear_inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and input of every targeted linear, text by text: (1, tokens, channels) or (tokens, channels).
 
-        The blocks before are quantized, this one is not.
+        The blocks before are quantized, this one is not. An expert that no token of a text is routed to is left out.
         """
-        linears = {name: site.linear for name, site in self.sites.items()}
-        with observe_inputs(linears, observer):
-            for text, hidden in zip(self.texts, self.quantized, strict=True):
+        linears, seen = {name: site.linear for name, site in self.sites.items()}, list[tuple[str, Tensor]]()
+        for text, hidden in zip(self.texts, self.quantized, strict=True):
+            with observe_inputs(linears, lambda name, values: seen.append((name, values))):
                 self.run(text[None], hidden[None])
+            yield from seen
+            seen.clear()
 
 
 class Effect:

@@ -19,7 +19,7 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.check import acting_parts
 from cushion.quantization.effect import Turn
-from cushion.quantization.fitted import FittedQuantizer, rounded, sites_of
+from cushion.quantization.fitted import FittedQuantizer, rounded, sites
 
 Fits = dict[str, dict[str, Tensor]]
 """By part and linear, what `Effect.fit` found."""
@@ -62,11 +62,12 @@ def walk(
 
 def fit_block(turn: Turn) -> None:
     """Let every part that asks for it be fitted to one block, in the order of the parts; `turn.work.fits` gets it."""
-    work, sites = turn.work, sites_of(turn.work, turn.index)
+    work = turn.work
+    turn = replace(turn, sites={site.name: site for site in sites(work, turn.index)})
     for part, effect in acting_parts(work.config).items():
         if part.blockwise:
-            work.fits[part.name].update(effect.fit(replace(turn, sites=sites)))
-        for site in sites.values():
+            work.fits[part.name].update(effect.fit(turn))
+        for site in turn.sites.values():
             effect.at(work, site)
 
 

@@ -64,8 +64,8 @@ class QuantizerConfig:
             part.check(self)
         if self.blockwise and self.uses_qfem and self.qfem.search:
             raise ConfigError(
-                f"quantizer.qfem.search=true cannot be used with quantizer.plugins.{self.blockwise[0]}, which is fitted "
-                "anew for every set of linears that is kept: give quantizer.qfem.alpha"
+                f"quantizer.qfem.search=true cannot be used with quantizer.plugins.{self.blockwise[0]}, which is "
+                "fitted anew for every set of linears that is kept: give quantizer.qfem.alpha"
             )
 
     @property

@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cushion.errors import ConfigError
 from cushion.quantization.effect import Effect, Site, Turn, Work
-from cushion.quantization.numerics import Grid, QuantizedWeight, quantize
-from cushion.quantization.parts.base import Part
+from cushion.quantization.numerics import quantize
+from cushion.quantization.parts.base import Part, Quantizer
 from cushion.quantization.parts.registry import register
 from cushion.quantization.weights import weight_grid
 
 
-def codes_of(weight: Tensor, nearest: QuantizedWeight, hessian: Tensor, grid: Grid, damping: float) -> Tensor:
-    """Codes of `weight`, (out, in), column by column: the error of each is made good by those that are to come."""
-    hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    rest, scale = weight.double().clone(), nearest.scale.expand(nearest.codes.shape).reshape(weight.shape).double()
-    codes = torch.empty_like(rest)
-    for i in range(weight.shape[1]):
-        codes[:, i] = quantize(rest[:, i], scale[:, i], torch.zeros(()), grid)
-        error = (rest[:, i] - codes[:, i] * scale[:, i]) / inverse[i, i]
-        rest[:, i:] -= error[:, None] * inverse[i, i:]
+def codes_of(site: Site, hessian: Tensor, config: Quantizer) -> Tensor:
+    """Codes of a weight, column by column: the error of each is made good by the columns that are to come."""
+    nearest, rest = site.weight, site.linear.weight.double().clone()
+    scale = nearest.scale.expand(nearest.codes.shape).reshape(rest.shape).double()
+    hessian.diagonal().add_(config.plugins["gptq"].damping * hessian.diagonal().mean())
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    codes, zero = torch.empty_like(rest), torch.zeros(())
+    for i in range(rest.shape[1]):
+        codes[:, i] = quantize(rest[:, i], scale[:, i], zero, weight_grid(config))
+        error = (rest[:, i] - codes[:, i] * scale[:, i]) / factor[i, i]
+        rest[:, i:] -= error[:, None] * factor[i, i:]
     return codes.to(nearest.codes.dtype).reshape(nearest.codes.shape)
 
 
 class _Gptq(Effect):
     def fit(self, turn: Turn) -> dict[str, Tensor]:
         hessians: dict[str, Tensor] = {}
-
-        def add(name: str, values: Tensor) -> None:  # H = 2 X X^T, X being (in, tokens)
+        for name, values in turn.linear_inputs():  # H = 2 X X^T, X being (in, tokens)
             inputs = values.flatten(0, -2).double()
             hessians[name] = hessians.get(name, 0) + 2 * inputs.T @ inputs
-
-        turn.observe(add)
-        grid, damping = weight_grid(turn.work.config), turn.work.config.plugins["gptq"].damping
-        sites = {name: turn.sites[name] for name in hessians}
-        return {n: codes_of(site.linear.weight, site.weight, hessians[n], grid, damping) for n, site in sites.items()}
+        return {name: codes_of(turn.sites[name], hessian, turn.work.config) for name, hessian in hessians.items()}
 
     def at(self, work: Work, site: Site) -> None:
         site.weight = replace(site.weight, codes=work.fit_of("gptq", site.name))
@@ -57,9 +52,9 @@ class Options:
 class Gptq(Part):
     name, config, effect, blockwise = "gptq", Options, f"{__name__}:GPTQ", True
 
-    def check(self, quantizer: Any) -> None:
-        if self.is_on(quantizer) and (quantizer.weights.bits is None or self.of(quantizer).damping <= 0):
-            raise ConfigError("quantizer.plugins.gptq needs quantizer.weights.bits, and a damping above 0")
+    def check(self, quantizer: Quantizer) -> None:
+        if self.is_on(quantizer) and quantizer.weights.bits is None:
+            raise ConfigError("quantizer.plugins.gptq has no weights to round with quantizer.weights.bits=null")
 
 
 register(Gptq())
