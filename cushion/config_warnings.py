@@ -46,6 +46,12 @@ def options_without_effect(config: RunConfig) -> list[str]:
         found.append(
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
+    reconstruction = config.reconstruction
+    if not reconstruction.is_on:
+        keys = tuple(f.name for f in dataclasses.fields(reconstruction) if f.name not in ("name", "method"))
+        changed("reconstruction", reconstruction, keys, "with reconstruction.method=none")
+    elif not reconstruction.weights:
+        changed("reconstruction", reconstruction, ("weight_learning_rate",), "with reconstruction.weights=false")
     found += _of_quantizer(quantizer)
     if quantizer.is_full_precision:
         changed_execution = without_effect("", config, ("execution",), f"with quantizer={quantizer.name}")

@@ -25,6 +25,7 @@ from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished,
 from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
+from cushion.quantization.learned import Learned
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
@@ -148,6 +149,9 @@ class _Run:
             self._keep(final.prefix)
         for stage, quantizer in self._rows(none, found or none, final):
             self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
+        for stage in self._reconstructed_stages(none, final):
+            row = self._row(stage, self.config.quantizer, *measured[stage.key], reconstructs=True)
+            self.result.rows.append(row)
         own = self.result.rows[-1]
         keys = [column.key for column in columns([asdict(own)], Place.RUN)]
         self.result.metrics = {key: own.values[key] for key in keys if key in own.values}
@@ -236,14 +240,32 @@ class _Run:
         distinct = {(stage.key, quantizer is None): (stage, quantizer) for stage, quantizer in rows}
         return list(distinct.values())
 
-    def _row(self, stage: _Stage, quantizer: QuantizerConfig | None, curve: MagnitudeCurve, error: float) -> Row:
+    def _reconstructed_stages(self, none: _Stage, final: _Stage) -> list[_Stage]:
+        """Whose rows stand once more behind those of the frozen model, reconstructed: the run's own comes last."""
+        if not self.config.reconstruction.is_on:
+            return []
+        return [none, final] if self.config.eval.controls and final is not none else [final]
+
+    def _row(
+        self,
+        stage: _Stage,
+        quantizer: QuantizerConfig | None,
+        curve: MagnitudeCurve,
+        error: float,
+        reconstructs: bool = False,
+    ) -> Row:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
         if len(stage.prefix):
             label += f" + {stage.title}"
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
-        samples = self.folder / "samples" / name if self.config.eval.samples else None
         keep, keep_seconds = self._keep_modules(stage, quantizer)
-        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
+        learned, learning_seconds = None, 0.0
+        if reconstructs:
+            assert quantizer is not None
+            name, label = f"{name}_reconstructed", f"{label} + reconstruction"
+            learned, learning_seconds = self._reconstruct(stage, quantizer, keep)
+        samples = self.folder / "samples" / name if self.config.eval.samples else None
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})
         without = [
@@ -258,7 +280,7 @@ class _Run:
         if any(truncated.values()):
             self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
-        seconds = stage.seconds + keep_seconds + measured.seconds
+        seconds = stage.seconds + keep_seconds + learning_seconds + measured.seconds
         found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
         row = Row(
             name=name,
@@ -269,9 +291,23 @@ class _Run:
             values=row_values(found),
             tokens=measured.tokens,
             tasks=tasks,
+            reconstructed=reconstructs,
         )
         self.emit(RowMeasured(len(self.result.rows), asdict(row)))
         return row
+
+    def _reconstruct(self, stage: _Stage, quantizer: QuantizerConfig, keep: frozenset[str]) -> tuple[Learned, float]:
+        """What is learned block by block behind this stage's prefix, and the seconds it takes."""
+        found = self.steps.reconstruct(stage.prefix, quantizer, stage.title, keep)
+        self.result.reconstruction = {**(self.result.reconstruction or {}), stage.key: found.record}
+        self.result.timings[f"reconstruction, {stage.title}"] = found.seconds
+        lost = [str(block["block"]) for block in found.record["blocks"] if not block["kept"]]
+        if lost and self.config.reconstruction.epochs > 0:
+            self._warn(
+                f"reconstruction behind {stage.title} did not lower the error of block {', '.join(lost)}: what was "
+                "learned there is not used"
+            )
+        return found.learned, found.seconds
 
     def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:
         """The linears that QFeM keeps in full precision behind this stage's prefix, and the seconds of finding them."""

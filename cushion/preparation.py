@@ -25,7 +25,8 @@ from cushion.search.replicas import check_replicas
 class Texts:
     """The token ids that a run uses, each (texts, tokens); None where the run has no such step.
 
-    `activations` are the first blocks of the evaluation text; the blocks for perplexity are in `Prepared.blocks`.
+    `reconstruction` are the calibration texts, or as many as it asks for. `activations` are the first blocks of the
+    evaluation text; the blocks for perplexity are in `Prepared.blocks`.
     """
 
     activations: Tensor
@@ -33,6 +34,7 @@ class Texts:
     search: Tensor | None
     tuning: Tensor | None
     held_out: Tensor | None
+    reconstruction: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,16 @@ def _draw_texts(
     first = blocks.get(evaluation_name(config))
     if first is None:  # no perplexity is measured
         first = corpora["evaluation"].blocks(encode, evaluation.block_length, count)
-    calibration_texts = search_texts = tuning_texts = held_out = None
+    calibration_texts = search_texts = tuning_texts = held_out = reconstruction_texts = None
     if config.quantizer.needs_calibration_text:
         calibration = config.quantizer.calibration
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
+        reconstruction_texts = calibration_texts
+        if config.reconstruction.samples is not None:
+            wanted = config.reconstruction.samples
+            reconstruction_texts = corpora["calibration"].samples(encode, calibration.length, wanted, seed)
         if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
-            calibration_texts = lm.with_bos(calibration_texts)
+            calibration_texts, reconstruction_texts = map(lm.with_bos, (calibration_texts, reconstruction_texts))
     number = METHODS[search.method].texts
     if number is not None:
         search_texts = corpora["search"].samples(encode, search.text_length, number(search, start_length), seed)
@@ -165,7 +171,7 @@ def _draw_texts(
         parts = [tuning.sequences, tuning.held_out_sequences]
         drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)
         tuning_texts, held_out = drawn.split(parts)
-    return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out)
+    return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out, reconstruction_texts)
 
 
 def measured_corpora(config: RunConfig) -> dict[str, str]:

@@ -28,8 +28,10 @@ from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.identity import rotation_of
 from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
 from cushion.quantization.lazily import QuantizedLazily
+from cushion.quantization.learned import Learned
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
@@ -189,6 +191,21 @@ class Steps:
         }
         return Kept(frozenset(kept), record, seconds)
 
+    def reconstruct(
+        self, behind: Prefix, quantizer: QuantizerConfig, title: str, keep: frozenset[str] = frozenset()
+    ) -> Reconstructed:
+        """Block-wise reconstruction of a quantizer behind a prefix; it starts from what the calibration found.
+
+        Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+
+        """
+        texts, calibrated = self._texts.reconstruction, self._calibrate_if_needed(behind, quantizer, keep)
+        assert texts is not None and calibrated is not None
+        config, seed = self._config.reconstruction, self._config.seed
+        step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title)
+        return compute(step, self._context)
+
     def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
         """Where attention goes behind a prefix, on the full-precision model; None where it is not asked for."""
         count, first = self._config.eval.attention_texts, self._config.eval.attention_first
@@ -203,16 +220,18 @@ class Steps:
         label: str,
         keep: frozenset[str] = frozenset(),
         samples: Path | None = None,
+        learned: Learned | None = None,
     ) -> Measured:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
             keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
             samples: folder for lm-eval's record of every sample, None for none.
+            learned: ranges and weights that were learned for this prefix and quantizer.
 
         """
         calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer, keep)
-        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution)
+        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)
         return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)

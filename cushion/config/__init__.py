@@ -20,6 +20,7 @@ from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
 from cushion.config.model import ModelConfig as ModelConfig
+from cushion.config.reconstruction import ReconstructionConfig as ReconstructionConfig
 from cushion.config.search import SearchConfig as SearchConfig
 from cushion.config.search import SearchRound as SearchRound
 from cushion.config.tracking import TrackingConfig as TrackingConfig
@@ -60,6 +61,7 @@ class RunConfig:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -79,6 +81,7 @@ class RunConfig:
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
+        self.reconstruction.check(self.quantizer)
         if "replicas" in method.reads and self.search.replicas != 1 and self.model.device_map is not None:
             replicas = "null" if self.search.replicas is None else self.search.replicas
             raise ConfigError(

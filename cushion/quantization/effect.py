@@ -132,7 +132,8 @@ class Turn:
         targets: what the full-precision block makes of them, (texts, tokens, features).
         quantized: its inputs where the blocks before are quantized, (texts, tokens, features).
         run: the block, as it stands at the moment, on texts and hidden states as those above.
-        sites: the block's targeted linears by full name, as the parts before have filled them in.
+        sites: the block's targeted linears by full name, as they are; where a part is fitted, as the parts before have
+            filled them in.
 
     """
 

@@ -8,7 +8,7 @@ Only the streams before and behind one block are in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ def walk(
         quantized = inputs
         for index in range(len(lm.blocks)):
             targets = run(index, texts, inputs)
-            take(Turn(work, index, texts, inputs, targets, quantized, lambda *given, at=index: runner(at, *given)))
+            own = {site.name: site for site in sites(work, index)}
+            take(Turn(work, index, texts, inputs, targets, quantized, partial(runner, index), own))
             with rounded(work, build, index):
                 quantized = run(index, texts, quantized)
             inputs = targets
@@ -63,7 +64,6 @@ def walk(
 def fit_block(turn: Turn) -> None:
     """Let every part that asks for it be fitted to one block, in the order of the parts; `turn.work.fits` gets it."""
     work = turn.work
-    turn = replace(turn, sites={site.name: site for site in sites(work, turn.index)})
     for part, effect in acting_parts(work.config).items():
         if part.blockwise:
             work.fits[part.name].update(effect.fit(turn))

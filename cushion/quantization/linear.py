@@ -40,6 +40,12 @@ class _Clipped(torch.autograd.Function):
         return gradients[0] * inside, None, None, None
 
 
+def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized`, with the gradient of `values`; both of one shape and dtype."""
+    passed: Tensor = _StraightThrough.apply(values, quantized)
+    return passed
+
+
 @dataclass
 class _LastInput:
     """The input that was quantized last, what it became, and how many linears have yet to read that."""
