@@ -88,11 +88,11 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
     for method in ("qfep", "prefixquant"):
         config = small_config(text, folder / "out")
         config.search = SearchConfig(name=method, method=method, texts=2, text_length=20)
+        config.reconstruction = ReconstructionConfig(name="weights", method="blockwise", weights=True, epochs=1)
         config.eval = replace(config.eval, controls=False)
         found.append(config)
     config = small_config(text, folder / "out")
     config.quantizer = replace(config.quantizer, plugins={"codes": {}})
-    config.reconstruction = ReconstructionConfig(name="weights", method="blockwise", epochs=1)
     config.eval = replace(config.eval, controls=False)
     return [*found, config]
 
