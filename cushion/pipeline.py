@@ -25,6 +25,7 @@ from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished,
 from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
+from cushion.quantization.learned import Learned
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
@@ -32,7 +33,8 @@ from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warnin
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
+from cushion.tuning_step import LEARNED
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +93,20 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far."""
+    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far.
+
+    Args:
+        learned: ranges that were learned with the prefix, for the run's quantizer.
+        fitted: the stage behind whose prefix the quantizer was fitted when they were learned.
+
+    """
 
     key: str
     title: str
     prefix: Prefix
     seconds: float
+    learned: Learned | None = None
+    fitted: _Stage | None = None
 
 
 class _Run:
@@ -146,6 +156,8 @@ class _Run:
         final = stages[-1]
         if len(final.prefix):
             self._keep(final.prefix)
+        if final.learned is not None:
+            final.learned.save(self.folder / LEARNED)
         for stage, quantizer in self._rows(none, found or none, final):
             self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
         own = self.result.rows[-1]
@@ -213,7 +225,8 @@ class _Run:
         self.result.timings["tuning"] = tuned.seconds
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")
-        return _Stage(TUNED, "tuned prefix", tuned.prefix, found.seconds + tuned.seconds)
+        seconds, basis = found.seconds + tuned.seconds, None if tuned.learned is None else found
+        return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis)
 
     def _keep(self, prefix: Prefix) -> None:
         prefix.save(self.folder / "prefix")
@@ -242,8 +255,9 @@ class _Run:
             label += f" + {stage.title}"
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
         samples = self.folder / "samples" / name if self.config.eval.samples else None
-        keep, keep_seconds = self._keep_modules(stage, quantizer)
-        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
+        fitted, learned = stage.fitted or stage, None if quantizer is None else stage.learned
+        keep, keep_seconds = self._keep_modules(fitted, quantizer)
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned, fitted.prefix)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})
         without = [

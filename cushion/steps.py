@@ -27,12 +27,13 @@ from cushion.quantization.calibration import Calibration, CalibrationStep
 from cushion.quantization.identity import rotation_of
 from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
 from cushion.quantization.lazily import QuantizedLazily
+from cushion.quantization.learned import Learned
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import without_rounding
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 from cushion.tuning_step import Tuned, TuningRun
 
 
@@ -95,6 +96,7 @@ class Steps:
             self._folder,
             self._calibrate_if_needed(found, under),
             self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None,
+            self._texts.calibration if config.ranges == "static" else None,
         )
         return compute(step, self._context)
 
@@ -182,16 +184,21 @@ class Steps:
         label: str,
         keep: frozenset[str] = frozenset(),
         samples: Path | None = None,
+        learned: Learned | None = None,
+        fitted_behind: Prefix | None = None,
     ) -> Measured:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
             keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
             samples: folder for lm-eval's record of every sample, None for none.
+            learned: ranges that were learned with this prefix, for this quantizer.
+            fitted_behind: the prefix behind which the quantizer is calibrated; None for this row's own.
 
         """
-        calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer)
-        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution)
+        basis = behind if fitted_behind is None else fitted_behind
+        calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer)
+        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)
         return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)

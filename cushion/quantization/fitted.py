@@ -21,6 +21,7 @@ from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.replacements import Replacements
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class FittedQuantizer:
         straight_through: bool = False,
         execution: str = SIMULATED,
         learnable: dict[str, LearnableQuantizer] | None = None,
+        replacements: Replacements | None = None,
     ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 
@@ -75,6 +77,8 @@ class FittedQuantizer:
             execution: how quantized linears are computed, a name of `EXECUTIONS`.
             learnable: filled with the quantizers of the inputs, by linear, whose static ranges then learn; linears that
                 read the output of the same norm and have the same range have one in common. None: nothing learns.
+            replacements: filled with what stands for the linears; `suspended` gives the full-precision linears back for
+                a while, behind rotation and smoothing.
 
         Raises:
             CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` or `learned`
@@ -90,7 +94,10 @@ class FittedQuantizer:
         learned = self.learned or Learned()
         self._check_learned(lm, learned)
         effects = effects_of(config)
-        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through, learned, learnable is not None)
+        work = Work(
+            lm, config, self.ranges, self.inputs, self.keep, straight_through, learned, learnable is not None,
+            Replacements() if replacements is None else replacements,
+        )  # fmt: skip
         for effect in effects:
             effect.ready(work)
         surroundings = ExitStack()
