@@ -30,11 +30,10 @@ from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
-from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
+from cushion.schema import FOUND, LEARNED, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
 from cushion.tuning_ranges import tuning_quantizer
-from cushion.tuning_step import LEARNED
 
 logger = logging.getLogger(__name__)
 

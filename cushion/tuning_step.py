@@ -18,13 +18,11 @@ from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.learned import Learned
+from cushion.schema import LEARNED
 from cushion.step import Context, Step
 from cushion.tuning import tune_prefix
 from cushion.tuning_ranges import tuning_quantizer
 from cushion.tuning_state import TuningState
-
-LEARNED = "learned.safetensors"
-"""The file that holds learned ranges, in the artifact and in the folder of a run."""
 
 _KEYS = (
     "sequence_length",
