@@ -30,10 +30,10 @@ from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
-from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
+from cushion.schema import FOUND, LEARNED, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +92,20 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far."""
+    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far.
+
+    Args:
+        learned: ranges that were learned with the prefix, for the run's quantizer.
+        fitted: the stage behind whose prefix the quantizer was fitted when they were learned.
+
+    """
 
     key: str
     title: str
     prefix: Prefix
     seconds: float
+    learned: Learned | None = None
+    fitted: _Stage | None = None
 
 
 class _Run:
@@ -147,6 +155,8 @@ class _Run:
         final = stages[-1]
         if len(final.prefix):
             self._keep(final.prefix)
+        if final.learned is not None:
+            final.learned.save(self.folder / LEARNED)
         for stage, quantizer in self._rows(none, found or none, final):
             self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
         for stage in self._reconstructed_stages(none, final):
@@ -217,7 +227,8 @@ class _Run:
         self.result.timings["tuning"] = tuned.seconds
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")
-        return _Stage(TUNED, "tuned prefix", tuned.prefix, found.seconds + tuned.seconds)
+        seconds, basis = found.seconds + tuned.seconds, None if tuned.learned is None else found
+        return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis)
 
     def _keep(self, prefix: Prefix) -> None:
         prefix.save(self.folder / "prefix")
@@ -258,14 +269,15 @@ class _Run:
         if len(stage.prefix):
             label += f" + {stage.title}"
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
-        keep, keep_seconds = self._keep_modules(stage, quantizer)
-        learned, learning_seconds = None, 0.0
+        fitted, learned = stage.fitted or stage, None if quantizer is None else stage.learned
+        keep, keep_seconds = self._keep_modules(fitted, quantizer)
+        learning_seconds = 0.0
         if reconstructs:
             assert quantizer is not None
             name, label = f"{name}_reconstructed", f"{label} + reconstruction"
             learned, learning_seconds = self._reconstruct(stage, quantizer, keep)
         samples = self.folder / "samples" / name if self.config.eval.samples else None
-        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned)
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned, fitted.prefix)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})
         without = [
@@ -298,7 +310,8 @@ class _Run:
 
     def _reconstruct(self, stage: _Stage, quantizer: QuantizerConfig, keep: frozenset[str]) -> tuple[Learned, float]:
         """What is learned block by block behind this stage's prefix, and the seconds it takes."""
-        found = self.steps.reconstruct(stage.prefix, quantizer, stage.title, keep)
+        basis = (stage.fitted or stage).prefix
+        found = self.steps.reconstruct(stage.prefix, quantizer, stage.title, keep, stage.learned, basis)
         self.result.reconstruction = {**(self.result.reconstruction or {}), stage.key: found.record}
         self.result.timings[f"reconstruction, {stage.title}"] = found.seconds
         lost = [str(block["block"]) for block in found.record["blocks"] if not block["kept"]]

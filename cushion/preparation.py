@@ -19,6 +19,7 @@ from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
 from cushion.search.replicas import check_replicas
+from cushion.tuning_ranges import check_tuning
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
 
 def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
     check_quantizer(lm, config.quantizer)
+    check_tuning(config.tuning, config.quantizer)
     load_execution(config.execution).check(lm, config.quantizer)
     method, started = METHODS[config.search.method], len(start_tokens)
     method.check_model(config.search, lm, started)

@@ -35,7 +35,7 @@ from cushion.quantization.reconstruction_step import Reconstructed, Reconstructi
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 from cushion.tuning_step import Tuned, TuningRun
 
 
@@ -99,6 +99,7 @@ class Steps:
             self._folder,
             self._calibrate_if_needed(found, under, keep or frozenset()),
             keep,
+            self._texts.calibration if config.ranges == "static" else None,
         )
         return compute(step, self._context)
 
@@ -192,18 +193,26 @@ class Steps:
         return Kept(frozenset(kept), record, seconds)
 
     def reconstruct(
-        self, behind: Prefix, quantizer: QuantizerConfig, title: str, keep: frozenset[str] = frozenset()
+        self,
+        behind: Prefix,
+        quantizer: QuantizerConfig,
+        title: str,
+        keep: frozenset[str],
+        start: Learned | None,
+        fitted_behind: Prefix,
     ) -> Reconstructed:
         """Block-wise reconstruction of a quantizer behind a prefix; it starts from what the calibration found.
 
         Args:
             keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+            start: ranges that were learned with this prefix; it starts from these.
+            fitted_behind: the prefix behind which the quantizer is calibrated.
 
         """
-        texts, calibrated = self._texts.reconstruction, self._calibrate_if_needed(behind, quantizer, keep)
+        texts, calibrated = self._texts.reconstruction, self._calibrate_if_needed(fitted_behind, quantizer, keep)
         assert texts is not None and calibrated is not None
         config, seed = self._config.reconstruction, self._config.seed
-        step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title)
+        step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title, start)
         return compute(step, self._context)
 
     def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
@@ -221,16 +230,19 @@ class Steps:
         keep: frozenset[str] = frozenset(),
         samples: Path | None = None,
         learned: Learned | None = None,
+        fitted_behind: Prefix | None = None,
     ) -> Measured:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
             keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
             samples: folder for lm-eval's record of every sample, None for none.
-            learned: ranges and weights that were learned for this prefix and quantizer.
+            learned: ranges, and weights, that were learned with this prefix, for this quantizer.
+            fitted_behind: the prefix behind which the quantizer is calibrated; None for this row's own.
 
         """
-        calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer, keep)
+        basis = behind if fitted_behind is None else fitted_behind
+        calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer, keep)
         model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)

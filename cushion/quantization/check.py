@@ -35,3 +35,13 @@ def check_quantizer(lm: LanguageModel, config: QuantizerConfig) -> None:
         raise ConfigError(f"quantizer={config.name} finds no linear layer in the decoder blocks of {lm.label}")
     for effect in effects_of(config):
         effect.check(lm, config)
+
+
+def surrounds(config: QuantizerConfig) -> list[str]:
+    """The parts that round something besides weights and inputs of linears, by name: inside attention, for example."""
+    return [
+        part.name
+        for part in parts()
+        if part.is_on(config) and part.effect is not None and not part.keeps_function
+        and type(located(part.effect)).around is not Effect.around
+    ]  # fmt: skip

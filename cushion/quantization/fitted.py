@@ -75,6 +75,7 @@ class FittedQuantizer:
         straight_through: bool = False,
         execution: str = SIMULATED,
         learnable: dict[str, LearnableQuantizer] | None = None,
+        replacements: Replacements | None = None,
     ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 
@@ -83,6 +84,8 @@ class FittedQuantizer:
             execution: how quantized linears are computed, a name of `EXECUTIONS`.
             learnable: filled with the quantizers of the inputs, by linear, whose static ranges then learn; linears that
                 read the output of the same norm and have the same range have one in common. None: nothing learns.
+            replacements: filled with what stands for the linears; `suspended` gives the full-precision linears back for
+                a while, behind rotation and smoothing.
 
         Raises:
             CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` or `learned`
@@ -91,7 +94,10 @@ class FittedQuantizer:
 
         """
         build = load_execution(execution)
-        with self.surroundings(lm, straight_through) as work, rounded(work, build, learnable=learnable):
+        with (
+            self.surroundings(lm, straight_through) as work,
+            rounded(work, build, learnable=learnable, replacements=replacements),
+        ):
             yield lm
 
     @contextmanager
@@ -182,6 +188,7 @@ def rounded(
     build: Execution,
     block: int | None = None,
     learnable: dict[str, LearnableQuantizer] | None = None,
+    replacements: Replacements | None = None,
 ) -> Iterator[dict[str, nn.Module]]:
     """What a quantizer does beyond its surroundings, on the linears of one block, or of all of them.
 
@@ -189,13 +196,14 @@ def rounded(
         work: the quantizer, its surroundings on the model.
         build: how quantized linears are computed.
         block: number of the only block whose linears are quantized; None for all blocks.
-        learnable: as for `FittedQuantizer.on`.
+        learnable, replacements: as for `FittedQuantizer.on`.
 
     Yields:
         By full name, what stands for each linear.
 
     """
-    work = replace(work, replacements=Replacements(), learns=learnable is not None)
+    own = Replacements() if replacements is None else replacements
+    work = replace(work, replacements=own, learns=learnable is not None)
     placed: dict[str, nn.Module] = {}
     acting, siblings = acting_parts(work.config), _siblings(work.lm)
     with ExitStack() as stack:

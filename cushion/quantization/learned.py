@@ -13,6 +13,7 @@ where rounding counts as the identity. Gradients of scale and offset are multipl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,36 @@ class Learned:
     @property
     def fingerprint(self) -> str:
         """Hash of names and tensors."""
-        tensors = self._tensors()
+        tensors = self.tensors()
         return tensor_digest(tensors.values(), label=list(tensors))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as tensors on the CPU by keys, in the order of the keys."""
+        found = {f"minimum {name}": low for name, (low, _) in self.ranges.items()}
+        found |= {f"maximum {name}": high for name, (_, high) in self.ranges.items()}
+        found |= {f"weight {name}": weight for name, weight in self.weights.items()}
+        return {key: found[key].detach().cpu().clone().contiguous() for key in sorted(found)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Learned:
+        """What `tensors` described.
+
+        Raises:
+            KeyError: a key that it does not give, or one end of a range without the other.
+
+        """
+        parts: dict[str, dict[str, Tensor]] = {"minimum": {}, "maximum": {}, "weight": {}}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(" ")
+            parts[kind][name] = value
+        low, high, weights = parts.values()
+        return cls({name: (low[name], high[name]) for name in sorted(low | high)}, weights)
+
     def save(self, path: Path) -> None:
-        """Write everything into one safetensors file."""
-        save_file({name: value.clone().contiguous() for name, value in self._tensors().items()}, path)
+        """Write everything into one safetensors file, atomically."""
+        temporary = path.with_name(path.name + ".part")
+        save_file(self.tensors(), temporary)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Learned:
@@ -61,23 +86,10 @@ class Learned:
             ArtifactError: the file is missing, damaged, or not of this kind.
 
         """
-        lows, highs, weights = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-        kinds = {"minimum": lows, "maximum": highs, "weight": weights}
-        for key, value in sorted(read_tensors(path).items()):
-            kind, _, name = key.partition(" ")
-            if kind not in kinds:
-                raise ArtifactError(f"{path} is not what was learned for a quantizer: it has a tensor {key!r}")
-            kinds[kind][name] = value
-        if lows.keys() != highs.keys():
-            raise ArtifactError(f"{path} is damaged: a range has one end only")
-        return cls({name: (low, highs[name]) for name, low in lows.items()}, weights)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """All tensors on the CPU, in the order of their keys."""
-        found = {f"minimum {name}": low for name, (low, _) in self.ranges.items()}
-        found |= {f"maximum {name}": high for name, (_, high) in self.ranges.items()}
-        found |= {f"weight {name}": weight for name, weight in self.weights.items()}
-        return {key: found[key].detach().cpu() for key in sorted(found)}
+        try:
+            return cls.of(read_tensors(path))
+        except KeyError as error:
+            raise ArtifactError(f"{path} is not what was learned for a quantizer: it has or lacks {error}") from error
 
 
 class LearnableQuantizer(ActivationQuantizer):

@@ -109,21 +109,13 @@ class _State:
 
     def to_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The state as plain data and tensors."""
-        tensors = {f"minimum {name}": low for name, (low, _) in self.learned.ranges.items()}
-        tensors |= {f"maximum {name}": high for name, (_, high) in self.learned.ranges.items()}
-        tensors |= {f"weight {name}": weight for name, weight in self.learned.weights.items()}
-        return {"blocks": [asdict(block) for block in self.blocks], "seconds": self.seconds}, tensors
+        return {"blocks": [asdict(block) for block in self.blocks], "seconds": self.seconds}, self.learned.tensors()
 
     @classmethod
     def of(cls, state: dict[str, Any], tensors: dict[str, Tensor]) -> _State:
         """The state that `to_checkpoint` described."""
-        found: dict[str, dict[str, Tensor]] = {"minimum": {}, "maximum": {}, "weight": {}}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(" ")
-            found[kind][name] = tensor
-        ranges = {name: (low, found["maximum"][name]) for name, low in found["minimum"].items()}
         blocks = [BlockRecord(**block) for block in state["blocks"]]
-        return cls(Learned(ranges, found["weight"]), blocks, float(state["seconds"]))
+        return cls(Learned.of(tensors), blocks, float(state["seconds"]))
 
 
 def _copy(start: Learned | None) -> Learned:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from cushion.activations import observe_inputs, observe_outputs
 from cushion.artifacts import ArtifactStore, Checkpoint
-from cushion.config import ActivationConfig, KvCacheConfig, QFeMConfig, QuantizerConfig, WeightConfig
+from cushion.config import (
+    ActivationConfig,
+    KvCacheConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+    TuningConfig,
+    WeightConfig,
+)
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -183,5 +192,11 @@ def test_what_is_not_fitted_is_refused(tiny: Tiny, gptq: Any) -> None:
     assert config.is_fitted and config.needs_calibration_text
     with pytest.raises(ConfigError, match=r"quantizer.qfem.search=true cannot be used with quantizer.plugins.gptq"):
         with_gptq(QuantizerConfig(weights=W4, qfem=QFeMConfig(search=True)))
+    with pytest.raises(ConfigError, match=r"quantizer.plugins.gptq is fitted block by block, which takes too long"):
+        RunConfig(
+            quantizer=with_gptq(QuantizerConfig(weights=W4)),
+            search=SearchConfig(method="greedy"),
+            tuning=TuningConfig(method="prefix", steps=1, ranges="static"),
+        )
     with pytest.raises(ConfigError, match=r"no weights to round with quantizer.weights.bits=null"):
         with_gptq(QuantizerConfig(weights=WeightConfig(None)))
