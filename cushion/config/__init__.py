@@ -107,9 +107,9 @@ class RunConfig:
                 )
         if tuning.ranges == "static" and quantizer.blockwise:
             raise ConfigError(
-                f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and quantizer.plugins."
-                f"{quantizer.blockwise[0]} is fitted block by block, which takes too long for that: use "
-                "tuning.ranges=dynamic or learned"
+                f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and "
+                f"quantizer.plugins.{quantizer.blockwise[0]} is fitted block by block, which takes too long for that: "
+                "use tuning.ranges=dynamic or learned"
             )
         if tuning.loss == "kl" and quantizer.is_full_precision:
             raise ConfigError(

@@ -116,6 +116,20 @@ class LanguageModel:
                 )
         return {name: module for name, module in found.items() if name.rsplit(".", 1)[-1] in targets}
 
+    def down_projections(self) -> dict[str, list[str]]:
+        """The full names of the linears that are a block's down projection: one, or one for each of its experts.
+
+        By the name that the architecture table gives them, in the order of the blocks; empty where it gives none, or
+        the model has none of that name.
+        """
+        path, found = self.architecture.down_projection.split("."), dict[str, list[str]]()
+        for name in self.linears():
+            index, *own = name.removeprefix(f"{self.architecture.blocks}.").split(".")
+            if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
+                layer = ".".join([self.architecture.blocks, index, *path])
+                found.setdefault(layer, []).append(name)
+        return found
+
     def norm_readers(self, index: int) -> list[tuple[str, dict[str, nn.Module]]]:
         """For each norm of block `index` that linears read, its full name and all that read it, by full name.
 

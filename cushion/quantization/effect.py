@@ -37,6 +37,7 @@ class Work:
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
         fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
+        input_hooks: by linear, a hook before its forward pass, which whatever stands for the linear keeps.
 
     """
 
@@ -51,6 +52,7 @@ class Work:
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
     fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
+    input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of every channel of the input of the linear `name`, each (in_features,).

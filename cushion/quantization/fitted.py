@@ -223,6 +223,8 @@ def rounded(
                 learnable[name] = shared
             parent, _, leaf = name.rpartition(".")
             placed[name] = build.linear(site.weight, site.bias, shared)
+            if name in work.input_hooks:
+                placed[name].register_forward_pre_hook(work.input_hooks[name], with_kwargs=True)
             work.replacements.put(work.lm.model.get_submodule(parent), leaf, placed[name])
         yield placed
 

@@ -10,6 +10,8 @@ from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
+from cushion.quantization.parts.activations import EXTREMES
+from cushion.quantization.parts.registry import mixes_channels
 
 
 class _Inputs(Effect):
@@ -39,6 +41,9 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
     if estimator.statistic is not None:
         observed = work.gathered(estimator.needed(options), name)
         low, high = estimator.range_of(observed, grid, options)
+        return low.to(device), high.to(device)
+    if mixes_channels(work.config):
+        low, high = work.gathered(EXTREMES, name).range
         return low.to(device), high.to(device)
     low, high = work.ranges_of(name, device)
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel

@@ -49,6 +49,7 @@ class QuantizerConfig:
     smoothing_alpha: float | None = None
     rotation: str = "none"
     rotation_seed: int = 0
+    input_rotation: str = "none"
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     qfem: QFeMConfig = field(default_factory=QFeMConfig)

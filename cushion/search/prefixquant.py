@@ -56,20 +56,13 @@ class PrefixQuantRecord:
 
 
 def down_projections(lm: LanguageModel) -> dict[str, list[str]]:
-    """The full names of the linears that are a block's down projection: one, or one for each of its experts.
-
-    By the name that the architecture table gives them, in the order of the blocks.
+    """`LanguageModel.down_projections`, of which there must be some.
 
     Raises:
         UnsupportedModelError: the table names none for this architecture, or the model has none of that name.
 
     """
-    path, found = lm.architecture.down_projection.split("."), dict[str, list[str]]()
-    for name in lm.linears():
-        index, *own = name.removeprefix(f"{lm.architecture.blocks}.").split(".")
-        if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
-            layer = ".".join([lm.architecture.blocks, index, *path])
-            found.setdefault(layer, []).append(name)
+    found = lm.down_projections()
     if not found:
         raise UnsupportedModelError(
             f"search.method=prefixquant reads the down projections, and the architecture table has none for {lm.label} "

@@ -31,6 +31,7 @@ from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.parts.activations import EXTREMES
 from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
@@ -48,6 +49,7 @@ EVERYTHING = QuantizerConfig(
     smoothing_alpha=0.25,
     rotation="hadamard",
     rotation_seed=3,
+    input_rotation="all",
     targets=["q_proj"],
     qfem=QFeMConfig(alpha=3.0, texts=2),
 )
@@ -76,11 +78,12 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     ("part", "statistics", "reads", "spans_batch", "label"),
     [
         ("weights", set(), {"levels", "targets"}, False, "W4"),
-        ("activations", {RANGES}, {"levels", "zero_point", "targets"}, False, "A6"),
+        ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6"),
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
         ("rotation", set(), set(), False, " rotated"),
+        ("input_rotation", set(), {"targets"}, False, " all inputs rotated"),
         ("qfem", {RATIOS}, set(), False, ""),
     ],
 )
@@ -102,6 +105,7 @@ CHANGES: dict[str, list[Any]] = {
     "kv_cache": [KvCacheConfig(5, "per_tensor"), KvCacheConfig(4), KvCacheConfig(4, "per_tensor", True)],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
+    "input_rotation": ["none"],
     "levels": ["full"], "zero_point": ["real"], "targets": [["all"]],
 }  # fmt: skip
 
@@ -114,10 +118,10 @@ def test_everything_that_decides_is_in_the_identity() -> None:
 
 
 def test_a_quantizer_is_what_its_parts_are_together() -> None:
-    assert EVERYTHING.statistics == {RANGES, RATIOS}
-    assert EVERYTHING.gathered == {RATIOS}
+    assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS}
+    assert EVERYTHING.gathered == {EXTREMES, RATIOS}
     assert EVERYTHING.spans_batch
-    assert EVERYTHING.scheme == "everything W4A6KV4 attention 5 rotated"
+    assert EVERYTHING.scheme == "everything W4A6KV4 attention 5 rotated all inputs rotated"
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
     assert nothing.is_full_precision

@@ -29,9 +29,9 @@ from cushion.quantization import reconstruction_step
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.effect import Turn
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.reconstruction import BlockRecord, batches, learning_rate_factor
 from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
-from cushion.quantization.rotation import rotated
 from cushion.step import Context, compute
 
 Tiny = Callable[..., LanguageModel]
@@ -42,6 +42,7 @@ KINDS = {
     "asymmetric": replace(W4A6, activations=ActivationConfig(6, symmetric=False)),
     "smoothed with its cache": replace(W4A6, smoothing_alpha=0.5, kv_cache=KvCacheConfig(6)),
     "rotated": replace(W4A6, rotation="hadamard"),
+    "inputs rotated": replace(W4A6, input_rotation="down", activations=ActivationConfig(6, estimator="mse")),
 }
 CONFIG = ReconstructionConfig("scales", "blockwise", scale_learning_rate=0.03, weight_learning_rate=1e-3)
 DOWN = "model.layers.1.mlp.down_proj"
@@ -65,8 +66,8 @@ def step_of(
     keep: frozenset[str] = frozenset(),
 ) -> ReconstructionStep:
     prefix = Prefix.from_tokens(lm.model, start)
-    with rotated(lm, quantizer.rotation, quantizer.rotation_seed):
-        calibration = Calibration(calibrated(lm, TEXTS, prefix), "ranges", 0.0)
+    fitted = fitted_behind(lm, prefix, quantizer, TEXTS)
+    calibration = Calibration(fitted.ranges, "ranges", 0.0, fitted.inputs)
     return ReconstructionStep(prefix, quantizer, calibration, keep, config, TEXTS, 0, "no prefix")
 
 

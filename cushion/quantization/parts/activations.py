@@ -9,11 +9,14 @@ from cushion.checks import one_of, require, without_effect
 from cushion.quantization.estimators.base import Estimator
 from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.formats.registry import FORMATS, check_format
-from cushion.quantization.parts.base import GRANULARITIES, NOTHING, Needed, Part, Quantizer
+from cushion.quantization.parts.base import GRANULARITIES, NOTHING, RANGES, Needed, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
-from cushion.quantization.parts.registry import register
+from cushion.quantization.parts.registry import mixes_channels, register
 
 KINDS_OF_RANGE = ("static", "dynamic")
+
+EXTREMES = Needed("cushion.quantization.statistics.extremes:Extremes")
+"""What min-max needs where the ranges of channels are not the range of a linear's input."""
 
 
 @dataclass
@@ -72,7 +75,8 @@ class Activations(Part):
         if not (self.is_on(quantizer) and quantizer.activations.range == "static"):
             return NOTHING
         estimator, options = quantizer.activations.estimation()
-        return frozenset({estimator.needed(options)})
+        needed = estimator.needed(options)
+        return frozenset({EXTREMES if needed == RANGES and mixes_channels(quantizer) else needed})
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """The grid, and the estimator of a static range."""

@@ -58,6 +58,9 @@ class Part(ABC):
     blockwise: ClassVar[bool] = False
     """Whether its effect is fitted (`Effect.fit`) to one decoder block after another, those before it quantized."""
 
+    mixes_channels: ClassVar[bool] = False
+    """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
+
     def of(self, quantizer: Quantizer) -> Any:
         """The configuration of a part that a user's package adds; None where the quantizer does not name it."""
         return quantizer.plugins.get(self.name)

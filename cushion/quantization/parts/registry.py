@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cushion.quantization.parts.base import Part
 from cushion.registry import PLUGINS, Registry
@@ -31,6 +31,11 @@ def register(part: Part) -> Part:
 def parts() -> list[Part]:
     """All parts, in the order in which they act."""
     return sorted((part for _, part in PARTS.items()), key=lambda part: part.order)
+
+
+def mixes_channels(quantizer: Any) -> bool:
+    """Whether any part that is on lets linears read mixtures of the channels that calibration saw."""
+    return any(part.mixes_channels and part.is_on(quantizer) for part in parts())
 
 
 def unread(quantizer: Q) -> tuple[str, ...]:
