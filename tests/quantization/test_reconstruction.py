@@ -42,7 +42,7 @@ KINDS = {
     "asymmetric": replace(W4A6, activations=ActivationConfig(6, symmetric=False)),
     "smoothed with its cache": replace(W4A6, smoothing_alpha=0.5, kv_cache=KvCacheConfig(6)),
     "rotated": replace(W4A6, rotation="hadamard"),
-    "inputs rotated": replace(W4A6, input_rotation="down", activations=ActivationConfig(6, estimator="mse")),
+    "inputs rotated": replace(W4A6, input_rotation="down"),
 }
 CONFIG = ReconstructionConfig("scales", "blockwise", scale_learning_rate=0.03, weight_learning_rate=1e-3)
 DOWN = "model.layers.1.mlp.down_proj"
