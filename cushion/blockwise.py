@@ -1,16 +1,18 @@
-"""The decoder blocks of a model one after another: stop after any of them, and go on with some of the rows alone.
+"""The decoder blocks of a model one after another: stop after any of them, or run one of them alone.
 
+`run_blocks` may go on with some of the rows alone; `BlockRunner` runs a single block on hidden states that were kept.
 Neither the blocks behind the last one asked for nor the final norm nor lm_head are run. The model is left as it was:
-what this needs are hooks that live as long as the call.
+what this needs are hooks, and passes through blocks, that live as long as the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cushion.activations import hidden_states
 from cushion.models import LanguageModel
@@ -89,3 +91,95 @@ def _first_rows(value: Any, rows: int, alive: int) -> Any:
     if isinstance(value, dict):
         return {key: _first_rows(item, rows, alive) for key, item in value.items()}
     return value
+
+
+class BlockRunner:
+    """Runs one decoder block on hidden states, as the model itself would: with its masks, positions and cache.
+
+    Every call goes into the model by the front door and skips the blocks before the one asked for, so whatever is on
+    the model (a rotation, quantized attention) is in effect. Gradients reach the hidden states and what is on the
+    block.
+
+    Args:
+        lm: the model.
+        prefix: stands before every row; its keys and values are expanded over the rows, not copied.
+
+    """
+
+    def __init__(self, lm: LanguageModel, prefix: Prefix) -> None:
+        self._lm, self._prefix = lm, prefix
+        self._in_tuples = False
+
+    @torch.no_grad()
+    def inputs(self, texts: Tensor) -> Tensor:
+        """What reaches the first block of `texts`, token ids (rows, tokens): (rows, tokens, features)."""
+        seen: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._in_tuples = isinstance(output, tuple)
+            raise _EnoughError
+
+        self._run(self._lm.blocks[0], texts, before, after)
+        return seen[0]
+
+    def __call__(self, index: int, texts: Tensor, hidden: Tensor) -> Tensor:
+        """The output of block `index`; call `inputs` before.
+
+        Args:
+            index: the block's number.
+            texts: token ids of the rows, (rows, tokens).
+            hidden: what reaches the block, (rows, tokens, features).
+
+        Returns:
+            (rows, tokens, features).
+
+        """
+        found: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            found.append(hidden_states(output))
+            raise _EnoughError
+
+        with _skipped(list(self._lm.blocks)[:index], self._in_tuples):
+            self._run(self._lm.blocks[index], texts, before, after)
+        return found[0]
+
+    def _run(self, block: nn.Module, texts: Tensor, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+        cache = self._prefix.cache(self._lm.model, len(texts)) if len(self._prefix) else None
+        handles = [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after),
+        ]
+        try:
+            self._lm.body(texts, past_key_values=cache, use_cache=cache is not None)
+        except _EnoughError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _skipped(blocks: Sequence[nn.Module], in_tuples: bool) -> Iterator[None]:
+    """The blocks give back what they get, for the length of a `with` block."""
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if in_tuples else hidden
+
+    own = [vars(block).get("forward") for block in blocks]  # of a model that is spread over devices
+    try:
+        for block in blocks:
+            vars(block)["forward"] = give_back
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from cushion.checks import without_effect
-from cushion.config import QuantizerConfig, RunConfig, SearchConfig
+from cushion.config import QuantizerConfig, RunConfig, SearchConfig, TuningConfig
 from cushion.quantization.parts.registry import parts, unread
 from cushion.registry import SEARCH_METHODS
 
@@ -40,12 +40,14 @@ def options_without_effect(config: RunConfig) -> list[str]:
     if tuning.method == "none":
         keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
         changed("tuning", tuning, keys, "with tuning.method=none")
-    elif tuning.lambda_q == 0:
-        changed("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
-    elif tuning.gradient == "straight_through":
-        found.append(
-            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
-        )
+    else:
+        found += _tuning_keys(tuning)
+    reconstruction = config.reconstruction
+    if not reconstruction.is_on:
+        keys = tuple(f.name for f in dataclasses.fields(reconstruction) if f.name not in ("name", "method"))
+        changed("reconstruction", reconstruction, keys, "with reconstruction.method=none")
+    elif not reconstruction.weights:
+        changed("reconstruction", reconstruction, ("weight_learning_rate",), "with reconstruction.weights=false")
     found += _of_quantizer(quantizer)
     if quantizer.is_full_precision:
         changed_execution = without_effect("", config, ("execution",), f"with quantizer={quantizer.name}")
@@ -71,6 +73,21 @@ def _of_quantizer(quantizer: QuantizerConfig) -> list[str]:
     if not quantizer.needs_calibration_text:
         keys, why = ("samples", "length"), "without static ranges, smoothing or QFeM"
         found += without_effect("quantizer.calibration", quantizer.calibration, keys, why)
+    return found
+
+
+def _tuning_keys(tuning: TuningConfig) -> list[str]:
+    found, why = list[str](), f"with tuning.ranges={tuning.ranges}"
+    if tuning.lambda_q == 0:
+        found += without_effect("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
+    elif tuning.gradient == "straight_through":
+        found.append(
+            "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
+        )
+    if tuning.ranges != "static":
+        found += without_effect("tuning", tuning, ("ranges_every",), why)
+    if tuning.ranges != "learned":
+        found += without_effect("tuning", tuning, ("scale_learning_rate",), why)
     return found
 
 

@@ -25,14 +25,15 @@ from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished,
 from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
+from cushion.quantization.learned import Learned
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
-from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
+from cushion.schema import FOUND, LEARNED, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +92,20 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
-    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far."""
+    """A prefix as it stood at one of the `STAGES` of the run, with the seconds it cost so far.
+
+    Args:
+        learned: ranges that were learned with the prefix, for the run's quantizer.
+        fitted: the stage behind whose prefix the quantizer was fitted when they were learned.
+
+    """
 
     key: str
     title: str
     prefix: Prefix
     seconds: float
+    learned: Learned | None = None
+    fitted: _Stage | None = None
 
 
 class _Run:
@@ -146,8 +155,13 @@ class _Run:
         final = stages[-1]
         if len(final.prefix):
             self._keep(final.prefix)
+        if final.learned is not None:
+            final.learned.save(self.folder / LEARNED)
         for stage, quantizer in self._rows(none, found or none, final):
             self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
+        for stage in self._reconstructed_stages(none, final):
+            row = self._row(stage, self.config.quantizer, *measured[stage.key], reconstructs=True)
+            self.result.rows.append(row)
         own = self.result.rows[-1]
         keys = [column.key for column in columns([asdict(own)], Place.RUN)]
         self.result.metrics = {key: own.values[key] for key in keys if key in own.values}
@@ -213,7 +227,8 @@ class _Run:
         self.result.timings["tuning"] = tuned.seconds
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")
-        return _Stage(TUNED, "tuned prefix", tuned.prefix, found.seconds + tuned.seconds)
+        seconds, basis = found.seconds + tuned.seconds, None if tuned.learned is None else found
+        return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis)
 
     def _keep(self, prefix: Prefix) -> None:
         prefix.save(self.folder / "prefix")
@@ -236,14 +251,33 @@ class _Run:
         distinct = {(stage.key, quantizer is None): (stage, quantizer) for stage, quantizer in rows}
         return list(distinct.values())
 
-    def _row(self, stage: _Stage, quantizer: QuantizerConfig | None, curve: MagnitudeCurve, error: float) -> Row:
+    def _reconstructed_stages(self, none: _Stage, final: _Stage) -> list[_Stage]:
+        """Whose rows stand once more behind those of the frozen model, reconstructed: the run's own comes last."""
+        if not self.config.reconstruction.is_on:
+            return []
+        return [none, final] if self.config.eval.controls and final is not none else [final]
+
+    def _row(
+        self,
+        stage: _Stage,
+        quantizer: QuantizerConfig | None,
+        curve: MagnitudeCurve,
+        error: float,
+        reconstructs: bool = False,
+    ) -> Row:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
         if len(stage.prefix):
             label += f" + {stage.title}"
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
+        fitted, learned = stage.fitted or stage, None if quantizer is None else stage.learned
+        keep, keep_seconds = self._keep_modules(fitted, quantizer)
+        learning_seconds = 0.0
+        if reconstructs:
+            assert quantizer is not None
+            name, label = f"{name}_reconstructed", f"{label} + reconstruction"
+            learned, learning_seconds = self._reconstruct(stage, quantizer, keep)
         samples = self.folder / "samples" / name if self.config.eval.samples else None
-        keep, keep_seconds = self._keep_modules(stage, quantizer)
-        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples)
+        measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned, fitted.prefix)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})
         without = [
@@ -258,7 +292,7 @@ class _Run:
         if any(truncated.values()):
             self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
-        seconds = stage.seconds + keep_seconds + measured.seconds
+        seconds = stage.seconds + keep_seconds + learning_seconds + measured.seconds
         found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
         row = Row(
             name=name,
@@ -269,9 +303,24 @@ class _Run:
             values=row_values(found),
             tokens=measured.tokens,
             tasks=tasks,
+            reconstructed=reconstructs,
         )
         self.emit(RowMeasured(len(self.result.rows), asdict(row)))
         return row
+
+    def _reconstruct(self, stage: _Stage, quantizer: QuantizerConfig, keep: frozenset[str]) -> tuple[Learned, float]:
+        """What is learned block by block behind this stage's prefix, and the seconds it takes."""
+        basis = (stage.fitted or stage).prefix
+        found = self.steps.reconstruct(stage.prefix, quantizer, stage.title, keep, stage.learned, basis)
+        self.result.reconstruction = {**(self.result.reconstruction or {}), stage.key: found.record}
+        self.result.timings[f"reconstruction, {stage.title}"] = found.seconds
+        lost = [str(block["block"]) for block in found.record["blocks"] if not block["kept"]]
+        if lost and self.config.reconstruction.epochs > 0:
+            self._warn(
+                f"reconstruction behind {stage.title} did not lower the error of block {', '.join(lost)}: what was "
+                "learned there is not used"
+            )
+        return found.learned, found.seconds
 
     def _keep_modules(self, stage: _Stage, quantizer: QuantizerConfig | None) -> tuple[frozenset[str], float]:
         """The linears that QFeM keeps in full precision behind this stage's prefix, and the seconds of finding them."""

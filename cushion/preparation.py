@@ -19,13 +19,15 @@ from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
 from cushion.search.replicas import check_replicas
+from cushion.tuning_ranges import check_tuning
 
 
 @dataclass(frozen=True)
 class Texts:
     """The token ids that a run uses, each (texts, tokens); None where the run has no such step.
 
-    `activations` are the first blocks of the evaluation text; the blocks for perplexity are in `Prepared.blocks`.
+    `reconstruction` are the calibration texts, or as many as it asks for. `activations` are the first blocks of the
+    evaluation text; the blocks for perplexity are in `Prepared.blocks`.
     """
 
     activations: Tensor
@@ -33,6 +35,7 @@ class Texts:
     search: Tensor | None
     tuning: Tensor | None
     held_out: Tensor | None
+    reconstruction: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
 
 def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
     check_quantizer(lm, config.quantizer)
+    check_tuning(config.tuning, config.quantizer)
     load_execution(config.execution).check(lm, config.quantizer)
     method, started = METHODS[config.search.method], len(start_tokens)
     method.check_model(config.search, lm, started)
@@ -152,12 +156,16 @@ def _draw_texts(
     first = blocks.get(evaluation_name(config))
     if first is None:  # no perplexity is measured
         first = corpora["evaluation"].blocks(encode, evaluation.block_length, count)
-    calibration_texts = search_texts = tuning_texts = held_out = None
+    calibration_texts = search_texts = tuning_texts = held_out = reconstruction_texts = None
     if config.quantizer.needs_calibration_text:
         calibration = config.quantizer.calibration
         calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
+        reconstruction_texts = calibration_texts
+        if config.reconstruction.samples is not None:
+            wanted = config.reconstruction.samples
+            reconstruction_texts = corpora["calibration"].samples(encode, calibration.length, wanted, seed)
         if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
-            calibration_texts = lm.with_bos(calibration_texts)
+            calibration_texts, reconstruction_texts = map(lm.with_bos, (calibration_texts, reconstruction_texts))
     number = METHODS[search.method].texts
     if number is not None:
         search_texts = corpora["search"].samples(encode, search.text_length, number(search, start_length), seed)
@@ -165,7 +173,7 @@ def _draw_texts(
         parts = [tuning.sequences, tuning.held_out_sequences]
         drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)
         tuning_texts, held_out = drawn.split(parts)
-    return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out)
+    return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out, reconstruction_texts)
 
 
 def measured_corpora(config: RunConfig) -> dict[str, str]:

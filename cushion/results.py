@@ -29,7 +29,8 @@ class Row:
 
     `stage` says whose prefix it has (`cushion.schema.STAGES`); `values` holds its numbers by the key of their column
     (`cushion.metrics`), None where one was not measured; `tokens` by corpus the number of tokens that a perplexity was
-    averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`.
+    averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`. A row that is
+    `reconstructed` has ranges, and perhaps weights, that were learned for it: it is not one of the frozen model.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     values: dict[str, float | None]
     tokens: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reconstructed: bool = False
 
     def under(self, key: str) -> dict[str, float | None]:
         """The values below a key by what follows it: `under("perplexity")` has one for each corpus."""
@@ -60,6 +62,7 @@ class RunResult:
     search: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
     qfem: dict[str, Any] | None = None
+    reconstruction: dict[str, Any] | None = None
     activations: dict[str, Any] = field(default_factory=dict)
     attention: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)

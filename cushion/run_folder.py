@@ -21,6 +21,8 @@ from cushion.step import runtime
 def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     """`<output_dir>/<experiment>/<model>/<quantizer>-<search>-<tuning>/<hash of what matters>`.
 
+    A run with a reconstruction has `-<reconstruction>` behind the tuning.
+
     The hash covers the whole configuration but for tracking and places, the code of everything that decides a number
     (of plugins too), the versions of torch and transformers, what names that move mean now (a model's commit,
     packages that ship weights or text), the device, and size and time of the files that the user names as text or as
@@ -39,14 +41,19 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     if plugins:
         identity["plugins"] = plugins
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
-    row = f"{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
     output = Path(config.paths.output_dir).expanduser()
-    return output / config.experiment / config.model.label / row / digest(identity, 12)
+    return output / config.experiment / config.model.label / _row(config) / digest(identity, 12)
 
 
 def run_name(config: RunConfig) -> str:
     """How a run is called in a tracker: what was chosen by name."""
-    return f"{config.model.label}-{config.quantizer.name}-{config.search.name}-{config.tuning.name}"
+    return f"{config.model.label}-{_row(config)}"
+
+
+def _row(config: RunConfig) -> str:
+    """What was chosen by name beside the model: the reconstruction where there is one."""
+    names = [config.quantizer.name, config.search.name, config.tuning.name]
+    return "-".join([*names, config.reconstruction.name] if config.reconstruction.is_on else names)
 
 
 def _local_inputs(config: RunConfig) -> list[Path]:

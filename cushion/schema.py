@@ -12,6 +12,9 @@ from cushion.errors import ArtifactError
 from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
+LEARNED = "learned.safetensors"
+"""The ranges that were learned with the tuned prefix, beside it."""
+
 SCHEMA_VERSION = 2
 STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")
 """Whose prefix a row has: none, the one that was found or given, or that one tuned."""

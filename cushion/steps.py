@@ -24,15 +24,18 @@ from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization.calibration import Calibration, CalibrationStep
+from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.identity import rotation_of
 from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
 from cushion.quantization.lazily import QuantizedLazily
+from cushion.quantization.learned import Learned
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 from cushion.tuning_step import Tuned, TuningRun
 
 
@@ -84,6 +87,7 @@ class Steps:
         texts, held_out = self._texts.tuning, self._texts.held_out
         assert texts is not None and held_out is not None
         under = tuning_quantizer(config, quantizer)
+        keep = self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None
         step = TuningRun(
             found,
             config,
@@ -93,8 +97,9 @@ class Steps:
             held_out,
             self._config.seed,
             self._folder,
-            self._calibrate_if_needed(found, under),
-            self.keep(found, quantizer, "found prefix").names if under.uses_qfem else None,
+            self._calibrate_if_needed(found, under, keep or frozenset()),
+            keep,
+            self._texts.calibration if config.ranges == "static" else None,
         )
         return compute(step, self._context)
 
@@ -108,8 +113,27 @@ class Steps:
     def _ranges_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         return self.calibrate(behind, quantizer) if quantizer.needs_calibration else None
 
-    def _calibrate_if_needed(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
-        """Everything that the quantizer has to know before it goes on the model; None where that is nothing."""
+    def _calibrate_if_needed(
+        self, behind: Prefix, quantizer: QuantizerConfig, keep: frozenset[str] = frozenset()
+    ) -> Calibration | None:
+        """Everything that the quantizer has to know before it goes on the model; None where that is nothing.
+
+        Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+
+        """
+        seen = self._see_inputs(behind, quantizer)
+        if not quantizer.blockwise:
+            return seen
+        texts = self._texts.calibration
+        assert texts is not None
+        fitted = compute(FittingStep(behind, quantizer, seen, keep, texts), self._context)
+        seen = seen or Calibration(None, "", 0.0)
+        return replace(
+            seen, key=digest([seen.key, fitted.key]), seconds=seen.seconds + fitted.seconds, fits=fitted.fits
+        )
+
+    def _see_inputs(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         ranges = self._ranges_if_needed(behind, quantizer)
         if not quantizer.gathered - {RATIOS}:
             return ranges
@@ -168,6 +192,29 @@ class Steps:
         }
         return Kept(frozenset(kept), record, seconds)
 
+    def reconstruct(
+        self,
+        behind: Prefix,
+        quantizer: QuantizerConfig,
+        title: str,
+        keep: frozenset[str],
+        start: Learned | None,
+        fitted_behind: Prefix,
+    ) -> Reconstructed:
+        """Block-wise reconstruction of a quantizer behind a prefix; it starts from what the calibration found.
+
+        Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+            start: ranges that were learned with this prefix; it starts from these.
+            fitted_behind: the prefix behind which the quantizer is calibrated.
+
+        """
+        texts, calibrated = self._texts.reconstruction, self._calibrate_if_needed(fitted_behind, quantizer, keep)
+        assert texts is not None and calibrated is not None
+        config, seed = self._config.reconstruction, self._config.seed
+        step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title, start)
+        return compute(step, self._context)
+
     def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
         """Where attention goes behind a prefix, on the full-precision model; None where it is not asked for."""
         count, first = self._config.eval.attention_texts, self._config.eval.attention_first
@@ -182,16 +229,21 @@ class Steps:
         label: str,
         keep: frozenset[str] = frozenset(),
         samples: Path | None = None,
+        learned: Learned | None = None,
+        fitted_behind: Prefix | None = None,
     ) -> Measured:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
             keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
             samples: folder for lm-eval's record of every sample, None for none.
+            learned: ranges, and weights, that were learned with this prefix, for this quantizer.
+            fitted_behind: the prefix behind which the quantizer is calibrated; None for this row's own.
 
         """
-        calibrated = None if quantizer is None else self._calibrate_if_needed(behind, quantizer)
-        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution)
+        basis = behind if fitted_behind is None else fitted_behind
+        calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer, keep)
+        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)
         return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)

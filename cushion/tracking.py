@@ -25,6 +25,7 @@ from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
+from cushion.schema import LEARNED
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,9 @@ class WandbTracker:
             artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")
             for suffix in (".safetensors", ".json"):
                 artifact.add_file(str(event.prefix.with_name(event.prefix.name + suffix)))
+            learned = event.prefix.with_name(LEARNED)
+            if learned.is_file():
+                artifact.add_file(str(learned))
             self._run.log_artifact(artifact)
 
 

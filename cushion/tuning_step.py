@@ -17,8 +17,12 @@ from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.learned import Learned
+from cushion.schema import LEARNED
 from cushion.step import Context, Step
-from cushion.tuning import TuningState, tune_prefix, tuning_quantizer
+from cushion.tuning import tune_prefix
+from cushion.tuning_ranges import tuning_quantizer
+from cushion.tuning_state import TuningState
 
 _KEYS = (
     "sequence_length",
@@ -29,6 +33,7 @@ _KEYS = (
     "gradient_clip",
     "lambda_q",
     "prediction_model",
+    "loss",
     "evaluate_every",
 )
 """The keys of `tuning` that decide an outcome always; `_of_error` those that do with an error in the loss."""
@@ -37,11 +42,12 @@ _OF_ERROR = ("gradient", "error_site", "reduction")
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned prefix and the record of its making."""
+    """A tuned prefix, the record of its making, and the ranges that were learned with it, if any were."""
 
     prefix: Prefix
     record: dict[str, Any]
     seconds: float
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +63,9 @@ class TuningRun(Step[Tuned]):
         held_out: token ids that decide which step was best.
         seed: of the order of the texts.
         folder: the run's own, where a tuning that diverges leaves its last good prefix.
-        calibration: statistics behind `found`, where the quantizer smooths.
+        calibration: statistics behind `found`, where the quantizer smooths or its ranges are static.
         keep: the linears that QFeM keeps, where the quantizer uses it.
+        calibration_texts: what static ranges are estimated on anew, with `tuning.ranges=static`.
 
     """
 
@@ -73,9 +80,10 @@ class TuningRun(Step[Tuned]):
     folder: Path
     calibration: Calibration | None = None
     keep: frozenset[str] | None = None
+    calibration_texts: Tensor | None = None
 
     def key(self, context: Context) -> dict[str, Any]:
-        """Prefix, schedule, loss with its grid, quantizer, texts and seed."""
+        """Prefix, schedule, loss with its grid, quantizer, where its ranges come from, texts and seed."""
         under = tuning_quantizer(self.config, self.quantizer)
         with_error = self.config.lambda_q != 0
         keys = (*_KEYS, *(_OF_ERROR if with_error else ()))
@@ -86,9 +94,20 @@ class TuningRun(Step[Tuned]):
             "config": {key: getattr(self.config, key) for key in keys},
             "grid": grid if with_error else None,
             "quantizer": quantizer_identity(under, self.calibration, self.keep or frozenset()),
+            "ranges": self._ranges(),
             "texts": tensor_digest([self.texts, self.held_out]),
             "seed": self.seed,
         }
+
+    def _ranges(self) -> list[Any]:
+        """Where the ranges come from, with what decides them."""
+        ranges: list[Any] = [self.config.ranges]
+        if self.config.ranges == "static":
+            assert self.calibration_texts is not None
+            ranges += [self.config.ranges_every, tensor_digest([self.calibration_texts])]
+        if self.config.ranges == "learned":
+            ranges.append(self.config.scale_learning_rate)
+        return ranges
 
     def make(self, context: Context, workspace: Workspace) -> None:
         """Tune, from the checkpoint on where there is one.
@@ -111,6 +130,7 @@ class TuningRun(Step[Tuned]):
             self.held_out,
             seed=self.seed,
             state=state,
+            calibration_texts=self.calibration_texts,
         )
         try:
             for current in steps:
@@ -130,6 +150,8 @@ class TuningRun(Step[Tuned]):
             ) from error
         assert state is not None
         state.best.save(workspace.folder / "prefix")
+        if state.best_learned is not None:
+            state.best_learned.save(workspace.folder / LEARNED)
         record = {
             "steps": [asdict(step) for step in state.steps],
             "best_step": state.best_step,
@@ -145,7 +167,8 @@ class TuningRun(Step[Tuned]):
         record = {key: stored[key] for key in ("steps", "best_step", "best_loss", "initial_loss", "seconds")}
         metadata = {**self.found.metadata, "tuning": self.config.name}
         tuned = replace(Prefix.load(folder / "prefix"), metadata=metadata)
-        return Tuned(tuned, record, float(record["seconds"]))
+        learned = Learned.load(folder / LEARNED) if self.config.ranges == "learned" else None
+        return Tuned(tuned, record, float(record["seconds"]), learned)
 
     def tell(self, context: Context, outcome: Tuned) -> None:
         """The losses by step."""

@@ -29,6 +29,7 @@ RANKS = (
     {"quantization/linear"},
     {"execution"},
     {"quantization"},
+    {"tuning_loss", "tuning_ranges", "tuning_state"},
     {"search", "tuning"},
     {"config_warnings"},
     {"tuning_step"},

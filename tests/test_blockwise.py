@@ -11,7 +11,7 @@ from helpers import random_texts
 from torch import Tensor
 
 from cushion.activations import observe_outputs
-from cushion.blockwise import run_blocks
+from cushion.blockwise import BlockRunner, run_blocks
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -93,3 +93,28 @@ def test_the_prefix_and_the_model_are_left_alone(tiny: Tiny) -> None:
     run_blocks(lm, prefix, ROWS, lambda block, output: torch.arange(len(output) - 1), 2)
     assert prefix.fingerprint == before
     assert torch.equal(lm.model(input_ids=ROWS).logits, logits)
+
+
+@pytest.mark.parametrize("start", [[], [256, 10]])
+@pytest.mark.parametrize("family", [*UNLIKE, "falcon_alibi"])
+def test_blocks_run_alone_give_what_the_whole_pass_gives(tiny: Tiny, family: str, start: list[int]) -> None:
+    lm = tiny(family)
+    expected = plain_outputs(lm, start, ROWS)
+    runner = BlockRunner(lm, Prefix.from_tokens(lm.model, start))
+    with torch.no_grad():
+        hidden = runner.inputs(ROWS)
+        for block, output in enumerate(expected):
+            hidden = runner(block, ROWS, hidden)
+            torch.testing.assert_close(hidden, output, rtol=1e-4, atol=1e-4)
+            hidden = output
+    assert not any(block._forward_hooks or "forward" in vars(block) for block in lm.blocks)
+
+
+def test_gradients_pass_a_block_that_runs_alone(tiny: Tiny) -> None:
+    lm = tiny()
+    runner = BlockRunner(lm, Prefix.from_tokens(lm.model, [256, 10]))
+    hidden = runner.inputs(ROWS[:1]).requires_grad_()
+    runner(1, ROWS[:1], hidden)[0, 3].sum().backward()
+    assert hidden.grad is not None
+    touched = hidden.grad[0].abs().sum(-1) > 0
+    assert touched.tolist() == [True] * 4 + [False] * 5  # attention is causal

@@ -67,7 +67,7 @@ def command_of(file: Path) -> list[str]:
 
 def test_every_group_of_the_configuration_has_files() -> None:
     assert {file.parent.name for file in OPTIONS} == {
-        "model", "data", "quantizer", "search", "tuning", "eval", "tracking",
+        "model", "data", "quantizer", "search", "tuning", "reconstruction", "eval", "tracking",
     }  # fmt: skip
 
 

@@ -30,6 +30,10 @@ from cushion.config import (
 from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError, CushionError
 
+GREEDY = SearchConfig(method="greedy")
+TUNED = TuningConfig(method="prefix", steps=1)
+DYNAMIC = QuantizerConfig(activations=ActivationConfig(range="dynamic"))
+NOTHING = QuantizerConfig(weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None))
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelConfig(path=" "), r"model\.path=' ' is not allowed"),
     (lambda: ModelConfig(dtype="float31"), r"model\.dtype='float31' .*did you mean 'float32'\?"),
@@ -99,6 +103,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: TuningConfig(learning_rate=0), r"tuning\.learning_rate=0"),
     (lambda: TuningConfig(lambda_q=-1), r"tuning\.lambda_q=-1"),
     (lambda: TuningConfig(gradient_clip=0), r"tuning\.gradient_clip=0"),
+    (lambda: TuningConfig(scale_learning_rate=0), r"tuning\.scale_learning_rate=0"),
+    (lambda: TuningConfig(ranges_every=0), r"tuning\.ranges_every=0"),
+    (lambda: TuningConfig(ranges="learnt"), r"tuning\.ranges='learnt' .*mean 'learned'\?"),
+    (lambda: TuningConfig(ranges="static", prediction_model="full_precision"), r"tuning\.ranges='static' .*=quantized"),
+    (lambda: TuningConfig(loss="kl", prediction_model="full_precision"), r"tuning\.loss='kl' .*=quantized"),
     (lambda: TuningConfig(gradient="rang"), r"tuning\.gradient='rang' .*mean 'range'\?"),
     (lambda: EvalConfig(block_length=-5), r"eval\.block_length=-5 .*at least 2"),
     (lambda: EvalConfig(blocks=0), r"eval\.blocks=0"),
@@ -109,6 +118,18 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: RunConfig(experiment="a/b"), r"experiment='a/b'"),
     (lambda: RunConfig(experiment="../up"), r"experiment='\.\./up'"),
     (lambda: RunConfig(tuning=TuningConfig("short", "prefix", steps=1)), r"tuning=short has no prefix .*search=none"),
+    (
+        lambda: RunConfig(search=GREEDY, tuning=replace(TUNED, ranges="learned"), quantizer=DYNAMIC),
+        r"tuning\.ranges=learned .*quantizer\.activations\.range=dynamic: choose .*tuning\.ranges=dynamic",
+    ),
+    (
+        lambda: RunConfig(search=GREEDY, tuning=replace(TUNED, ranges="static"), quantizer=NOTHING),
+        r"tuning\.ranges=static .*quantizer\.activations\.bits=null",
+    ),
+    (
+        lambda: RunConfig(search=GREEDY, tuning=replace(TUNED, loss="kl"), quantizer=NOTHING),
+        r"tuning\.loss=kl .*quantizes nothing: .*tuning\.loss=next_token",
+    ),
 ]
 
 
@@ -187,8 +208,6 @@ def test_the_configuration_as_plain_data_builds_the_same_configuration_again() -
     assert to_dict(RunConfig(search=search))["search"]["token_ids"] == [3, 1]
 
 
-GREEDY = SearchConfig(method="greedy")
-TUNED = TuningConfig(method="prefix", steps=1)
 WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
     (RunConfig(search=SearchConfig(tau=0.3)), "search.tau=0.3 has no effect with search.method=none"),
     (RunConfig(search=SearchConfig(text_length=64)), "search.text_length=64 has no effect with search.method=none"),
@@ -236,6 +255,14 @@ WITHOUT_EFFECT: list[tuple[RunConfig, str]] = [
         "tuning.reduction='sum' has no effect with tuning.lambda_q=0",
     ),
     (RunConfig(search=GREEDY, tuning=replace(TUNED, gradient="straight_through")), "tuning.lambda_q has no effect"),
+    (
+        RunConfig(search=GREEDY, tuning=replace(TUNED, ranges_every=3)),
+        "tuning.ranges_every=3 has no effect with tuning.ranges=dynamic",
+    ),
+    (
+        RunConfig(search=GREEDY, tuning=replace(TUNED, ranges="static", scale_learning_rate=1.0)),
+        "tuning.scale_learning_rate=1.0 has no effect with tuning.ranges=static",
+    ),
     (
         RunConfig(quantizer=QuantizerConfig(weights=WeightConfig(group_size=4))),
         "quantizer.weights.group_size=4 has no effect with quantizer.weights.granularity=per_tensor",

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import TUNED_ROWS, processes, searching_config, small_config, tuning_config
+from tiny_run import TUNED_ROWS, processes, searching_config, small_config, tuning_config, without_seconds
 
 from cushion import pipeline
 from cushion.config import (
     ActivationConfig,
     CorpusConfig,
     QuantizerConfig,
+    ReconstructionConfig,
     RunConfig,
     SearchConfig,
     SearchRound,
@@ -499,3 +500,43 @@ def test_a_runs_identity_changes_with_the_content_of_the_folder_of_named_sets(tm
     path.write_text("one\ntwo\nthree\nfour\n")
     os.utime(path, (1, 1))
     assert pipeline.run_folder(config) != before
+
+
+# ---- reconstruction --------------------------------------------------------------------------------------------------
+
+
+def test_reconstruction_has_rows_of_its_own_behind_those_of_the_frozen_model(text_file: Path, tmp_path: Path) -> None:
+    frozen = tuning_config(text_file, tmp_path / "out")
+    frozen.quantizer.activations.bits = frozen.quantizer.weights.bits = 4
+    frozen.tuning.ranges = "learned"  # a reconstruction starts from what was learned with the prefix
+    config = replace(frozen, reconstruction=ReconstructionConfig("weights", "blockwise", weights=True, epochs=2))
+    without = pipeline.run(frozen)
+    result = pipeline.run(config)
+    assert [row.name for row in result.rows] == [
+        *TUNED_ROWS,
+        "quantized_reconstructed",
+        "quantized_tuned_reconstructed",
+    ]
+    assert without_seconds([asdict(row) for row in result.rows[:-2]]) == without_seconds(
+        [asdict(row) for row in without.rows]
+    )
+    assert [row.stage for row in result.rows[-2:]] == ["none", "tuned"]
+    assert [row.reconstructed for row in result.rows] == [False] * len(TUNED_ROWS) + [True] * 2
+    assert result.rows[-1].label == f"{without.rows[-1].label} + reconstruction"
+    assert result.rows[-1].values["perplexity/text"] != without.rows[-1].values["perplexity/text"]
+    assert result.reconstruction is not None and without.reconstruction is None
+    assert result.reconstruction.keys() == {"none", "tuned"}
+    assert all(len(record["blocks"]) == 3 for record in result.reconstruction.values())
+    assert pipeline.run_folder(config).parent.name == f"{pipeline.run_folder(frozen).parent.name}-weights"
+    assert RunResult.read(pipeline.run_folder(config) / FILE_NAME) == result
+
+
+def test_reconstruction_without_an_epoch_gives_the_frozen_row_once_more(text_file: Path, tmp_path: Path) -> None:
+    config = small_config(text_file, tmp_path / "out")
+    config.reconstruction = ReconstructionConfig("scales", "blockwise", samples=3, epochs=0)
+    rows = pipeline.run(config).rows
+    assert [row.name for row in rows] == ["full_precision", "quantized", "quantized_reconstructed"]
+    frozen, own = ({key: value for key, value in row.values.items() if key != "seconds"} for row in rows[1:])
+    assert own == frozen
+    (folder,) = (tmp_path / "out" / "cache" / "reconstruction").glob("*/reconstruction.json")
+    assert not any(block["kept"] for block in json.loads(folder.read_text())["blocks"])

@@ -20,7 +20,8 @@ from cushion.quantization.calibration import calibrate
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.rotation import rotated
 from cushion.quantization.simulate import quantized
-from cushion.tuning import tune_prefix, tuning_quantizer
+from cushion.tuning import tune_prefix
+from cushion.tuning_ranges import tuning_quantizer
 
 
 def turned(config: RunConfig, **changes: Any) -> RunConfig:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import registered
 from tiny_run import small_config, tuning_config
 from tiny_tasks import own_tasks
+from torch import Tensor
 
 import cushion.search.greedy_prefix
 import cushion.search.rule_prefix
@@ -21,9 +24,13 @@ from cushion.config import (
     EvalConfig,
     QFeMConfig,
     QuantizerConfig,
+    ReconstructionConfig,
     RunConfig,
     SearchConfig,
 )
+from cushion.quantization.effect import Effect, Turn
+from cushion.quantization.parts.base import Part
+from cushion.quantization.parts.registry import PARTS
 from cushion.step import Step
 
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -41,6 +48,24 @@ def names_in(key: dict[str, object]) -> set[str]:
     found = key.keys() - OF_EVERY_STEP - {"config"}
     options = key.get("config")
     return found | ({f"config.{name}" for name in options} if isinstance(options, dict) else set())
+
+
+class _Codes(Effect):
+    """A part that is fitted block by block."""
+
+    def fit(self, turn: Turn) -> dict[str, Tensor]:
+        return {name: torch.zeros(1) for name in turn.sites}
+
+
+CODES = _Codes()
+
+
+@dataclass
+class _Options: ...
+
+
+class _Part(Part):
+    name, config, effect, blockwise = "codes", _Options, f"{__name__}:CODES", True
 
 
 def runs(text: Path, folder: Path) -> list[RunConfig]:
@@ -63,15 +88,20 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
     for method in ("qfep", "prefixquant"):
         config = small_config(text, folder / "out")
         config.search = SearchConfig(name=method, method=method, texts=2, text_length=20)
+        config.reconstruction = ReconstructionConfig(name="weights", method="blockwise", weights=True, epochs=1)
         config.eval = replace(config.eval, controls=False)
         found.append(config)
-    return found
+    config = small_config(text, folder / "out")
+    config.quantizer = replace(config.quantizer, plugins={"codes": {}})
+    config.eval = replace(config.eval, controls=False)
+    return [*found, config]
 
 
 def test_every_key_is_made_of_what_the_page_says(text_file: Path, tmp_path: Path) -> None:
     made: dict[str, set[str]] = {}
-    for config in runs(text_file, tmp_path):
-        pipeline.run(config)
+    with registered(PARTS, "codes", _Part()):
+        for config in runs(text_file, tmp_path):
+            pipeline.run(config)
     for path in (tmp_path / "out" / "cache").glob("*/*/depends_on.json"):
         key = json.loads(path.read_text(encoding="utf-8"))
         assert key.keys() >= OF_EVERY_STEP

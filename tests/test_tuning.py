@@ -25,15 +25,10 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.numerics import Grid
-from cushion.tuning import (
-    TuningLoss,
-    TuningState,
-    batch_indices,
-    differentiable_error,
-    learning_rate_schedule,
-    tune_prefix,
-    tuning_quantizer,
-)
+from cushion.tuning import batch_indices, learning_rate_schedule, tune_prefix
+from cushion.tuning_loss import TuningLoss, differentiable_error
+from cushion.tuning_ranges import tuning_quantizer
+from cushion.tuning_state import TuningState
 
 Tiny = Callable[..., LanguageModel]
 TOKENS = [256, 10]
@@ -154,7 +149,7 @@ def test_tuning_that_only_harms_gives_the_found_prefix_back(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("site", ["block_outputs", "linear_inputs"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
 def test_loss_equals_the_formula_over_plain_tokens(tiny: Tiny, reduction: str, site: str) -> None:
     lm, texts = tiny(), random_texts(3, 12)
     config = settings(lambda_q=0.5, reduction=reduction, error_site=site)
@@ -178,7 +173,7 @@ def test_loss_equals_the_formula_over_plain_tokens(tiny: Tiny, reduction: str, s
             x = x[len(TOKENS) :].double()
             scale = (x.max() - x.min()) / 255
             error = x - (((x - x.min()) / scale).round() * scale + x.min())
-            total += (error.square().mean() if reduction == "mean" else error.square().sum()).item()
+            total += error.square().sum().item() / {"mean": x.numel(), "sum": 1, "token": len(text)}[reduction]
         errors.append(total)
     prediction, error = sum(predictions) / 3, sum(errors) / 3
     assert actual[1].item() == pytest.approx(prediction, rel=1e-4)

@@ -20,6 +20,7 @@ from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
 from cushion.config.model import ModelConfig as ModelConfig
+from cushion.config.reconstruction import ReconstructionConfig as ReconstructionConfig
 from cushion.config.search import SearchConfig as SearchConfig
 from cushion.config.search import SearchRound as SearchRound
 from cushion.config.tracking import TrackingConfig as TrackingConfig
@@ -60,6 +61,7 @@ class RunConfig:
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -79,11 +81,40 @@ class RunConfig:
                 f"tuning={self.tuning.name} has no prefix to tune with search={self.search.name}: "
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
+        self._check_tuning()
+        self.reconstruction.check(self.quantizer)
         if "replicas" in method.reads and self.search.replicas != 1 and self.model.device_map is not None:
             replicas = "null" if self.search.replicas is None else self.search.replicas
             raise ConfigError(
                 f"search.replicas={replicas} puts a copy of the model on each GPU, and model.device_map="
                 f"{self.model.device_map!r} places the model otherwise: use search.replicas=1, or model.device_map=null"
+            )
+
+    def _check_tuning(self) -> None:
+        """Refuse a tuning whose ranges or loss need a quantizer that is not there."""
+        tuning, quantizer = self.tuning, self.quantizer
+        if tuning.method == "none":
+            return
+        if tuning.ranges != "dynamic":
+            bits, kind = quantizer.activations.bits, quantizer.activations.range
+            wanted = "null" if bits is None else kind
+            key = "bits" if bits is None else "range"
+            if bits is None or kind != "static":
+                raise ConfigError(
+                    f"tuning.ranges={tuning.ranges} needs a quantizer with static ranges, and quantizer="
+                    f"{quantizer.name} has quantizer.activations.{key}={wanted}: choose one that has, for example "
+                    "quantizer=per_tensor_static, or tuning.ranges=dynamic"
+                )
+        if tuning.ranges == "static" and quantizer.blockwise:
+            raise ConfigError(
+                f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and "
+                f"quantizer.plugins.{quantizer.blockwise[0]} is fitted block by block, which takes too long for that: "
+                "use tuning.ranges=dynamic or learned"
+            )
+        if tuning.loss == "kl" and quantizer.is_full_precision:
+            raise ConfigError(
+                f"tuning.loss=kl compares the quantized model with full precision, and quantizer={quantizer.name} "
+                "quantizes nothing: choose a quantizer, or tuning.loss=next_token"
             )
 
     @property

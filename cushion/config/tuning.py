@@ -10,8 +10,10 @@ from cushion.checks import at_least, one_of, require
 TUNING_METHODS = ("none", "prefix")
 GRADIENTS = ("range", "nearest_grid_point", "straight_through")
 ERROR_SITES = ("block_outputs", "linear_inputs")
-REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "token", "relative")
 PREDICTION_MODELS = ("quantized", "full_precision")
+RANGES = ("dynamic", "static", "learned")
+LOSSES = ("next_token", "kl")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -38,6 +40,10 @@ class TuningConfig:
     error_site: str = "block_outputs"
     reduction: str = "mean"
     prediction_model: str = "quantized"
+    loss: str = "next_token"
+    ranges: str = "dynamic"
+    ranges_every: int = 15
+    scale_learning_rate: float = 1e-2
     evaluate_every: int = 15
     held_out_sequences: int = 8
 
@@ -48,12 +54,15 @@ class TuningConfig:
         one_of("tuning.error_site", self.error_site, ERROR_SITES)
         one_of("tuning.reduction", self.reduction, REDUCTIONS)
         one_of("tuning.prediction_model", self.prediction_model, PREDICTION_MODELS)
-        for key in ("sequences", "batch_size", "evaluate_every", "held_out_sequences"):
+        one_of("tuning.loss", self.loss, LOSSES)
+        one_of("tuning.ranges", self.ranges, RANGES)
+        for key in ("sequences", "batch_size", "evaluate_every", "ranges_every", "held_out_sequences"):
             at_least(f"tuning.{key}", getattr(self, key), 1)
         at_least("tuning.sequence_length", self.sequence_length, 2)
         at_least("tuning.warmup_steps", self.warmup_steps, 0)
-        rate = self.learning_rate
-        require(0 < rate < 1e38, "tuning.learning_rate", rate, "it must be positive and finite")
+        for key in ("learning_rate", "scale_learning_rate"):
+            rate = getattr(self, key)
+            require(0 < rate < 1e38, f"tuning.{key}", rate, "it must be positive and finite")
         require(0 <= self.lambda_q < math.inf, "tuning.lambda_q", self.lambda_q, "at least 0, and finite")
         clip = self.gradient_clip
         require(clip is None or clip > 0, "tuning.gradient_clip", clip, "positive, or null for no clipping")
@@ -63,6 +72,11 @@ class TuningConfig:
             at_least("tuning.steps", self.steps, 1)
             reason = "it must be positive and finite"
             require(self.epochs is None or 0 < self.epochs < math.inf, "tuning.epochs", self.epochs, reason)
+
+        if self.prediction_model == "full_precision":
+            reason = "it needs tuning.prediction_model=quantized"
+            require(self.ranges == "dynamic", "tuning.ranges", self.ranges, reason)
+            require(self.loss != "kl", "tuning.loss", self.loss, reason)
 
     @property
     def total_steps(self) -> int:

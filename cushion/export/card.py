@@ -8,7 +8,7 @@ from cushion.export.finished import FinishedRun
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.grid import NONE, Cell, Table, markdown
 
-_GROUPS = ("data", "quantizer", "search", "tuning", "eval")
+_GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
 
 
 def model_card(run: FinishedRun, name: str) -> str:
@@ -48,7 +48,7 @@ def _what(run: FinishedRun, base: str) -> list[str]:
 
 def _how(run: FinishedRun) -> list[str]:
     record = run.record
-    groups = ", ".join(f"`{group}={run.config[group]['name']}`" for group in _GROUPS)
+    groups = ", ".join(f"`{group}={run.config[group]['name']}`" for group in _GROUPS if group in run.config)
     packages = record["environment"].get("packages", {})
     versions = {
         "cushion": record["environment"]["cushion"],

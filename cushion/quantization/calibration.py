@@ -61,6 +61,7 @@ class Calibration:
         key: of the artifacts that hold it.
         seconds: what it took.
         inputs: what else was gathered, by what was needed.
+        fits: what was found block by block, by part and linear.
 
     """
 
@@ -68,6 +69,7 @@ class Calibration:
     key: str
     seconds: float
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
+    fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cushion.activations import ChannelRanges
+from cushion.activations import ChannelRanges, observe_inputs
 from cushion.errors import CalibrationError
 from cushion.models import LanguageModel
+from cushion.quantization.learned import Learned
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.base import Needed
@@ -31,8 +32,11 @@ class Work:
         inputs: what else was gathered of them, by what was needed.
         keep: linears whose input stays in full precision; None where nothing was said of them.
         straight_through: let gradients pass all rounding.
+        learned: what takes the place of estimated ranges.
+        learns: whether the static ranges are to learn.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+        fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
         input_hooks: by linear, a hook before its forward pass, which whatever stands for the linear keeps.
 
     """
@@ -43,8 +47,11 @@ class Work:
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
     keep: frozenset[str] | None = None
     straight_through: bool = False
+    learned: Learned = field(default_factory=Learned)
+    learns: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -68,6 +75,20 @@ class Work:
         if name not in self.inputs.get(kind, {}):
             raise not_seen(name)
         return self.inputs[kind][name]
+
+    def fit_of(self, part: str, name: str) -> Tensor:
+        """What `Effect.fit` of the part found for the linear `name`.
+
+        Raises:
+            CalibrationError: the part was not fitted to it.
+
+        """
+        if name not in self.fits.get(part, {}):
+            raise CalibrationError(
+                f"quantizer.plugins.{part} found nothing for {name}: fit it to this model again, with more text "
+                "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
+            )
+        return self.fits[part][name]
 
 
 def not_seen(name: str) -> CalibrationError:
@@ -98,6 +119,49 @@ class Site:
     activation: ActivationQuantizer | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A decoder block whose turn it is: those before it are quantized, it and those behind it are not.
+
+    All hidden states are behind the same prefix, and those of a model that is rotated and smoothed as the quantizer
+    says.
+
+    Args:
+        work: the quantizer, with what was found for the blocks before.
+        index: the block's number.
+        texts: token ids, (texts, tokens).
+        inputs: of the block in the full-precision model, (texts, tokens, features).
+        targets: what the full-precision block makes of them, (texts, tokens, features).
+        quantized: its inputs where the blocks before are quantized, (texts, tokens, features).
+        run: the block, as it stands at the moment, on texts and hidden states as those above.
+        sites: the block's targeted linears by full name, as they are; where a part is fitted, as the parts before have
+            filled them in.
+
+    """
+
+    work: Work
+    index: int
+    texts: Tensor
+    inputs: Tensor
+    targets: Tensor
+    quantized: Tensor
+    run: Callable[[Tensor, Tensor], Tensor]
+    sites: Mapping[str, Site] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def linear_inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and input of every targeted linear, text by text: (1, tokens, channels) or (tokens, channels).
+
+        The blocks before are quantized, this one is not. An expert that no token of a text is routed to is left out.
+        """
+        linears, seen = {name: site.linear for name, site in self.sites.items()}, list[tuple[str, Tensor]]()
+        for text, hidden in zip(self.texts, self.quantized, strict=True):
+            with observe_inputs(linears, lambda name, values: seen.append((name, values))):
+                self.run(text[None], hidden[None])
+            yield from seen
+            seen.clear()
+
+
 class Effect:
     """What a part does to a model. One object serves all quantizers, and is asked where the part is on."""
 
@@ -116,3 +180,10 @@ class Effect:
     def at(self, work: Work, site: Site) -> None:
         """What is done to one targeted linear."""
         return
+
+    def fit(self, turn: Turn) -> dict[str, Tensor]:
+        """What is found for the linears of one block, by full name, where the part is `blockwise`.
+
+        It is asked once for every block, in order; `at` then reads it from `Work.fit_of`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} belongs to a part with blockwise=True and has no fit")

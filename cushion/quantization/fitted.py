@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from cushion.activations import ChannelRanges
 from cushion.errors import CalibrationError
 from cushion.execution.registry import SIMULATED, load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.calibration import Calibration
-from cushion.quantization.check import check_quantizer, effects_of
+from cushion.quantization.check import acting_parts, check_quantizer
 from cushion.quantization.effect import Site, Work
+from cushion.quantization.learned import LearnableQuantizer, Learned
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.replacements import Replacements
+
+if TYPE_CHECKING:
+    from cushion.execution.base import Execution
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class FittedQuantizer:
             Needed where `config` uses QFeM, which finds them (`cushion.quantization.qfem`).
         inputs: what else the parts of the quantizer need to know of the linears' inputs, by what was needed
             (`cushion.quantization.input_statistics`).
+        learned: ranges and weights that were learned for it, which take the place of estimated ranges and of the
+            model's weights.
+        fits: what was found block by block, by part and linear, where a part asks for it
+            (`cushion.quantization.fitting`).
 
     """
 
@@ -41,66 +51,82 @@ class FittedQuantizer:
     ranges: ChannelRanges | None = None
     keep: frozenset[str] | None = None
     inputs: Mapping[Needed, Any] = field(default_factory=dict)
+    learned: Learned | None = None
+    fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, config: QuantizerConfig, calibration: Calibration | None, keep: frozenset[str] | None = None
+        cls,
+        config: QuantizerConfig,
+        calibration: Calibration | None,
+        keep: frozenset[str] | None = None,
+        learned: Learned | None = None,
     ) -> FittedQuantizer:
         """A quantizer with what a calibration found, or with nothing."""
         if calibration is None:
-            return cls(config, None, keep)
-        return cls(config, calibration.ranges, keep, calibration.inputs)
+            return cls(config, None, keep, learned=learned)
+        return cls(config, calibration.ranges, keep, calibration.inputs, learned, calibration.fits)
 
     @contextmanager
     @torch.no_grad()
     def on(
-        self, lm: LanguageModel, straight_through: bool = False, execution: str = SIMULATED
+        self,
+        lm: LanguageModel,
+        straight_through: bool = False,
+        execution: str = SIMULATED,
+        learnable: dict[str, LearnableQuantizer] | None = None,
+        replacements: Replacements | None = None,
     ) -> Iterator[LanguageModel]:
         """The model under this quantizer; on leaving, every weight and module is the very object it was before.
 
         Args:
             straight_through: let gradients pass the rounding of activations and inside attention (for tuning).
             execution: how quantized linears are computed, a name of `EXECUTIONS`.
+            learnable: filled with the quantizers of the inputs, by linear, whose static ranges then learn; linears that
+                read the output of the same norm and have the same range have one in common. None: nothing learns.
+            replacements: filled with what stands for the linears; `suspended` gives the full-precision linears back for
+                a while, behind rotation and smoothing.
 
         Raises:
-            CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` names what is
-                not a linear of the blocks.
+            CalibrationError: something that a part needs was not measured, or lacks a linear, or `keep` or `learned`
+                names what is not a linear of the blocks, or does not fit it.
             ConfigError: a target, the group size or the rotation does not fit the model.
 
         """
+        build = load_execution(execution)
+        with (
+            self.surroundings(lm, straight_through) as work,
+            rounded(work, build, learnable=learnable, replacements=replacements),
+        ):
+            yield lm
+
+    @contextmanager
+    @torch.no_grad()
+    def surroundings(self, lm: LanguageModel, straight_through: bool = False) -> Iterator[Work]:
+        """The model with what keeps its function, rotation and smoothing; nothing is rounded yet.
+
+        Arguments and errors as those of `on`.
+
+        Yields:
+            What `rounded` needs to go on.
+
+        """
         assert not any(isinstance(module, QuantizedLinear) for module in lm.blocks.modules()), "already quantized"
-        config, build = self.config, load_execution(execution)
+        config = self.config
         check_quantizer(lm, config)
         self._check_ranges(lm)
         self._check_keep(lm)
-        effects = effects_of(config)
-        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through)
-        for effect in effects:
+        learned = self.learned or Learned()
+        self._check_learned(lm, learned)
+        work = Work(lm, config, self.ranges, self.inputs, self.keep, straight_through, learned, fits=self.fits)
+        acting = acting_parts(config)
+        for effect in acting.values():
             effect.ready(work)
-        surroundings = ExitStack()
-        try:
-            for effect in effects:
-                surroundings.enter_context(effect.around(work))
-            siblings = _siblings(lm)
-            for name, linear in lm.linears(config.targets).items():
-                weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-                site = Site(name, linear, weight, bias)
-                for effect in effects:
-                    effect.at(work, site)
-                if site.activation is None and site.weight is weight and site.bias is bias:
-                    continue
-                shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
-                parent, _, leaf = name.rpartition(".")
-                stands_for_it = build.linear(site.weight, site.bias, shared)
-                if name in work.input_hooks:
-                    stands_for_it.register_forward_pre_hook(work.input_hooks[name], with_kwargs=True)
-                work.replacements.put(lm.model.get_submodule(parent), leaf, stands_for_it)
-            yield lm
-        finally:
-            try:
-                work.replacements.undo()
-            finally:
-                surroundings.close()
+        with ExitStack() as stack:
+            for part, effect in acting.items():
+                if part.keeps_function:
+                    stack.enter_context(effect.around(work))
+            yield work
 
     def _check_ranges(self, lm: LanguageModel) -> None:
         config = self.config
@@ -110,6 +136,12 @@ class FittedQuantizer:
                 f"quantizer={config.name} needs statistics of the linears' inputs ({min(missing).place}), and they "
                 "were not given: gather them behind the prefix first (cushion.quantization.input_statistics)"
             )
+        for part in config.blockwise:
+            if part not in self.fits:
+                raise CalibrationError(
+                    f"quantizer={config.name} has quantizer.plugins.{part}, which was not fitted: fit it block by "
+                    "block behind the prefix first (cushion.quantization.fitting)"
+                )
         if not config.needs_calibration:
             return
         if self.ranges is None:
@@ -129,6 +161,82 @@ class FittedQuantizer:
                 f"{unknown[0]} is to be kept in full precision, but {lm.label} has no such linear in its decoder "
                 "blocks: measure the ratios of this model again"
             )
+
+    def _check_learned(self, lm: LanguageModel, learned: Learned) -> None:
+        linears = lm.linears(self.config.targets)
+        unknown = sorted((learned.ranges.keys() | learned.weights.keys()) - linears.keys())
+        if unknown:
+            raise CalibrationError(
+                f"something was learned for {unknown[0]}, which is not a linear that quantizer={self.config.name} "
+                f"quantizes in {lm.label}: learn it again with this model and these quantizer.targets"
+            )
+        if learned.ranges and self.config.activations.range != "static":
+            raise CalibrationError(
+                f"quantizer={self.config.name} has ranges that were learned, and quantizer.activations.range="
+                f"{self.config.activations.range} has no use for them: set it to static"
+            )
+        for name, weight in learned.weights.items():
+            if weight.shape != linears[name].weight.shape:
+                shapes = f"{tuple(weight.shape)}, and that of the model {tuple(linears[name].weight.shape)}"
+                raise CalibrationError(f"the learned weight of {name} has shape {shapes}: it is of another model")
+
+
+@contextmanager
+@torch.no_grad()
+def rounded(
+    work: Work,
+    build: Execution,
+    block: int | None = None,
+    learnable: dict[str, LearnableQuantizer] | None = None,
+    replacements: Replacements | None = None,
+) -> Iterator[dict[str, nn.Module]]:
+    """What a quantizer does beyond its surroundings, on the linears of one block, or of all of them.
+
+    Args:
+        work: the quantizer, its surroundings on the model.
+        build: how quantized linears are computed.
+        block: number of the only block whose linears are quantized; None for all blocks.
+        learnable, replacements: as for `FittedQuantizer.on`.
+
+    Yields:
+        By full name, what stands for each linear.
+
+    """
+    own = Replacements() if replacements is None else replacements
+    work = replace(work, replacements=own, learns=learnable is not None)
+    placed: dict[str, nn.Module] = {}
+    acting, siblings = acting_parts(work.config), _siblings(work.lm)
+    with ExitStack() as stack:
+        for part, effect in acting.items():
+            if not part.keeps_function:
+                stack.enter_context(effect.around(work))
+        stack.callback(work.replacements.undo)
+        for site in sites(work, block):
+            name, bias = site.name, site.bias
+            weight = None if name in work.learned.weights else site.weight
+            for effect in acting.values():
+                effect.at(work, site)
+            if site.activation is None and site.weight is weight and site.bias is bias:
+                continue
+            shared = None if site.activation is None else site.activation.shared_with(siblings.get(name, []))
+            if learnable is not None and isinstance(shared, LearnableQuantizer):
+                learnable[name] = shared
+            parent, _, leaf = name.rpartition(".")
+            placed[name] = build.linear(site.weight, site.bias, shared)
+            if name in work.input_hooks:
+                placed[name].register_forward_pre_hook(work.input_hooks[name], with_kwargs=True)
+            work.replacements.put(work.lm.model.get_submodule(parent), leaf, placed[name])
+        yield placed
+
+
+def sites(work: Work, block: int | None = None) -> Iterator[Site]:
+    """The targeted linears of one block, or of all of them, with their weights: their own, or learned."""
+    within = f"{work.lm.architecture.blocks}." + ("" if block is None else f"{block}.")
+    for name, linear in work.lm.linears(work.config.targets).items():
+        if name.startswith(within):
+            weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+            learned = work.learned.weights.get(name)
+            yield Site(name, linear, weight if learned is None else learned.to(weight), bias)
 
 
 def _siblings(lm: LanguageModel) -> dict[str, list[ActivationQuantizer]]:

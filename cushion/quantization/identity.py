@@ -8,6 +8,7 @@ from typing import Any
 from cushion.code import version_at
 from cushion.execution.registry import SIMULATED, execution_identity
 from cushion.quantization.calibration import Calibration
+from cushion.quantization.learned import Learned
 from cushion.quantization.parts.registry import parts
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -17,6 +18,7 @@ def quantizer_identity(
     calibration: Calibration | None = None,
     keep: Set[str] = frozenset(),
     execution: str = SIMULATED,
+    learned: Learned | None = None,
 ) -> dict[str, Any]:
     """The part of a key that stands for a quantizer as it is put on a model, with the code of its parts.
 
@@ -26,6 +28,7 @@ def quantizer_identity(
         calibration: the statistics that it uses, if any.
         keep: the linears that QFeM keeps in full precision.
         execution: how its linears are computed.
+        learned: ranges and weights that were learned for it, if any.
 
     """
     found: dict[str, Any] = {}
@@ -44,6 +47,8 @@ def quantizer_identity(
         found["keep"] = sorted(keep)
     if calibration is not None and quantizer.is_fitted:
         found["calibration"] = calibration.key
+    if learned is not None:
+        found["learned"] = learned.fingerprint
     return found
 
 

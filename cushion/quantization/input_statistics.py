@@ -7,28 +7,31 @@ so its own positions are in no statistic.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from cushion.activations import observe_inputs
+from cushion.activations import ChannelRanges, observe_inputs
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.code import version_at
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import Calibration
+from cushion.quantization.calibration import Calibration, calibrate
 from cushion.quantization.fitted import FittedQuantizer
-from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.identity import quantizer_identity, rotation_of
 from cushion.quantization.parts.base import Needed
-from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.parts.registry import PARTS, without_rounding
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.rotation import rotated
 from cushion.quantization.statistics.gathered import GatheredStatistics, read_statistics
 from cushion.quantization.statistics.observer import InputObserver
 from cushion.registry import located
@@ -110,23 +113,58 @@ class InputStatisticsStep(Step[InputStatistics]):
         seen = observe_fitted(context.lm, self.behind, self.texts, fitted, observers)
         for done in seen:
             context.progress(f"statistics, {self.title}", done, len(self.texts), "text")
-        for number, observer in enumerate(observers):
-            folder = workspace.folder / str(number)
-            folder.mkdir(exist_ok=True)
-            observer.write(folder)
+        _write(observers, workspace.folder)
         write_json(workspace.folder / "inputs.json", {"seconds": time.perf_counter() - started})
 
     def read(self, context: Context, folder: Path) -> InputStatistics:
         """Everything that was gathered, on the model's device."""
         seconds = float(read_json(folder / "inputs.json")["seconds"])
-        found = {
-            needed: _read(needed, folder / str(number), context.lm.device)
-            for number, needed in enumerate(self._needed())
-        }
-        return InputStatistics(found, folder.name, seconds)
+        return InputStatistics(_read_all(self._needed(), folder, context.lm.device), folder.name, seconds)
 
     def _needed(self) -> list[Needed]:
         return sorted(self.quantizer.gathered)
+
+
+def fitted_behind(
+    lm: LanguageModel, behind: Prefix, quantizer: QuantizerConfig, texts: Tensor, keep: frozenset[str] | None = None
+) -> FittedQuantizer:
+    """A quantizer with all that the cached steps measure for it behind a prefix, measured now and not cached.
+
+    Args:
+        lm: in full precision.
+        texts: token ids, (texts, tokens): the calibration texts of the run.
+        keep: the linears that QFeM keeps; they are not chosen anew.
+
+    Raises:
+        CalibrationError: an activation is not finite.
+
+    """
+    ranges = None
+    if quantizer.needs_calibration:
+        ranges = ChannelRanges()
+        rotation, seed = rotation_of(quantizer)
+        with rotated(lm, rotation, seed):
+            deque(calibrate(lm, behind, texts, ranges), maxlen=0)
+    fitted = FittedQuantizer(quantizer, ranges, keep)
+    needed = sorted(PARTS["qfem"].off(quantizer).gathered)
+    if not needed:
+        return fitted
+    observers = [_observer(one) for one in needed]
+    deque(observe_fitted(lm, behind, texts, fitted, observers), maxlen=0)
+    with TemporaryDirectory() as folder:  # through files, as the cached step has it
+        _write(observers, Path(folder))
+        return replace(fitted, inputs=_read_all(needed, Path(folder), lm.device))
+
+
+def _write(observers: Sequence[InputObserver | GatheredStatistics], into: Path) -> None:
+    for number, observer in enumerate(observers):
+        folder = into / str(number)
+        folder.mkdir(exist_ok=True)
+        observer.write(folder)
+
+
+def _read_all(needed: Sequence[Needed], folder: Path, device: torch.device) -> dict[Needed, Any]:
+    return {one: _read(one, folder / str(number), device) for number, one in enumerate(needed)}
 
 
 def _observer(needed: Needed) -> InputObserver | GatheredStatistics:

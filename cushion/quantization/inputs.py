@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.formats.registry import FORMATS
+from cushion.quantization.learned import LearnableQuantizer
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
 from cushion.quantization.parts.activations import EXTREMES
@@ -23,12 +24,19 @@ class _Inputs(Effect):
         fixed = None
         if activations.range == "static":
             fixed = _static_range(work, site.name, grid, site.linear.weight.device)
-        if work.keep is None or site.name not in work.keep:
+        if work.keep is not None and site.name in work.keep:
+            return
+        if work.learns and fixed is not None:
+            site.activation = LearnableQuantizer(grid, fixed)
+        else:
             site.activation = ActivationQuantizer(grid, activations.granularity, fixed, work.straight_through)
 
 
 def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The range of a linear's input, as the estimator finds it in what calibration saw, behind the smoothing."""
+    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing."""
+    if name in work.learned.ranges:
+        low, high = work.learned.ranges[name]
+        return low.to(device), high.to(device)
     estimator, options = work.config.activations.estimation()
     if estimator.statistic is not None:
         observed = work.gathered(estimator.needed(options), name)

@@ -14,6 +14,7 @@ from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
+from cushion.quantization.learned import Learned
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class QuantizedLazily:
         calibration: statistics behind this prefix, where the quantizer needs them.
         keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
         execution: how quantized linears are computed.
+        learned: ranges and weights that were learned for this prefix and quantizer, if any.
 
     """
 
@@ -38,6 +40,7 @@ class QuantizedLazily:
     calibration: Calibration | None = None
     keep: frozenset[str] = frozenset()
     execution: str = SIMULATED
+    learned: Learned | None = None
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
     _is_on: bool = False
 
@@ -53,7 +56,7 @@ class QuantizedLazily:
     def put_on(self) -> None:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
-            fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep)
+            fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep, self.learned)
             self._stack.enter_context(fitted.on(self.lm, execution=self.execution))
             self._is_on = True
 
@@ -61,5 +64,5 @@ class QuantizedLazily:
         """What of prefix and quantizer decides an outcome."""
         quantizer = None
         if self.quantizer is not None:
-            quantizer = quantizer_identity(self.quantizer, self.calibration, self.keep, self.execution)
+            quantizer = quantizer_identity(self.quantizer, self.calibration, self.keep, self.execution, self.learned)
         return {"prefix": self.behind.fingerprint, "quantizer": quantizer}

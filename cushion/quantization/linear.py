@@ -25,6 +25,27 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+class _Clipped(torch.autograd.Function):
+    """The value of the second argument with the gradient of the first, where that lies inside a range."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, quantized: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if context.needs_input_grad[0]:
+            context.save_for_backward((values > low) & (values < high))
+        return quantized.view_as(values)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = context.saved_tensors
+        return gradients[0] * inside, None, None, None
+
+
+def straight_through(values: Tensor, quantized: Tensor) -> Tensor:
+    """The value of `quantized`, with the gradient of `values`; both of one shape and dtype."""
+    passed: Tensor = _StraightThrough.apply(values, quantized)
+    return passed
+
+
 @dataclass
 class _LastInput:
     """The input that was quantized last, what it became, and how many linears have yet to read that."""
@@ -47,7 +68,8 @@ class ActivationQuantizer:
         granularity: `per_tensor` or `per_token` (one scale for the last dimension of each token).
         static_range: minimum and maximum fixed by calibration; None computes them from every input (dynamic). A dynamic
             per-tensor range spans the whole tensor, all texts of a batch together, as in a real kernel.
-        straight_through: let gradients pass as if nothing had been rounded, with scale and offset held constant.
+        straight_through: let gradients pass as if nothing had been rounded, with scale and offset held constant. What a
+            static range clips gets none.
 
     """
 
@@ -83,7 +105,15 @@ class ActivationQuantizer:
 
         """
         quantized = self._quantized_once(values) if self.readers > 1 else self._quantized(values)
-        return _StraightThrough.apply(values, quantized) if self.straight_through else quantized
+        if not self.straight_through:
+            return quantized
+        if self.parameters is None:
+            passed: Tensor = _StraightThrough.apply(values, quantized)
+            return passed
+        scale, offset = self.parameters
+        low, high = (scale * bound + offset for bound in self.grid.bounds)
+        clipped: Tensor = _Clipped.apply(values, quantized, low, high)
+        return clipped
 
     def _quantized(self, values: Tensor) -> Tensor:
         constant = values.detach()
@@ -114,6 +144,8 @@ class ActivationQuantizer:
             self._last = None
 
     def _agrees_with(self, other: ActivationQuantizer) -> bool:
+        if type(self) is not type(other):
+            return False
         if (self.grid, self.dims, self.straight_through) != (other.grid, other.dims, other.straight_through):
             return False
         if self.parameters is None or other.parameters is None:

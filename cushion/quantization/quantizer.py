@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cushion.checks import at_least, one_of, require
+from cushion.errors import ConfigError
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
 from cushion.quantization.parts.base import RANGES, Needed
@@ -62,6 +63,11 @@ class QuantizerConfig:
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
         for part in parts():
             part.check(self)
+        if self.blockwise and self.uses_qfem and self.qfem.search:
+            raise ConfigError(
+                f"quantizer.qfem.search=true cannot be used with quantizer.plugins.{self.blockwise[0]}, which is "
+                "fitted anew for every set of linears that is kept: give quantizer.qfem.alpha"
+            )
 
     @property
     def is_full_precision(self) -> bool:
@@ -86,12 +92,17 @@ class QuantizerConfig:
     @property
     def is_fitted(self) -> bool:
         """Whether anything must be measured before it goes on a model, besides the linears that QFeM keeps."""
-        return bool(PARTS["qfem"].off(self).statistics)
+        return bool(PARTS["qfem"].off(self).statistics) or bool(self.blockwise)
+
+    @property
+    def blockwise(self) -> list[str]:
+        """The parts that are on and must be fitted to one decoder block after another, by name."""
+        return [part.name for part in parts() if part.blockwise and part.is_on(self)]
 
     @property
     def needs_calibration_text(self) -> bool:
-        """Whether calibration text is needed: for channel ranges, or for QFeM's ratios."""
-        return bool(self.statistics)
+        """Whether calibration text is needed: for channel ranges, for QFeM's ratios, or to fit parts block by block."""
+        return bool(self.statistics) or bool(self.blockwise)
 
     @property
     def uses_qfem(self) -> bool:

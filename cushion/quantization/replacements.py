@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -23,3 +25,15 @@ class Replacements:
         for module, name, original in reversed(self._originals):
             setattr(module, name, original)
         self._originals.clear()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Everything as it was before, for the length of a `with` block."""
+        replaced = [getattr(module, name) for module, name, _ in self._originals]
+        for module, name, original in reversed(self._originals):
+            setattr(module, name, original)
+        try:
+            yield
+        finally:
+            for (module, name, _), value in zip(self._originals, replaced, strict=True):
+                setattr(module, name, value)

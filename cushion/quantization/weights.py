@@ -8,9 +8,15 @@ from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.formats.registry import FORMATS
-from cushion.quantization.numerics import min_max, quantize_weight
+from cushion.quantization.numerics import Grid, min_max, quantize_weight
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.weight_ranges import mse_ranges
+
+
+def weight_grid(config: QuantizerConfig) -> Grid:
+    """The grid on which a quantizer's weights lie; there are bits."""
+    assert config.weights.bits is not None
+    return FORMATS[config.weights.format].make(config.weights.bits, True, config.levels)
 
 
 class _Weights(Effect):
@@ -28,10 +34,8 @@ class _Weights(Effect):
 
     def at(self, work: Work, site: Site) -> None:
         """Codes and scales in place of the weight."""
-        weights = work.config.weights
-        assert weights.bits is not None
+        weights, grid = work.config.weights, weight_grid(work.config)
         assert isinstance(site.weight, Tensor), "quantized twice"
-        grid = FORMATS[weights.format].make(weights.bits, True, work.config.levels)
         ranges = mse_ranges if weights.estimator == "mse" else min_max
         site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size, ranges)
 

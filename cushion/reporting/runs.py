@@ -13,7 +13,7 @@ from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, over_seeds, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
 
-_GROUPS = ("data", "quantizer", "search", "tuning", "eval")
+_GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
 _EVERY_SETTING = ("model", *_GROUPS, "device")
 
 

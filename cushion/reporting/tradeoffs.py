@@ -140,7 +140,7 @@ def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
 
     A search that found nothing ended without a prefix, so that row counts as what it found.
     """
-    rows = run.record["rows"]
+    rows = [row for row in run.record["rows"] if not row.get("reconstructed", False)]
     quantized = any(row["quantized"] for row in rows)
     if stage == FOUND and _found_nothing(run):
         stage = NO_PREFIX

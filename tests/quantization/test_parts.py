@@ -35,7 +35,7 @@ from cushion.quantization.parts.activations import EXTREMES
 from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
-from cushion.tuning import tuning_quantizer
+from cushion.tuning_ranges import tuning_quantizer
 
 FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
 EVERYTHING = QuantizerConfig(

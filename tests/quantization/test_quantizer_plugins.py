@@ -14,7 +14,7 @@ from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.numerics import Grid
 from cushion.quantization.statistics.histogram import Histogram
 
-NAMES = ("percentile_999", "bias_correction", "powers_of_two")
+NAMES = ("percentile_999", "bias_correction", "powers_of_two", "gptq")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     names = ",".join([*NAMES, "per_tensor_static"])
     cushion(site, "cli", "--config-dir", str(PLUGINS / "conf"), "-m", *words, f"quantizer={names}")
     read = [json.loads(path.read_text()) for path in (folder / "out").rglob("result.json")]
-    assert len(read) == 4
+    assert len(read) == 5
     return {result["config"]["quantizer"]["name"]: result for result in read}
 
 
@@ -58,6 +58,11 @@ def test_its_range_is_that_of_the_built_in_percentile(monkeypatch: pytest.Monkey
 def test_a_part_in_one_file_changes_the_model_and_its_label(results: dict[str, dict[str, Any]]) -> None:
     assert values(results["bias_correction"]) != values(results["per_tensor_static"])
     assert results["bias_correction"]["config"]["quantizer"]["plugins"] == {"bias_correction": {}}
+
+
+def test_a_part_that_is_fitted_block_by_block_is_one_file(results: dict[str, dict[str, Any]]) -> None:
+    assert values(results["gptq"]) != values(results["per_tensor_static"])
+    assert results["gptq"]["rows"][-1]["label"].startswith("gptq W3")
 
 
 def test_a_number_format_in_one_file_rounds_the_weights_and_stands_in_the_label(

@@ -55,6 +55,9 @@ class Part(ABC):
     keeps_function: ClassVar[bool] = False
     """Whether the model computes the same with this part on, but for rounding errors of its own precision."""
 
+    blockwise: ClassVar[bool] = False
+    """Whether its effect is fitted (`Effect.fit`) to one decoder block after another, those before it quantized."""
+
     mixes_channels: ClassVar[bool] = False
     """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
 

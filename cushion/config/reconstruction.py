@@ -1,0 +1,69 @@
+"""Group `reconstruction`: block-wise reconstruction of a static quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cushion.checks import at_least, one_of, require
+from cushion.errors import ConfigError
+from cushion.quantization.quantizer import QuantizerConfig
+
+RECONSTRUCTION_METHODS = ("none", "blockwise")
+
+
+@dataclass
+class ReconstructionConfig:
+    """Group `reconstruction`: static ranges, and as an option weights, learned block by block (PrefixQuant).
+
+    Each decoder block is fitted to the output of the full-precision one behind the same prefix. See docs/method.md.
+    """
+
+    name: str = "none"
+    method: str = "none"
+    weights: bool = False
+    samples: int | None = None
+    epochs: int = 4
+    batch_size: int = 1
+    scale_learning_rate: float = 1e-2
+    weight_learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        one_of("reconstruction.method", self.method, RECONSTRUCTION_METHODS)
+        at_least("reconstruction.samples", self.samples, 1)
+        at_least("reconstruction.epochs", self.epochs, 0)
+        at_least("reconstruction.batch_size", self.batch_size, 1)
+        for key in ("scale_learning_rate", "weight_learning_rate"):
+            rate = getattr(self, key)
+            require(0 < rate < 1e38, f"reconstruction.{key}", rate, "it must be positive and finite")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is reconstructed."""
+        return self.method != "none"
+
+    def check(self, quantizer: QuantizerConfig) -> None:
+        """Raise `ConfigError` where there is nothing in this quantizer that could be learned."""
+        if not self.is_on:
+            return
+        activations, way_out = quantizer.activations, "or reconstruction=none"
+        if activations.bits is None:
+            raise ConfigError(
+                f"reconstruction={self.name} learns the ranges of quantized activations, and quantizer="
+                f"{quantizer.name} has none (quantizer.activations.bits=null): choose quantizer=per_tensor_static, "
+                f"{way_out}"
+            )
+        if activations.range != "static":
+            raise ConfigError(
+                f"reconstruction={self.name} learns static ranges, and quantizer={quantizer.name} has none "
+                f"(quantizer.activations.range={activations.range}): choose quantizer=per_tensor_static, {way_out}"
+            )
+        if self.weights and quantizer.weights.bits is None:
+            raise ConfigError(
+                f"reconstruction.weights=true learns quantized weights, and quantizer={quantizer.name} has none "
+                "(quantizer.weights.bits=null): set reconstruction.weights=false"
+            )
+        if self.weights and quantizer.blockwise:
+            raise ConfigError(
+                f"reconstruction.weights=true cannot be used with quantizer.plugins.{quantizer.blockwise[0]}, which "
+                "was fitted to the weights as they are: set reconstruction.weights=false"
+            )

@@ -1,0 +1,167 @@
+"""Block-wise reconstruction (PrefixQuant, arXiv 2410.05265, section 4.3): static ranges learn, and weights may.
+
+Block after block, what is quantized in it learns to give the output of the full-precision block:
+
+    L = || F_q(X_q) - F(X) ||^2 / || F_q(X_q) - F(X) ||^2 before learning
+
+F is the full-precision block behind the same prefix, X its input in the full-precision model (`fp_input` in
+PrefixQuant's code), X_q its input where the blocks before are quantized as they were learned. A range learns by the
+gradient of LSQ (`LearnableQuantizer`), a weight straight through the rounding to the grid that its own values give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cushion.config import ReconstructionConfig
+from cushion.errors import CalibrationError
+from cushion.execution.registry import SIMULATED, load_execution
+from cushion.quantization.effect import Site, Turn
+from cushion.quantization.fitted import rounded
+from cushion.quantization.learned import LearnableQuantizer
+from cushion.quantization.linear import straight_through
+from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.weights import WEIGHTS
+
+HALF_PRECISION_SCALING = 2.0**10
+"""Of the loss, before gradients pass a model in float16."""
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """How well one block was reconstructed.
+
+    `before` and `after` are the mean squared error of the block's output over all texts, before and after learning;
+    where `after` is not the smaller one, nothing of what was learned was kept (`kept` is false).
+    """
+
+    block: int
+    before: float
+    after: float
+    kept: bool
+
+
+def reconstruct_block(turn: Turn, config: ReconstructionConfig, seed: int) -> BlockRecord:
+    """Let the ranges of one block learn, and its weights where the configuration says so.
+
+    What was learned is left in the dictionaries of `turn.work.learned`, where it lowers the error of the block's
+    output.
+
+    Args:
+        turn: the block, and the texts that it learns from.
+        seed: of the order of the texts.
+
+    Raises:
+        CalibrationError: the error before learning is not finite.
+
+    """
+    learnable: dict[str, LearnableQuantizer] = {}
+    work = replace(turn.work, straight_through=True)  # inside attention
+    with rounded(work, load_execution(SIMULATED), turn.index, learnable) as placed:
+        weights = _Weights(turn, placed) if config.weights else None
+        before = _error(turn, config.batch_size)
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"the output of the quantized block {turn.index} is not finite before reconstruction: look for what is "
+                "broken in model and quantizer"
+            )
+        if before == 0.0 or config.epochs == 0:
+            return BlockRecord(turn.index, before, before, False)
+        _learn(turn, config, seed, learnable, weights, before)
+        if weights is not None:
+            weights.put()
+        after = _error(turn, config.batch_size)
+    kept = after < before
+    if kept:
+        turn.work.learned.ranges.update({name: quantizer.range() for name, quantizer in learnable.items()})
+        if weights is not None:
+            turn.work.learned.weights.update(weights.learned())
+    return BlockRecord(turn.index, before, after, kept)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Cosine from 1 at the first step down to a tenth at the last, as in PrefixQuant."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * step / max(1, steps - 1)))
+
+
+def batches(texts: int, config: ReconstructionConfig, block: int, seed: int) -> Iterator[Tensor]:
+    """The positions of the texts of every step: passes over all of them, each in an order of its own."""
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed((seed * 100_003 + block) * 1_009 + epoch)
+        yield from torch.randperm(texts, generator=generator).split(config.batch_size)
+
+
+class _Weights:
+    """The weights of one block's linears as they learn, in float32; each step rounds them as the quantizer would."""
+
+    def __init__(self, turn: Turn, placed: dict[str, nn.Module]) -> None:
+        self._turn, self._placed = turn, placed
+        self._linears = {name: site.linear for name, site in turn.sites.items()}
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, site in turn.sites.items():
+            assert isinstance(site.weight, Tensor), "quantized twice"
+            self.parameters[name] = nn.Parameter(site.weight.detach().float().clone())
+            del placed[name].weight  # a parameter without gradient, in whose place `put` sets what depends on ours
+        self.put()
+
+    def put(self) -> None:
+        """Let the linears compute with the weights as they are now, rounded, and pass their gradients on."""
+        for name, parameter in self.parameters.items():
+            linear = self._linears[name]
+            with torch.no_grad():
+                site = Site(name, linear, parameter.detach().to(linear.weight.dtype), None)
+                WEIGHTS.at(self._turn.work, site)
+                assert isinstance(site.weight, QuantizedWeight)
+                nearest = site.weight.dequantize()
+            self._placed[name].weight = straight_through(parameter.to(nearest.dtype), nearest)
+
+    def learned(self) -> dict[str, Tensor]:
+        """The weights before rounding, in the model's precision."""
+        return {name: own.detach().to(self._linears[name].weight.dtype) for name, own in self.parameters.items()}
+
+
+@torch.enable_grad()
+def _learn(
+    turn: Turn,
+    config: ReconstructionConfig,
+    seed: int,
+    learnable: dict[str, LearnableQuantizer],
+    weights: _Weights | None,
+    before: float,
+) -> None:
+    distinct = {id(quantizer): quantizer for quantizer in learnable.values()}.values()
+    ranges = [parameter for quantizer in distinct for parameter in quantizer.learned]
+    groups: list[dict[str, Any]] = [{"params": ranges, "lr": config.scale_learning_rate}]
+    if weights is not None:
+        groups.append({"params": list(weights.parameters.values()), "lr": config.weight_learning_rate})
+    # the gradients of scales are small by the factor of LSQ: Adam's usual epsilon would hold them back
+    optimizer = torch.optim.Adam(groups, eps=1e-15)
+    rates = [float(group["lr"]) for group in groups]
+    scaling = HALF_PRECISION_SCALING if turn.inputs.dtype == torch.float16 else 1.0
+    steps = config.epochs * math.ceil(len(turn.texts) / config.batch_size)
+    for step, chosen in enumerate(batches(len(turn.texts), config, turn.index, seed)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * learning_rate_factor(step, steps)
+        if weights is not None:
+            weights.put()
+        optimizer.zero_grad()
+        (_squared_error(turn, chosen).mean() / before * scaling).backward()
+        optimizer.step()
+
+
+def _squared_error(turn: Turn, chosen: Tensor) -> Tensor:
+    output = turn.run(turn.texts[chosen], turn.quantized[chosen])
+    return (output.float() - turn.targets[chosen].float()).square()
+
+
+@torch.no_grad()
+def _error(turn: Turn, batch_size: int) -> float:
+    """The mean squared error of the block's output over all texts."""
+    parts = torch.arange(len(turn.texts)).split(batch_size)
+    return sum(float(_squared_error(turn, part).double().sum()) for part in parts) / turn.targets.numel()

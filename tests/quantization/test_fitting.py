@@ -1,0 +1,202 @@
+"""Fitting block by block: what a part is given, where its result goes, and GPTQ as a part in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import calibrated, random_texts, random_values
+from installed_plugins import PLUGINS
+from torch import Tensor
+
+from cushion.activations import observe_inputs, observe_outputs
+from cushion.artifacts import ArtifactStore, Checkpoint
+from cushion.config import (
+    ActivationConfig,
+    KvCacheConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+    TuningConfig,
+    WeightConfig,
+)
+from cushion.errors import CalibrationError, ConfigError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.calibration import Calibration
+from cushion.quantization.effect import Site, Turn
+from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.fitting import fit_blocks, walk
+from cushion.quantization.fitting_step import FittingStep
+from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.parts.registry import PARTS
+from cushion.quantization.rotation import rotated
+from cushion.step import Context, compute
+
+Tiny = Callable[..., LanguageModel]
+TEXTS = random_texts(3, 24, seed=5)
+START = [256, 10]
+W4 = WeightConfig(4, "per_channel")
+KINDS = {
+    "static": QuantizerConfig(weights=W4),
+    "kv_cache": QuantizerConfig(weights=W4, kv_cache=KvCacheConfig(4), smoothing_alpha=0.5),
+    "rotated": QuantizerConfig(weights=W4, rotation="hadamard"),
+}
+
+
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The plugin's module, registered for one test."""
+    monkeypatch.setattr(PARTS, "_items", dict(PARTS.items()))
+    monkeypatch.syspath_prepend(str(PLUGINS))
+    import gptq
+
+    if "gptq" not in PARTS:  # imported by an earlier test
+        PARTS.register("gptq", gptq.Gptq())
+    return gptq
+
+
+def fitted_behind(lm: LanguageModel, prefix: Prefix, config: QuantizerConfig) -> FittedQuantizer:
+    with rotated(lm, config.rotation, config.rotation_seed):
+        return FittedQuantizer(config, calibrated(lm, TEXTS, prefix))
+
+
+def block_outputs(lm: LanguageModel, prefix: Prefix) -> list[Tensor]:
+    """The outputs of all blocks, (texts, tokens, features), from passes of one text each."""
+    found: list[list[Tensor]] = [[] for _ in lm.blocks]
+    for text in TEXTS:
+        with observe_outputs(lm.named_blocks, lambda name, output: found[int(name)].append(output[0])):
+            lm.body(text[None], past_key_values=prefix.cache(lm.model), use_cache=True)
+    return [torch.stack(block) for block in found]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turn_has_the_streams_of_the_plain_and_of_the_quantized_model(tiny: Tiny, kind: str) -> None:
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, START)
+    fitted, turns = fitted_behind(lm, prefix, KINDS[kind]), list[Turn]()
+    assert list(walk(lm, prefix, fitted, TEXTS, turns.append)) == [1, 2, 3]
+    with fitted.surroundings(lm):
+        plain = block_outputs(lm, prefix)
+    with fitted.on(lm):
+        quantized = block_outputs(lm, prefix)
+    for index, turn in enumerate(turns):
+        torch.testing.assert_close(turn.targets, plain[index], rtol=1e-4, atol=1e-4)
+        if index:
+            torch.testing.assert_close(turn.inputs, plain[index - 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(turn.quantized, quantized[index - 1], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(turn.quantized, turn.inputs, atol=1e-3)
+    assert torch.equal(turns[0].quantized, turns[0].inputs)
+
+
+def with_gptq(config: QuantizerConfig, **options: Any) -> QuantizerConfig:
+    return replace(config, plugins={"gptq": options})
+
+
+def inputs_of(lm: LanguageModel, prefix: Prefix) -> dict[str, Tensor]:
+    """What each linear reads, (tokens, channels)."""
+    found: dict[str, list[Tensor]] = {}
+    linears = {name: lm.model.get_submodule(name) for name in lm.linears()}
+    with observe_inputs(linears, lambda name, values: found.setdefault(name, []).append(values[0])):
+        for text in TEXTS:
+            lm.body(text[None], past_key_values=prefix.cache(lm.model), use_cache=True)
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+@torch.no_grad()
+def test_gptq_in_one_file_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: Tiny, gptq: Any) -> None:
+    lm = tiny()
+    prefix = Prefix.from_tokens(lm.model, START)
+    config = with_gptq(QuantizerConfig(weights=W4, activations=ActivationConfig(bits=None)))
+    fitted = FittedQuantizer(config, fits={"gptq": {}})
+    list(fit_blocks(lm, prefix, fitted, TEXTS))
+    weights = {name: linear.weight.clone() for name, linear in lm.linears().items()}
+    plain = block_outputs(lm, prefix)
+    with fitted.on(lm):
+        own = {name: lm.model.get_submodule(name).weight for name in weights}
+        assert (block_outputs(lm, prefix)[-1] - plain[-1]).square().mean() > 0
+    with FittedQuantizer(replace(config, plugins={})).on(lm):
+        nearest = {name: lm.model.get_submodule(name).weight for name in weights}
+    first = "model.layers.0."  # the inputs of the first block's first linears are those of the plain model
+    inputs = inputs_of(lm, prefix)
+    for name in (f"{first}self_attn.q_proj", f"{first}self_attn.v_proj"):
+        own_error, error = ((inputs[name] @ (given[name] - weights[name]).T).square().sum() for given in (own, nearest))
+        assert own_error < 0.9 * error
+        assert (own[name] - weights[name]).square().sum() > (nearest[name] - weights[name]).square().sum()
+
+
+@torch.no_grad()
+def test_gptq_gives_the_codes_of_repeated_least_squares(gptq: Any) -> None:
+    """Each column is rounded, and all that follow it become the least-squares fit to what is left of the output."""
+    linear = torch.nn.Linear(6, 5, bias=False).double()
+    inputs = random_values(200, 6).double() @ random_values(6, 6, seed=1).double()
+    grid = Grid(3, True)
+    nearest = quantize_weight(linear.weight, grid, "per_channel")
+    config = with_gptq(QuantizerConfig(weights=WeightConfig(3, "per_channel")), damping=1e-12)
+    codes = gptq.codes_of(Site("name", linear, nearest, None), 2 * inputs.T @ inputs, config)
+    wanted, left = torch.empty(5, 6).double(), linear.weight @ inputs.T  # (out, tokens): what is not yet made
+    for column in range(6):
+        rest = torch.linalg.lstsq(inputs[:, column:], left.T).solution.T  # (out, columns that are left)
+        wanted[:, column] = (rest[:, 0] / nearest.scale[:, 0].double()).round().clamp(-3, 3)
+        left = left - (wanted[:, column] * nearest.scale[:, 0])[:, None] * inputs[:, column]
+    assert torch.equal(codes.double(), wanted)
+    assert not torch.equal(codes, nearest.codes)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_fitting_goes_on_with_the_next_block(
+    tiny: Tiny, gptq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, config = tiny(), with_gptq(QuantizerConfig(weights=W4))
+    calibration = Calibration(calibrated(lm, TEXTS), "ranges", 0.0)
+    step = FittingStep(Prefix.empty(), config, calibration, frozenset(), TEXTS)
+    monkeypatch.setattr(Checkpoint, "due", lambda self: True)
+    fits: list[int] = []
+
+    def fit(turn: Turn, stop: int = 1) -> dict[str, Tensor]:
+        if turn.index == stop:
+            raise KilledError
+        fits.append(turn.index)
+        return whole_fit(turn)
+
+    whole_fit = gptq.GPTQ.fit
+    whole = compute(step, Context(lm, ArtifactStore(tmp_path / "whole"), lambda event: None))
+    interrupted = Context(lm, ArtifactStore(tmp_path / "interrupted"), lambda event: None)
+    monkeypatch.setattr(gptq.GPTQ, "fit", fit)
+    with pytest.raises(KilledError):
+        compute(step, interrupted)
+    monkeypatch.setattr(gptq.GPTQ, "fit", lambda turn: fit(turn, stop=-1))
+    again = compute(step, interrupted)
+    assert fits == [0, 1, 2]
+    assert again.fits["gptq"].keys() == lm.linears().keys()
+    assert all(torch.equal(codes, again.fits["gptq"][name]) for name, codes in whole.fits["gptq"].items())
+
+
+def test_what_is_not_fitted_is_refused(tiny: Tiny, gptq: Any) -> None:
+    config = with_gptq(QuantizerConfig(weights=W4, activations=ActivationConfig(bits=None)))
+    message = r"quantizer.plugins.gptq, which was not fitted: fit it block by block"
+    with pytest.raises(CalibrationError, match=message), FittedQuantizer(config).on(tiny()):
+        pass
+    message = r"quantizer.plugins.gptq found nothing for model.layers.0.self_attn.q_proj"
+    with pytest.raises(CalibrationError, match=message), FittedQuantizer(config, fits={"gptq": {}}).on(tiny()):
+        pass
+    assert config.is_fitted and config.needs_calibration_text
+    with pytest.raises(ConfigError, match=r"quantizer.qfem.search=true cannot be used with quantizer.plugins.gptq"):
+        with_gptq(QuantizerConfig(weights=W4, qfem=QFeMConfig(search=True)))
+    with pytest.raises(ConfigError, match=r"quantizer.plugins.gptq is fitted block by block, which takes too long"):
+        RunConfig(
+            quantizer=with_gptq(QuantizerConfig(weights=W4)),
+            search=SearchConfig(method="greedy"),
+            tuning=TuningConfig(method="prefix", steps=1, ranges="static"),
+        )
+    with pytest.raises(ConfigError, match=r"no weights to round with quantizer.weights.bits=null"):
+        with_gptq(QuantizerConfig(weights=WeightConfig(None)))
