@@ -58,6 +58,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """What a run writes need not outlive a power cut here: waiting until the disk has it is a third of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def tiny() -> Callable[..., LanguageModel]:
     """`tiny("llama")`: a fresh tiny model of a family, with grouped-query attention where the family has it."""
@@ -86,6 +94,12 @@ def write_documents(path: Path) -> Path:
 def text_file(tmp_path: Path) -> Path:
     """The documents of `write_documents`, for one test."""
     return write_documents(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out, and nothing but the head of their files is written: drawing them takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(scope="session")

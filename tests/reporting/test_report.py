@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from records import failed, record, row, write
 from tiny_run import tuning_config
 
@@ -42,12 +41,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
-
-
-@pytest.fixture
-def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are laid out, and their files are not drawn: what they show is tested in `test_figures.py`."""
-    monkeypatch.setattr(Figure, "savefig", lambda _self, path, **_: Path(path).write_bytes(b"\x89PNG"))
 
 
 def everything(seed: int = 0, **others: Any) -> dict[str, Any]:
@@ -104,7 +97,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
 
 
-@pytest.mark.usefixtures("blank")
+@pytest.mark.usefixtures("blank_figures")
 def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own(tmp_path: Path) -> None:
     write(tmp_path / "results", everything(), record(experiment="provenance"))
     written = write_report([tmp_path / "results"], tmp_path / "report")
@@ -134,7 +127,7 @@ def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path
     )
 
 
-@pytest.mark.usefixtures("blank")
+@pytest.mark.usefixtures("blank_figures")
 def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:
     other = everything(1)
     other["tuning"]["steps"][0]["loss"] = 7.0
@@ -152,7 +145,7 @@ def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -
     }
 
 
-@pytest.mark.usefixtures("blank")
+@pytest.mark.usefixtures("blank_figures")
 def test_captions_name_what_tells_the_runs_apart(tmp_path: Path) -> None:
     def made(number: int, **others: Any) -> dict[str, Any]:
         return record(tuning={"steps": [{"step": 0, "loss": float(number)}]}, **others)
@@ -178,7 +171,7 @@ def test_captions_name_what_tells_the_runs_apart(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.usefixtures("blank")
+@pytest.mark.usefixtures("blank_figures")
 def test_drawings_of_the_papers_figures_are_titled_as_such(tmp_path: Path) -> None:
     def titles(*experiments: str) -> dict[str, str]:
         name = "-".join(experiments)
@@ -212,6 +205,7 @@ def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:
     write_report([tmp_path / "results"], tmp_path / "report")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -> None:
     expected = []
     for seed in (0, 1):
@@ -290,7 +284,7 @@ def test_a_report_that_cannot_be_written_ends_with_one_line(tmp_path: Path, caps
     assert target.read_text() == "mine"
 
 
-@pytest.mark.usefixtures("blank")
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_removes_what_an_earlier_one_wrote_and_nothing_else(tmp_path: Path) -> None:
     results, output = tmp_path / "results", tmp_path / "report"
     first = {path.relative_to(output) for path in write_report([write(results, everything())], output)}
