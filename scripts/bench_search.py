@@ -57,9 +57,13 @@ ROW_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Tokens of the batch whose operations per second are measured, by device type."""
 
 
+LARGE = {"cuda": 8192, "cpu": 2048}
+"""Rows and columns of a large matrix, by the kind of device."""
+
+
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large square matrix product: the most that a model can reach."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = LARGE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for the processes that tests start too
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that reaches for the hub fails at once
@@ -12,14 +14,9 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import pytest
-import torch
-from tiny_tasks import few_tasks, own_tasks
 
-from cushion.config import ModelConfig, PathsConfig
-from cushion.evaluation import tasks
-from cushion.models import LanguageModel, load_language_model
-
-torch.set_num_threads(1)  # tiny models gain nothing from more, and tests side by side lose nothing
+if TYPE_CHECKING:  # torch is imported by the tests: the process that only hands them to workers goes without it
+    from cushion.models import LanguageModel
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
@@ -49,9 +46,31 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, 8)
 
 
+def pytest_collection_finish() -> None:
+    """Tiny models gain nothing from more threads than one, and tests side by side lose nothing.
+
+    What is imported by now stays: the collector of garbage need not look through it again and again.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_wait_for_the_disk() -> Iterator[None]:
+    """What a run writes need not outlive a power cut here: waiting until the disk has it is a third of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def tiny() -> Callable[..., LanguageModel]:
     """`tiny("llama")`: a fresh tiny model of a family, with grouped-query attention where the family has it."""
+    from cushion.config import ModelConfig, PathsConfig
+    from cushion.models import load_language_model
 
     def make(family: str = "llama") -> LanguageModel:
         return load_language_model(ModelConfig(path=f"tiny:{family}"), PathsConfig())
@@ -77,9 +96,19 @@ def text_file(tmp_path: Path) -> Path:
     return write_documents(tmp_path / "text.txt")
 
 
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are laid out, and nothing but the head of their files is written: drawing them takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.write_bytes(b"\x89PNG"))
+
+
 @pytest.fixture(scope="session")
 def include_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A folder for `eval.include_path`, the same one for all tests: its tasks and `STOCK` are indexed but once."""
+    from tiny_tasks import few_tasks, own_tasks
+
+    from cushion.evaluation import tasks
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "_task_manager", few_tasks)
         yield own_tasks(tmp_path_factory.mktemp("own_tasks"))

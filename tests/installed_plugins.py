@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from programs import Program
 
 ROOT = Path(__file__).parent.parent
 PLUGINS = ROOT / "tests" / "plugins"
@@ -24,8 +23,8 @@ def installed(site: Path, *names: str) -> Path:
 
 def cushion(site: Path, module: str, *words: str) -> str:
     """What a command prints where the plugins of `site` are installed."""
-    command = [sys.executable, "-c", f"from cushion.{module} import main; main()", *words]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{site}"}
-    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    out, err = (site.parent / f"{site.name}-{name}.txt" for name in ("out", "err"))
+    out.unlink(missing_ok=True)
+    status = Program(module, list(words), folder=site, out=out, err=err, site=site, figures=False).wait(300)
+    assert status == 0, err.read_text(encoding="utf-8")
+    return out.read_text(encoding="utf-8")

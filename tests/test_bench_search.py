@@ -42,6 +42,7 @@ def test_every_row_is_measured_and_kept_at_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", arguments(text_file, tmp_path))
+    monkeypatch.setattr(script, "LARGE", {"cpu": 256})
     run, calls = script.pipeline.run, []
 
     def run_three(config: object) -> object:

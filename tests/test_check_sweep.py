@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from programs import Program
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_sweep.py"
 
@@ -28,12 +29,20 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_sweep_that_is_killed_ends_with_the_same_results_each_step_computed_once(tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_ends_with_the_same_results_each_step_computed_once(
+    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(self: Any, arguments: list[str], log: Path) -> Program:
+        self._started.append(Program("cli", arguments, folder=log.parent, out=log, err=log, site=None, figures=True))
+        return self._started[-1]
+
     folder = tmp_path / "check"
-    command = [sys.executable, str(SCRIPT), "--runs", "2", "--kills", "1", "--only", "killed", "--without-wandb"]
-    done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if re.match(r"(un|k)\w+ +\d", line)}
+    words = ["--runs", "2", "--kills", "1", "--only", "killed", "--without-wandb", "--deadline", "300"]
+    monkeypatch.setattr(check.Processes, "start", start)
+    monkeypatch.setattr(sys, "argv", ["check_sweep.py", *words, "--folder", str(folder)])
+    check.main()
+    printed = capsys.readouterr().out
+    table = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if re.match(r"(un|k)\w+ +\d", line)}
     assert table["unbroken"][:2] == ["0", "2"]
     assert table["killed"][:2] == ["1", "2"]
     assert table["unbroken"][2] == table["killed"][2], "as many steps"
@@ -51,7 +60,7 @@ def test_a_sweep_that_hangs_is_ended_and_stands_in_the_table(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho $$ > "$0.pid"\nsleep 600 &\nwait\n')
+    program.write_text('#!/bin/sh\necho "$@" > "$0.arguments"\necho $$ > "$0.pid"\nsleep 600 &\nwait\n')
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.setattr(
@@ -65,6 +74,8 @@ def test_a_sweep_that_hangs_is_ended_and_stands_in_the_table(
     group = int((tmp_path / "python.pid").read_text())
     left = [path for path in Path("/proc").glob("[0-9]*/stat") if in_group(path, group)]
     assert left == [], "nothing of it is at work any more"
+    started = (tmp_path / "python.arguments").read_text()
+    assert started.startswith("-c from cushion.cli import main; main() -m model=tiny "), "as the installed command"
 
 
 def in_group(stat: Path, group: int) -> bool:

@@ -20,6 +20,18 @@ from cushion.results import FILE_NAME
 Command = Callable[..., Outcome]
 
 
+@pytest.fixture
+def only_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep ends with the error "planned" when its plan is written."""
+    write_plan = preflight.write_plan
+
+    def write(*planned: Any) -> None:
+        write_plan(*planned)
+        raise CushionError("planned")
+
+    monkeypatch.setattr(preflight, "write_plan", write)
+
+
 @pytest.mark.parametrize(
     ("sweep", "wrong", "named", "which"),
     [
@@ -64,6 +76,7 @@ def experiment(folder: Path, name: str, text: str = "") -> None:
     path.write_text(f"# @package _global_\nexperiment: {name}\n{text}\n")
 
 
+@pytest.mark.usefixtures("only_planned")
 def test_several_experiments_are_refused_if_one_sweeps_by_itself(
     cushion: Command, arguments: list[str], tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
@@ -79,7 +92,7 @@ def test_several_experiments_are_refused_if_one_sweeps_by_itself(
         cushion("-m", "experiment=cushioncache_table1,cushioncache_table2")
     )
     for several, count in (("one,two", 2), ("sweep", 2)):
-        assert cushion(*own, f"experiment={several}", "paths.output_dir=out").code == 0
+        assert "planned" in one_error(cushion(*own, f"experiment={several}", "paths.output_dir=out"))
         assert len(planned(Path("out"), several.split(","))) == count
 
 
@@ -124,21 +137,21 @@ def test_the_plan_names_every_run_and_a_second_start_writes_the_same(cushion: Co
 
 
 def test_lost_seeds_are_told_by_the_plan_wherever_the_seed_was_set(
-    cushion: Command, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    cushion: Command,  # noqa: F811
+    arguments: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     """Swept, shared by the whole sweep, or set by an experiment's file; and from any folder above the runs."""
-
-    def only_plan(*planned: Any) -> None:
-        write_plan(*planned)
-        raise CushionError("planned")
 
     path = tmp_path / "conf" / "experiment" / "mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\nexperiment: cushioncache_table1\nseed: 1\n")
+    monkeypatch.setattr("cushion.reporting.cli.draw_all", lambda *_: [])
     own = ["--config-dir", str(tmp_path / "conf"), *arguments, "experiment=mine"]
     assert cushion(*own, "quantizer=per_tensor_static", "seed=0").code == 0
-    write_plan = preflight.write_plan
-    monkeypatch.setattr(preflight, "write_plan", only_plan)
+    request.getfixturevalue("only_planned")
     for sweep in (["seed=0,1"], ["seed=1", "quantizer=none,per_tensor_dynamic"], ["quantizer=none,per_tensor_dynamic"]):
         assert "planned" in one_error(cushion("-m", *own, *sweep))
         for folder in ("outputs", "outputs/cushioncache_table1", "outputs/cushioncache_table1/tiny_llama"):

@@ -85,10 +85,13 @@ def without_seconds(value: Any) -> Any:
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
+_LLAMA = "transformers.models.llama.modeling_llama"
+
+
 def processes() -> ForkServerContext:
     """Real processes that share one start-up: Cushion is imported once, and every process is forked from there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cushion.pipeline"])
+    context.set_forkserver_preload(["cushion.pipeline", "cushion.cli", "cushion.reporting.cli", _LLAMA])
     return context
 
 

@@ -79,6 +79,7 @@ def test_a_magnitude_of_zero_is_drawn_all_the_same(tmp_path: Path) -> None:
     assert activation_curves(record, tmp_path / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_figures_are_drawn_where_they_are_missing_and_left_alone_where_they_are(tmp_path: Path) -> None:
     draw_figures(result(2), tmp_path)
     paths = figures_of(result(2), tmp_path)
@@ -152,6 +153,7 @@ def test_a_map_of_equal_magnitudes_is_drawn_all_the_same(tmp_path: Path, value: 
     assert path.stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_map_is_drawn_where_the_result_has_one(tmp_path: Path) -> None:
     drawn = {**with_map(none=[[1.0, 2.0]] * 3), "attention": None}
     draw_figures(drawn, tmp_path)
@@ -199,6 +201,7 @@ def test_the_trade_off_has_a_panel_per_prefix_with_points_choice_reference_and_t
         pyplot.close(figure)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_nothing_is_drawn_where_no_attention_was_measured(tmp_path: Path) -> None:
     without = {**result(2), "attention": None}
     draw_figures(without, tmp_path)
@@ -206,6 +209,7 @@ def test_nothing_is_drawn_where_no_attention_was_measured(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["activation_curves.png"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_trade_off_is_drawn_only_where_alpha_was_searched(tmp_path: Path) -> None:
     assert "qfem_tradeoff" not in figures_of(with_qfem(none=None), tmp_path)
     assert "qfem_tradeoff" not in figures_of({**result(2), "qfem": None}, tmp_path)

@@ -97,6 +97,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own(tmp_path: Path) -> None:
     write(tmp_path / "results", everything(), record(experiment="provenance"))
     written = write_report([tmp_path / "results"], tmp_path / "report")
@@ -126,6 +127,7 @@ def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path
     )
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:
     other = everything(1)
     other["tuning"]["steps"][0]["loss"] = 7.0
@@ -143,6 +145,7 @@ def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -
     }
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_captions_name_what_tells_the_runs_apart(tmp_path: Path) -> None:
     def made(number: int, **others: Any) -> dict[str, Any]:
         return record(tuning={"steps": [{"step": 0, "loss": float(number)}]}, **others)
@@ -168,6 +171,7 @@ def test_captions_name_what_tells_the_runs_apart(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_drawings_of_the_papers_figures_are_titled_as_such(tmp_path: Path) -> None:
     def titles(*experiments: str) -> dict[str, str]:
         name = "-".join(experiments)
@@ -201,6 +205,7 @@ def test_a_result_without_any_of_it_has_no_figures(tmp_path: Path) -> None:
     write_report([tmp_path / "results"], tmp_path / "report")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -> None:
     expected = []
     for seed in (0, 1):
@@ -279,6 +284,7 @@ def test_a_report_that_cannot_be_written_ends_with_one_line(tmp_path: Path, caps
     assert target.read_text() == "mine"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_removes_what_an_earlier_one_wrote_and_nothing_else(tmp_path: Path) -> None:
     results, output = tmp_path / "results", tmp_path / "report"
     first = {path.relative_to(output) for path in write_report([write(results, everything())], output)}
