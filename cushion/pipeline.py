@@ -28,7 +28,7 @@ from cushion.preparation import Prepared, choose_device, evaluation_name, prepar
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
-from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
+from cushion.run_warnings import data_warnings, qfem_warnings, task_warnings, truncation_warning
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
@@ -122,7 +122,7 @@ class _Run:
             "vocabulary": self.lm.vocabulary_size,
         }
         result.evaluation = _evaluation(config, prepared)
-        for warning in task_warnings(config, prepared):
+        for warning in (*data_warnings(prepared), *task_warnings(config, prepared)):
             self._warn(warning)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 

@@ -15,6 +15,7 @@ from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.execution.registry import load_execution
+from cushion.held_out import split_texts
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
@@ -162,9 +163,10 @@ def _draw_texts(
     if number is not None:
         search_texts = corpora["search"].samples(encode, search.text_length, number(search, start_length), seed)
     if tuning.method != "none":
-        parts = [tuning.sequences, tuning.held_out_sequences]
-        drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)
-        tuning_texts, held_out = drawn.split(parts)
+        numbers = tuning.sequences, tuning.held_out_sequences
+        split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed)
+        tuning_texts, held_out = split.training, split.held_out
+        corpora["tuning"].provenance["held_out"] = split.record
     return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out)
 
 

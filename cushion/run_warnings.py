@@ -36,6 +36,18 @@ def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
     return warnings
 
 
+def data_warnings(prepared: Prepared) -> list[str]:
+    """What a reader should know of the texts."""
+    tuning = prepared.corpora.get("tuning")
+    held_out = None if tuning is None else tuning.provenance.get("held_out")
+    if held_out is None or held_out.get("split") != "position":
+        return []
+    return [
+        "data.tuning has too few documents to hold any out: the held-out texts are the end of the text that training "
+        "reads the rest of; name a source of more documents, or lower tuning.sequences"
+    ]
+
+
 def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     """What a reader of the accuracies should know."""
     tasks, lm = prepared.tasks, prepared.lm
