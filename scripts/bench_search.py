@@ -42,7 +42,8 @@ from cushion.models.architectures import find_architecture
 from cushion.models.tiny import byte_tokenizer
 from cushion.prefix import Prefix
 from cushion.preparation import choose_device, prepare
-from cushion.search.greedy import SearchState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import SearchState
 from cushion.search.objective import Objective
 from cushion.search.rounds import rows_of
 
