@@ -300,7 +300,7 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "corpus": evaluation_name(config),
         "corpora": {name: {"blocks": len(blocks)} for name, blocks in prepared.blocks.items()},
         "block_length": evaluation.block_length,
-        "bos": evaluation.bos,
+        "bos": prepared.bos,
         "predict_first": evaluation.predict_first,
         "prefix_in_block": evaluation.prefix_in_block,
         "tasks": {
@@ -310,7 +310,6 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "asked": list(tasks.asked),
         "in_mean": list(tasks.in_mean),
         "limit": evaluation.limit,
-        "add_bos": evaluation.add_bos,
         "task_batch_size": task_batch_size(evaluation, config.quantizer),
         "accuracy": evaluation.accuracy,
     }

@@ -125,7 +125,8 @@ def bench(options: argparse.Namespace) -> None:
     assert texts is not None
     size = lm.vocabulary_size
     objective = Objective(replace(base.search, objective="quantization_error"))
-    whole = options.tokens * (options.length + size * (options.length + 1))  # with L_q(t | p), once a step
+    length = texts.shape[1]  # with BOS where the run has it
+    whole = options.tokens * (length + size * (length + 1))  # with L_q(t | p), once a step
     record: dict[str, Any] = {"model": lm.label, "vocabulary": size, "length": options.length, "exhaustive": whole}
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)

@@ -3,16 +3,21 @@
 Of the tokens that are best on one short text some are best there alone. So the best `search.verify_candidates` on the
 search text t_0, the finalists, are judged on further texts t_1 to t_V as well, and
 
-    p* = argmin over finalists c of  mean over i = 0..V of  L_q(t_i | p, c) / L_q(t_i | p)
+    p* = argmin over finalists c of  mean over i = 0..V of  L_q(t_i | p, c) / M_i
 
-A ratio is not negative, so what a candidate gains on one text alone is at most 1 / (V + 1): no single text can make it
-the best, as one could in a sum of objectives (by larger activations) or in a geometric mean (by a ratio near zero). A
-single text can spoil it, as one spoils a static range. With V = 0 the mean is the ratio of Algorithm 1.
+with M_i the median of L_q(t_i | p, c) over the finalists. Every text then counts alike. Summed as they are, the text
+with the largest objectives would decide; over L_q(t_i | p), the one that is least in need of a prefix, which differs
+between texts tenfold. And no text alone can make a candidate the best: a ratio is not negative, so what it gains on one
+text is at most 1 / (V + 1); a geometric mean has no such bound. One text can spoil it, as it spoils a static range.
+
+The rule of tau is Algorithm 1's, on the mean over all texts: accepted is p* with
+mean over i of L_q(t_i | p, p*) / L_q(t_i | p) <= tau.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median_low
 
 TIE = 1e-6
 """Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
@@ -38,16 +43,31 @@ def finalists(verified: list[tuple[int, float]], count: int) -> list[int]:
     return sorted(position for _, position in ranked[:count])
 
 
-def mean_ratio(before: Sequence[float], after: Sequence[float | None]) -> float | None:
-    """The mean over texts of the objective with a candidate over that without.
+def scores(objectives: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The score of each finalist: the mean over texts of its objective over the median one of the text.
+
+    Args:
+        objectives: for each finalist, those of all texts; None where one is not finite.
 
     Returns:
-        None where an objective with the candidate is missing, or a ratio is infinite. Zero over zero counts 1.
+        None for a finalist without all objectives, which has no part in the medians.
+
+    """
+    known = [row for row in objectives if None not in row]
+    medians = [median_low(column) for column in zip(*known, strict=True)]
+    return [mean_ratio(medians, row) for row in objectives]
+
+
+def mean_ratio(before: Sequence[float], after: Sequence[float | None]) -> float | None:
+    """The mean over texts of objectives over others, those `before`.
+
+    Returns:
+        None where an objective is missing, or a ratio is infinite. Zero over zero counts 1.
 
     """
     ratios = []
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before, after, strict=False):
         if new is None or (old == 0 and new > 0):
             return None
         ratios.append(new / old if old > 0 else 1.0)
-    return sum(ratios) / len(ratios)
+    return sum(ratios) / len(ratios) if ratios else None

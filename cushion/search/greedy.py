@@ -12,8 +12,8 @@ argmin is found is `search.scoring`: `full` judges every candidate, `pruned` jud
 verifies what is left, `exact` does so too and then sweeps over all others, dropping each at the block at which its
 partial objective exceeds the best one.
 
-With `search.verify_texts` above 0 the best candidates are judged on further texts before one is taken, and the mean
-ratio of the objectives over all these texts stands on the left of the comparison with tau (`cushion.search.finalists`).
+With `search.verify_texts` above 0 the best candidates are judged on further texts before one is taken, and what tau
+bounds is the mean over all these texts of the ratio of the two objectives (`cushion.search.finalists`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.batching import BatchSizer
-from cushion.search.finalists import TIE, best, finalists, mean_ratio
+from cushion.search.finalists import TIE, best, finalists, mean_ratio, scores
 from cushion.search.greedy_state import Finalist, Scored, SearchState, SearchStep, StepState
 from cushion.search.objective import Objective
 from cushion.search.replicas import Replicas, replica_devices, replicated
@@ -261,12 +261,9 @@ class _Step:
     def _record(self) -> SearchStep | None:
         """What is taken: the best of the finalists where a further text is done, else the best on the search text."""
         step, objectives = self.step, dict(self.step.verified)
-        judged = {
-            position: self._finalist(place, position, objectives[position])
-            for place, position in enumerate(step.finalists if step.further else [])
-        }
-        ratios = [(position, own.ratio) for position, own in judged.items() if own.ratio is not None]
-        chosen = best(ratios if step.further else step.verified)
+        judged = self._judged(objectives)
+        scored = [(position, own.score) for position, own in judged.items() if own.score is not None]
+        chosen = best(scored if step.further else step.verified)
         if chosen is None:
             return None
         assert step.objective_before is not None, "it comes before any candidate"
@@ -283,16 +280,25 @@ class _Step:
             seconds=step.seconds,
             verified=len(step.verified),
             replicas=len(self.replicas),
-            ratio=chosen[1] if step.further else None,
+            ratio=judged[chosen[0]].ratio if step.further else None,
             further_before=step.further_before[: len(step.further)],
             finalists=list(judged.values()),
         )
         return replace(record, accepted=record.is_accepted(self.config.tau))
 
-    def _finalist(self, place: int, position: int, objective: float) -> Finalist:
-        """The finalist at a place among them, by the search text's objective and those of the further texts done."""
-        step, token = self.step, self.candidates[position]
+    def _judged(self, objectives: dict[int, float]) -> dict[int, Finalist]:
+        """The finalists by position, as far as the further texts are done; none where none of these is."""
+        step = self.step
+        if not step.further:
+            return {}
         assert step.objective_before is not None, "it comes before any candidate"
-        after = [objective, *(scores[place] for scores in step.further)]
         before = [step.objective_before, *step.further_before[: len(step.further)]]
-        return Finalist(token, self.lm.decode([token]), mean_ratio(before, after), after)
+        found = {}
+        rows = [
+            [objectives[position], *(text[place] for text in step.further)]
+            for place, position in enumerate(step.finalists)
+        ]
+        for position, row, score in zip(step.finalists, rows, scores(rows), strict=True):
+            token = self.candidates[position]
+            found[position] = Finalist(token, self.lm.decode([token]), score, mean_ratio(before, row), row)
+        return found

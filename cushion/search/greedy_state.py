@@ -11,11 +11,13 @@ class Finalist:
     """A candidate that was judged on further texts.
 
     `objectives`: L_q(t | p, candidate) for the search text first, then for the further texts; None where it is not
-    finite. `ratio`: the mean over all of them of L_q(t | p, candidate) / L_q(t | p); None where one is missing.
+    finite. `score`: what the lowest is taken of, the mean over texts of the objective over the text's median one;
+    `ratio`: the mean over texts of L_q(t | p, candidate) / L_q(t | p). None where an objective is missing.
     """
 
     token_id: int
     token: str
+    score: float | None
     ratio: float | None
     objectives: list[float | None]
 

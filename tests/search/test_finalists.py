@@ -17,7 +17,7 @@ from torch import Tensor
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.search.finalists import best, finalists, mean_ratio
+from cushion.search.finalists import best, finalists, mean_ratio, scores
 from cushion.search.greedy import greedy_search
 from cushion.search.greedy_prefix import split_texts
 from cushion.search.greedy_state import SearchState, SearchStep
@@ -87,7 +87,7 @@ def test_a_token_that_is_best_on_the_search_text_alone_is_rejected(tiny: Tiny) -
 
 
 @pytest.mark.parametrize("scoring", ["full", "exact"])
-def test_the_choice_is_the_mean_of_ratios_computed_once_more(tiny: Tiny, scoring: str) -> None:
+def test_the_choice_is_the_mean_over_texts_computed_once_more(tiny: Tiny, scoring: str) -> None:
     """Every objective from a pass of its own; the prompt grows by what was chosen."""
     lm, texts, further = tiny(), random_texts(2, 10), random_texts(4, 10, seed=7)
     config = SearchConfig(max_length=2)
@@ -101,9 +101,12 @@ def test_the_choice_is_the_mean_of_ratios_computed_once_more(tiny: Tiny, scoring
         after = {c: [judge(lm, prefix, rows_of([c], each), 1).item() for each in of_all] for c in CANDIDATES}
         last = sorted(CANDIDATES, key=lambda c: after[c][0])[:6]
         ratios = {c: sum(new / old for new, old in zip(after[c], before, strict=True)) / 5 for c in last}
+        medians = [sorted(after[c][text] for c in last)[2] for text in range(5)]
+        scores = {c: sum(new / middle for new, middle in zip(after[c], medians, strict=True)) / 5 for c in last}
         assert [finalist.token_id for finalist in step.finalists] == sorted(last)
         assert {f.token_id: f.ratio for f in step.finalists} == pytest.approx(ratios, rel=1e-4)
-        assert step.token_id == min(ratios, key=ratios.__getitem__)
+        assert {f.token_id: f.score for f in step.finalists} == pytest.approx(scores, rel=1e-4)
+        assert step.token_id == min(scores, key=scores.__getitem__)
         assert step.ratio == pytest.approx(ratios[step.token_id], rel=1e-4)
         assert step.objective_after == pytest.approx(after[step.token_id][0], rel=1e-4)
         assert step.further_before == pytest.approx(before[1:], rel=1e-4)
@@ -165,7 +168,7 @@ def test_a_finalist_without_a_number_on_a_further_text_is_never_chosen(tiny: Tin
         patch.setattr(Objective, "judge", judge)
         step = search(lm, texts, further, CANDIDATES).steps[0]
     assert step.token_id != first.token_id
-    assert {f.token_id for f in step.finalists if f.ratio is None} == {first.token_id}
+    assert {f.token_id for f in step.finalists if f.score is None or f.ratio is None} == {first.token_id}
     assert SearchStep.from_dict(json.loads(json.dumps(asdict(step)))) == step
 
 
@@ -173,6 +176,9 @@ def test_pieces_by_hand() -> None:
     assert mean_ratio([10.0, 4.0], [5.0, 1.0]) == 0.375
     assert mean_ratio([10.0, 4.0], [5.0, None]) is None
     assert (mean_ratio([0.0], [0.0]), mean_ratio([0.0], [1.0])) == (1.0, None)
+    assert scores([[1.0, 4.0], [2.0, 2.0], [3.0, None], [4.0, 8.0]]) == [0.75, 0.75, None, 2.0]
+    lucky = scores([[0.001, 9.0, 9.0], [9.0, 8.0, 8.0], [9.0, 9.0, 9.0]])
+    assert None not in lucky and lucky[0] == pytest.approx(2 / 3, abs=1e-3), "one text gains a third at most, of three"
     assert finalists([(4, 3.0), (1, 2.0), (9, 1.0), (7, 2.0)], 3) == [1, 7, 9]
     assert best([(9, 1.0), (4, 1.0 + 1e-8), (1, 2.0)]) == (4, 1.0 + 1e-8)
     assert best([]) is None
