@@ -194,6 +194,12 @@ def main() -> None:
         sys.exit(130)
 
 
+MOVED = {
+    "eval.bos": "use bos, which is for all texts of a run: bos=always for eval.bos=block, bos=never for none",
+    "eval.add_bos": "use bos, which is for all texts of a run: bos=always for eval.add_bos=true, bos=never for false",
+}
+"""Keys of former versions, and what took their place."""
+
 _NOISE = ("reference_type=", "object_type=", "full_key:", "Config search path", "provider=")
 
 
@@ -208,6 +214,9 @@ def one_line(error: BaseException) -> str:
             parts.append(text)
         link = link.__cause__ if isinstance(error, HydraException) else None
     nested = " ".join(_nested_options(error))
+    for key in (str(getattr(link, "full_key", None)) for link in _with_causes(error)):
+        if key in MOVED:
+            return f"{key} is not a key any more: {MOVED[key]}"
     cause = _misspelt(error)
     return ": ".join(parts) + (f" {nested}" if nested else "") + (did_you_mean(*cause) if cause else "")
 
@@ -228,14 +237,19 @@ def _misspelt(error: BaseException) -> tuple[str, list[str]] | None:
         nested = _nested_options(error)
         parts = error.missing_cfg_file.split("/")
         return "/".join(parts[1:] if nested else parts[-1:]), [*error.options, *nested]
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OmegaConfBaseException) and chain.key is not None:
-            parent: Any = chain.parent_node
-            if OmegaConf.is_dict(parent) and chain.key not in parent:
-                return str(chain.key), [str(key) for key in parent]
-        chain = chain.__cause__
+    for link in _with_causes(error):
+        if isinstance(link, OmegaConfBaseException) and link.key is not None:
+            parent: Any = link.parent_node
+            if OmegaConf.is_dict(parent) and link.key not in parent:
+                return str(link.key), [str(key) for key in parent]
     return None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
     found.extend(_search_keys(search))
     if not config.eval.tasks:
-        keys = ("limit", "shots", "task_batch_size", "add_bos", "accuracy", "include_path", "samples")
+        keys = ("limit", "shots", "task_batch_size", "accuracy", "include_path", "samples")
         changed("eval", config.eval, keys, "without eval.tasks")
     if not config.eval.perplexity:
         keys = ("batch_size", "predict_first", "prefix_in_block")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Corpus:
 
     purpose: str
     documents: list[str]
-    provenance: dict[str, object]
+    provenance: dict[str, Any]
     _tokens: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def blocks(self, encode: Callable[[str], Tensor], length: int, count: int | None) -> Tensor:
@@ -78,16 +79,13 @@ class Corpus:
             for index in order:
                 if len(found) == count:
                     break
-                tokens = self._document_tokens(encode, index)
+                tokens = self.document_tokens(encode, index)
                 if len(tokens) >= (window + 1) * length:
                     found.append(tokens[window * length : (window + 1) * length])
                     remaining.append(index)
             order, window = remaining, window + 1
         if len(found) < count:
-            short = [text for index, text in enumerate(self.documents) if len(self._tokens[index]) < length]
-            joined = encode("\n\n".join(short)) if short else torch.empty(0, dtype=torch.long)
-            whole = len(joined) // length * length
-            found += joined[:whole].reshape(-1, length)[: count - len(found)].unbind()
+            found += self._joined(encode, length)[: count - len(found)].unbind()
         if len(found) < count:
             raise DataError(
                 f"data.{self.purpose} ({self._where()}) holds {len(found)} texts of {length} tokens, but {count} were "
@@ -95,15 +93,37 @@ class Corpus:
             )
         return torch.stack(found)
 
+    def windows(self, encode: Callable[[str], Tensor], length: int) -> Tensor:
+        """All texts that `samples` could draw, in the order of the documents, those of joined short ones last.
+
+        Returns:
+            Token ids, shape (texts, length).
+
+        """
+        whole = [_cut(self.document_tokens(encode, index), length) for index in range(len(self.documents))]
+        return torch.cat([*whole, self._joined(encode, length)])
+
+    def _joined(self, encode: Callable[[str], Tensor], length: int) -> Tensor:
+        """The documents of fewer than `length` tokens, joined with blank lines and cut: (texts, length)."""
+        lengths = [len(self.document_tokens(encode, index)) for index in range(len(self.documents))]
+        short = [text for text, own in zip(self.documents, lengths, strict=True) if own < length]
+        return _cut(encode("\n\n".join(short)) if short else torch.empty(0, dtype=torch.long), length)
+
+    def part(self, indices: Sequence[int]) -> Corpus:
+        """The corpus of these documents alone."""
+        tokens = {place: self._tokens[index] for place, index in enumerate(indices) if index in self._tokens}
+        return replace(self, documents=[self.documents[index] for index in indices], _tokens=tokens)
+
     def token_counts(self, encode: Callable[[str], Tensor], vocabulary_size: int, documents: int = 64) -> Tensor:
         """How often each token occurs in the first `documents` documents; shape (vocabulary_size,)."""
         counts = torch.zeros(vocabulary_size, dtype=torch.long)
         for index in range(min(documents, len(self.documents))):
-            tokens = self._document_tokens(encode, index)
+            tokens = self.document_tokens(encode, index)
             counts += torch.bincount(tokens[tokens < vocabulary_size], minlength=vocabulary_size)
         return counts
 
-    def _document_tokens(self, encode: Callable[[str], Tensor], index: int) -> Tensor:
+    def document_tokens(self, encode: Callable[[str], Tensor], index: int) -> Tensor:
+        """The token ids of one document, (tokens,)."""
         if index not in self._tokens:
             self._tokens[index] = encode(self.documents[index])
         return self._tokens[index]
@@ -150,7 +170,7 @@ def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str]
                 f"shared by {', '.join(sharing)}, and {len(share)} of this share occur in another purpose's text; "
                 "name another source or a longer one"
             )
-        provenance: dict[str, object] = {
+        provenance: dict[str, Any] = {
             "source": corpus.source,
             "split": corpus.split if pool[0].startswith("hub:") or corpus.source == "wikitext2" else None,
             "origin": pool[0],
@@ -162,6 +182,12 @@ def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str]
         }
         corpora[purpose] = Corpus(purpose, documents, provenance)
     return corpora
+
+
+def _cut(tokens: Tensor, length: int) -> Tensor:
+    """Token ids, (tokens,), as texts of `length` from the start: (texts, length)."""
+    whole = len(tokens) // length * length
+    return tokens[:whole].reshape(-1, length)
 
 
 def _hash(document: str) -> bytes:

@@ -29,7 +29,7 @@ from cushion.quantization.learned import Learned
 from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
-from cushion.run_warnings import qfem_warnings, task_warnings, truncation_warning
+from cushion.run_warnings import data_warnings, qfem_warnings, task_warnings, truncation_warning
 from cushion.schema import FOUND, LEARNED, NO_PREFIX, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
@@ -131,7 +131,7 @@ class _Run:
             "vocabulary": self.lm.vocabulary_size,
         }
         result.evaluation = _evaluation(config, prepared)
-        for warning in task_warnings(config, prepared):
+        for warning in (*data_warnings(prepared), *task_warnings(config, prepared)):
             self._warn(warning)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
@@ -349,7 +349,7 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "corpus": evaluation_name(config),
         "corpora": {name: {"blocks": len(blocks)} for name, blocks in prepared.blocks.items()},
         "block_length": evaluation.block_length,
-        "bos": evaluation.bos,
+        "bos": prepared.bos,
         "predict_first": evaluation.predict_first,
         "prefix_in_block": evaluation.prefix_in_block,
         "tasks": {
@@ -359,7 +359,6 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "asked": list(tasks.asked),
         "in_mean": list(tasks.in_mean),
         "limit": evaluation.limit,
-        "add_bos": evaluation.add_bos,
         "task_batch_size": task_batch_size(evaluation, config.quantizer),
         "accuracy": evaluation.accuracy,
     }

@@ -15,6 +15,7 @@ from cushion.evaluation.perplexity import check_evaluation
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.execution.registry import load_execution
+from cushion.held_out import split_texts
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.quantization.check import check_quantizer
 from cushion.search.methods import METHODS
@@ -27,7 +28,8 @@ class Texts:
     """The token ids that a run uses, each (texts, tokens); None where the run has no such step.
 
     `reconstruction` are the calibration texts, or as many as it asks for. `activations` are the first blocks of the
-    evaluation text; the blocks for perplexity are in `Prepared.blocks`.
+    evaluation text; the blocks for perplexity are in `Prepared.blocks`. All begin with BOS where the run's texts do, one
+    token more, but for the search texts of a method that puts it there.
     """
 
     activations: Tensor
@@ -44,8 +46,9 @@ class Prepared:
 
     Args:
         measured: the corpora whose perplexity is measured: name in results to purpose.
-        blocks: of each of them, by name: token ids, (blocks, block length).
+        blocks: of each of them, by name: token ids, (blocks, block length), or one more with BOS in front.
         start_tokens: what the prefix starts with, or consists of.
+        bos: whether every text of the run begins with BOS, behind the prefix.
 
     """
 
@@ -56,6 +59,7 @@ class Prepared:
     blocks: dict[str, Tensor]
     tasks: TaskSet
     start_tokens: list[int]
+    bos: bool = False
 
     def blocks_behind(self, config: EvalConfig, prefix_length: int) -> dict[str, Tensor]:
         """The blocks that are evaluated behind a prefix: shorter where it takes positions of the block itself."""
@@ -63,7 +67,8 @@ class Prepared:
             return self.blocks
         length, count = config.block_length - prefix_length, config.blocks
         return {
-            name: self.corpora[purpose].blocks(self.lm.encode, length, count) for name, purpose in self.measured.items()
+            name: _led(self.lm, self.bos, self.corpora[purpose].blocks(self.lm.encode, length, count))
+            for name, purpose in self.measured.items()
         }
 
 
@@ -89,6 +94,23 @@ def choose_device(config: RunConfig) -> str:
     return config.device
 
 
+def begins_with_bos(lm: LanguageModel, policy: str) -> bool:
+    """Whether the texts of a run begin with BOS: `always`, `never`, or as the `tokenizer` does by itself.
+
+    Raises:
+        ConfigError: they always should, and the model has no BOS token.
+
+    """
+    if policy == "always" and lm.bos_token_id is None:
+        raise ConfigError(f"bos=always, but {lm.label} has no BOS token: use bos=tokenizer or bos=never")
+    return lm.adds_bos if policy == "tokenizer" else policy == "always"
+
+
+def _led(lm: LanguageModel, bos: bool, texts: Tensor) -> Tensor:
+    """Token ids, (texts, tokens), with BOS in front of each where the run has it."""
+    return lm.with_bos(texts) if bos else texts
+
+
 def prepare(config: RunConfig, device: str) -> Prepared:
     """Load the texts and the model, check that the configuration fits them, and draw every text of the run.
 
@@ -103,15 +125,16 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     lm = load_language_model(config.model, config.paths, device)
     method = METHODS[config.search.method]
     start_tokens = method.start_tokens(lm, config)
-    _check(lm, config, tasks, start_tokens)
+    bos = begins_with_bos(lm, config.bos)
+    _check(lm, config, tasks, start_tokens, bos)
     blocks = {
-        name: corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks)
+        name: _led(lm, bos, corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks))
         for name, purpose in measured.items()
     }
-    texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens))
+    texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens), bos)
     if texts.search is not None:
         method.check_texts(config.search, texts.search)
-    return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens)
+    return Prepared(lm, corpora, texts, measured, blocks, tasks, start_tokens, bos)
 
 
 def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
@@ -125,54 +148,62 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
     return {purpose for purpose, is_needed in needed.items() if is_needed} | set(measured.values())
 
 
-def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int]) -> None:
+def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: list[int], bos: bool) -> None:
     check_quantizer(lm, config.quantizer)
     check_tuning(config.tuning, config.quantizer)
     load_execution(config.execution).check(lm, config.quantizer)
     method, started = METHODS[config.search.method], len(start_tokens)
     method.check_model(config.search, lm, started)
     longest = method.longest(config.search, started)
-    check_evaluation(lm, config.eval, longest)
+    check_evaluation(lm, config.eval, longest, bos)
     check_tasks(lm, config.eval, tasks, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
-    with_bos = int(config.eval.bos == "block")
-    for key, used, length, extra in (
-        ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length, 0),
-        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length, with_bos),
+    searched = bos and method.texts is not None and not method.leads_texts  # without BOS the method has checked it
+    for key, used, length in (
+        ("search.text_length", searched, config.search.text_length),
+        ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length),
+        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length),
     ):
-        if used and lm.context_length is not None and longest + length + extra > lm.context_length:
+        if used and lm.context_length is not None and longest + length + bos > lm.context_length:
             raise ConfigError(
-                f"{key}={length} and a prefix of up to {longest} tokens do not fit the {lm.context_length} positions "
+                f"{key}={length}{' behind BOS' if bos else ''} and a prefix of up to {longest} tokens do not fit the "
+                f"{lm.context_length} positions "
                 f"of {lm.label}: shorten the texts or the prefix"
             )
 
 
 def _draw_texts(
-    lm: LanguageModel, config: RunConfig, corpora: dict[str, Corpus], blocks: dict[str, Tensor], start_length: int
+    lm: LanguageModel,
+    config: RunConfig,
+    corpora: dict[str, Corpus],
+    blocks: dict[str, Tensor],
+    start_length: int,
+    bos: bool,
 ) -> Texts:
     encode, seed = lm.encode, config.seed
     evaluation, search, tuning = config.eval, config.search, config.tuning
     count = evaluation.activation_blocks
     first = blocks.get(evaluation_name(config))
     if first is None:  # no perplexity is measured
-        first = corpora["evaluation"].blocks(encode, evaluation.block_length, count)
+        first = _led(lm, bos, corpora["evaluation"].blocks(encode, evaluation.block_length, count))
     calibration_texts = search_texts = tuning_texts = held_out = reconstruction_texts = None
     if config.quantizer.needs_calibration_text:
         calibration = config.quantizer.calibration
-        calibration_texts = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
-        reconstruction_texts = calibration_texts
+        drawn = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
+        calibration_texts = reconstruction_texts = _led(lm, bos, drawn)
         if config.reconstruction.samples is not None:
             wanted = config.reconstruction.samples
-            reconstruction_texts = corpora["calibration"].samples(encode, calibration.length, wanted, seed)
-        if evaluation.bos == "block":  # ranges are taken from what the evaluation will run
-            calibration_texts, reconstruction_texts = map(lm.with_bos, (calibration_texts, reconstruction_texts))
-    number = METHODS[search.method].texts
-    if number is not None:
-        search_texts = corpora["search"].samples(encode, search.text_length, number(search, start_length), seed)
+            drawn = corpora["calibration"].samples(encode, calibration.length, wanted, seed)
+            reconstruction_texts = _led(lm, bos, drawn)
+    method = METHODS[search.method]
+    if method.texts is not None:
+        drawn = corpora["search"].samples(encode, search.text_length, method.texts(search, start_length), seed)
+        search_texts = _led(lm, bos and not method.leads_texts, drawn)
     if tuning.method != "none":
-        parts = [tuning.sequences, tuning.held_out_sequences]
-        drawn = corpora["tuning"].samples(encode, tuning.sequence_length, sum(parts), seed)
-        tuning_texts, held_out = drawn.split(parts)
+        numbers = tuning.sequences, tuning.held_out_sequences
+        split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed)
+        tuning_texts, held_out = (_led(lm, bos, texts) for texts in (split.training, split.held_out))
+        corpora["tuning"].provenance["held_out"] = split.record
     return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out, reconstruction_texts)
 
 

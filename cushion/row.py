@@ -43,6 +43,7 @@ def measure_row(
     tasks: TaskSet,
     label: str,
     samples: Path | None = None,
+    bos: bool = False,
 ) -> Measured:
     """Measure everything, in order; on leaving, the model is as it was before.
 
@@ -50,10 +51,11 @@ def measure_row(
         context: with the model.
         model: the row's prefix and quantizer.
         config: how it is measured.
-        blocks: by corpus, (blocks, block length).
+        blocks: by corpus, (blocks, block length), or one more with BOS in front.
         tasks: what lm-eval asks.
         label: what progress bars call the row.
         samples: folder for lm-eval's record of every sample, one JSON-lines file per task; None for none.
+        bos: whether the blocks begin with BOS, and the contexts of tasks are to.
 
     """
     perplexities, tokens, seconds = {}, {}, 0.0
@@ -63,11 +65,11 @@ def measure_row(
         from cushion.evaluation.harness import PrefixedModel  # slow to import, and not needed without tasks
 
         batch_size = task_batch_size(config, model.quantizer)
-        asked = PrefixedModel(context.lm, model.behind, batch_size, config.add_bos)
+        asked = PrefixedModel(context.lm, model.behind, batch_size, bos)
     with model:
         for corpus, text in blocks.items():
             stage = f"perplexity, {corpus}, {label}" if len(blocks) > 1 else f"perplexity, {label}"
-            found = compute(PerplexityStep(model, config, text, stage), context)
+            found = compute(PerplexityStep(model, config, text, stage, bos), context)
             perplexities[corpus], tokens[corpus] = found.value, found.tokens
             seconds += found.seconds
         for done, (name, task) in enumerate(tasks.tasks.items()):

@@ -36,9 +36,21 @@ def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
     return warnings
 
 
+def data_warnings(prepared: Prepared) -> list[str]:
+    """What a reader should know of the texts."""
+    tuning = prepared.corpora.get("tuning")
+    held_out = None if tuning is None else tuning.provenance.get("held_out")
+    if held_out is None or held_out.get("split") != "position":
+        return []
+    return [
+        "data.tuning has too few documents to hold any out: the held-out texts are the end of the text that training "
+        "reads the rest of; name a source of more documents, or lower tuning.sequences"
+    ]
+
+
 def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     """What a reader of the accuracies should know."""
-    tasks, lm = prepared.tasks, prepared.lm
+    tasks = prepared.tasks
     if not tasks.asked:
         return []
     found = []
@@ -52,12 +64,6 @@ def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
         found.append(
             f"the records of {', '.join(taken)} are taken as they are, prepared already: the prompts are those of "
             "lm-eval's task only if they were prepared as it does"
-        )
-    adds = lm.bos_token_id in lm.tokenizer("a")["input_ids"] if config.eval.add_bos is None else config.eval.add_bos
-    if adds != (config.eval.bos == "block"):
-        found.append(
-            f"the contexts of eval.tasks are asked {'with' if adds else 'without'} BOS, and calibration and blocks run "
-            f"{'without' if adds else 'with'} it: set eval.add_bos and eval.bos to the same policy"
         )
     return found
 

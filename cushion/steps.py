@@ -245,5 +245,6 @@ class Steps:
         calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer, keep)
         model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
-        measured = measure_row(self._context, model, self._config.eval, blocks, self._prepared.tasks, label, samples)
+        prepared, config = self._prepared, self._config.eval
+        measured = measure_row(self._context, model, config, blocks, prepared.tasks, label, samples, prepared.bos)
         return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)

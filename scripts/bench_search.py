@@ -42,7 +42,8 @@ from cushion.models.architectures import find_architecture
 from cushion.models.tiny import byte_tokenizer
 from cushion.prefix import Prefix
 from cushion.preparation import choose_device, prepare
-from cushion.search.greedy import SearchState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import SearchState
 from cushion.search.objective import Objective
 from cushion.search.rounds import rows_of
 
@@ -128,7 +129,8 @@ def bench(options: argparse.Namespace) -> None:
     assert texts is not None
     size = lm.vocabulary_size
     objective = Objective(replace(base.search, objective="quantization_error"))
-    whole = options.tokens * (options.length + size * (options.length + 1))  # with L_q(t | p), once a step
+    length = texts.shape[1]  # with BOS where the run has it
+    whole = options.tokens * (length + size * (length + 1))  # with L_q(t | p), once a step
     record: dict[str, Any] = {"model": lm.label, "vocabulary": size, "length": options.length, "exhaustive": whole}
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)

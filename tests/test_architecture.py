@@ -24,7 +24,7 @@ RANKS = (
     {"sources", "moving_names"},
     {"models"},
     {"data", "prefix", "step"},
-    {"blockwise"},
+    {"blockwise", "held_out"},
     {"quantization/numerics"},
     {"quantization/linear"},
     {"execution"},

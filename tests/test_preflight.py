@@ -36,7 +36,7 @@ def only_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     ("sweep", "wrong", "named", "which"),
     [
         (["seed=0,1", "search.tau=0.5,2"], "2 of the 4 runs", "search.tau=2.0 is not", "run 2 and 1 more: seed=0"),
-        (["eval.bos=none,blok"], "1 of the 2 runs", "did you mean 'block'?", "run 2: eval.bos=blok"),
+        (["bos=never,alway"], "1 of the 2 runs", "did you mean 'always'?", "run 2: bos=alway"),
         (["quantizer=none,per_tensor_sttic"], "1 of the 2 runs", "mean 'per_tensor_static'?", "run 2: quantizer="),
         (["tuning=none,short"], "1 of the 2 runs", "tuning=short has no prefix to tune", "run 2: tuning=short"),
         (["device=cpu,gpu"], "1 of the 2 runs", "device='gpu' is not supported", "run 2: device=gpu"),
@@ -53,8 +53,8 @@ def test_one_invalid_combination_refuses_the_sweep_before_its_first_run(
 
 
 def test_every_reason_is_said_once(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
-    line = one_error(cushion("-m", *arguments, "seed=0,1,2", "eval.bos=blok,none", "eval.block_length=1,32"))
-    assert line.count("eval.bos='blok' is not allowed") <= 2  # alone, and not once for every seed
+    line = one_error(cushion("-m", *arguments, "seed=0,1,2", "bos=alway,never", "eval.block_length=1,32"))
+    assert line.count("bos='alway' is not allowed") <= 2  # alone, and not once for every seed
     assert line.count("eval.block_length=1 is not allowed") == 1
 
 

@@ -158,28 +158,14 @@ def test_a_run_goes_through_without_the_text_that_it_does_not_need(text_file: Pa
 # ---- how texts are laid out ---------------------------------------------------------------------------------------
 
 
-def test_calibration_sees_bos_where_the_evaluation_does(text_file: Path, tmp_path: Path) -> None:
-    config = small_config(text_file, tmp_path / "out")
-    plain = prepare(config, "cpu")
-    config.eval.bos = "block"
-    behind_bos = prepare(config, "cpu")
-    assert plain.texts.calibration is not None
-    assert behind_bos.texts.calibration is not None
-    assert behind_bos.lm.bos_token_id == 256
-    assert behind_bos.texts.calibration[:, 0].tolist() == [256, 256]
-    assert torch.equal(behind_bos.texts.calibration[:, 1:], plain.texts.calibration)
-    assert plain.texts.calibration.shape == (2, 16)
-    assert torch.equal(behind_bos.texts.activations, plain.texts.activations)  # the evaluation adds its own
-
-
-@pytest.mark.parametrize(("bos", "longest"), [("none", 256), ("block", 255)])
+@pytest.mark.parametrize(("bos", "longest"), [("never", 256), ("always", 255)])
 def test_calibration_texts_longer_than_the_context_are_refused(
     text_file: Path, tmp_path: Path, bos: str, longest: int
 ) -> None:
     """OPT looks positions up in a table, so that one too many is an error and not merely inaccurate."""
     config = small_config(text_file, tmp_path / "out")
     config.model.path = "tiny:opt"
-    config.eval.bos = bos
+    config.bos = bos
     config.quantizer.calibration.length = longest
     assert pipeline.run(config).status == "completed"
     config.quantizer.calibration.length = longest + 1

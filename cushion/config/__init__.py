@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.checks import at_least, require
+from cushion.checks import at_least, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
@@ -34,6 +34,8 @@ from cushion.quantization.parts.weights import WeightConfig as WeightConfig
 from cushion.quantization.quantizer import CalibrationConfig as CalibrationConfig
 from cushion.quantization.quantizer import QuantizerConfig as QuantizerConfig
 from cushion.registry import EXECUTIONS, SEARCH_METHODS
+
+BOS_POLICIES = ("tokenizer", "always", "never")
 
 
 @dataclass
@@ -69,10 +71,15 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     execution: str = "simulated"
+    bos: str = "tokenizer"
 
     def __post_init__(self) -> None:
         EXECUTIONS[self.execution]  # refuses a name that there is not
         at_least("seed", self.seed, 0)
+        one_of("bos", self.bos, BOS_POLICIES)
+        reason = "a prefix is keys and values and predicts no token, and with bos=never nothing else stands before it"
+        first, before = self.eval.predict_first, self.bos != "never"
+        require(before or not first, "eval.predict_first", first, reason)
         safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
         require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
         method = SEARCH_METHODS[self.search.method]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from cushion.checks import at_least, one_of, require
 
-BOS_POLICIES = ("none", "block")
 ACCURACIES = ("acc", "acc_norm")
 
 
@@ -22,14 +21,12 @@ class EvalConfig:
     block_length: int = 512
     blocks: int | None = 16
     batch_size: int = 1
-    bos: str = "none"
     predict_first: bool = False
     prefix_in_block: bool = False
     tasks: list[str] = field(default_factory=list)
     limit: int | None = None
     shots: int | None = None
     task_batch_size: int | None = None
-    add_bos: bool | None = None
     accuracy: str = "acc"
     include_path: str | None = None
     samples: bool = False
@@ -45,12 +42,7 @@ class EvalConfig:
             at_least(f"eval.{key}", getattr(self, key), 1)
         at_least("eval.shots", self.shots, 0)
         at_least("eval.attention_texts", self.attention_texts, 0)
-        one_of("eval.bos", self.bos, BOS_POLICIES)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
-        reason = (
-            "a prefix is keys and values and predicts no token; only eval.bos=block lets the first one be predicted"
-        )
-        require(not self.predict_first or self.bos == "block", "eval.predict_first", self.predict_first, reason)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"
         require(self.perplexity or len(self.tasks) > 0, "eval.perplexity", self.perplexity, reason)
         twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})

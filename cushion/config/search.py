@@ -79,6 +79,8 @@ class SearchConfig:
     eta: float = 64.0
     scoring: str = "full"
     rounds: list[SearchRound] = field(default_factory=default_rounds)
+    verify_texts: int = 0
+    verify_candidates: int = 12
     budget_token_forwards: float | None = None
     budget_seconds: float | None = None
     user_tokens: list[int] | None = None
@@ -95,6 +97,8 @@ class SearchConfig:
         at_least("search.frequent", self.frequent, 0)
         at_least("search.length", self.length, 1)
         at_least("search.seed", self.seed, 0)
+        at_least("search.verify_texts", self.verify_texts, 0)
+        at_least("search.verify_candidates", self.verify_candidates, 1)
         at_least("search.max_length", self.max_length, 1)
         at_least("search.text_length", self.text_length, 2)
         at_least("search.batch_size", self.batch_size, 1)

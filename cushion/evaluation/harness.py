@@ -21,7 +21,9 @@ import numpy
 import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
+from tokenizers.processors import Sequence, TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from cushion.errors import ConfigError, NotFiniteError
 from cushion.evaluation.lm_eval_log import silenced
@@ -44,7 +46,7 @@ class PrefixedModel(HFLM):
         lm: the model; quantize it before it is asked, not before this object is made.
         prefix: stands before every request through the cache; the empty one changes nothing.
         batch_size: requests per forward pass.
-        add_bos: put BOS before every context, or not; None leaves it to the tokenizer, as lm-eval does.
+        bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself.
 
     Attributes:
         truncated: how many requests of the task under way lost the start of their context, for lack of room behind the
@@ -52,15 +54,19 @@ class PrefixedModel(HFLM):
 
     """
 
-    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, add_bos: bool | None = None) -> None:
+    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, bos: bool = False) -> None:
+        tokenizer = copy.deepcopy(lm.tokenizer)  # its padding is set and changed
+        if bos and not lm.adds_bos:
+            _add_bos(tokenizer, lm)
         with silenced("lm_eval.models.huggingface"):  # it warns that a loaded model's options are taken as they are
             super().__init__(
                 pretrained=lm.model,
-                tokenizer=copy.deepcopy(lm.tokenizer),  # its padding is set and changed
+                tokenizer=tokenizer,
                 batch_size=batch_size,
-                add_bos_token=add_bos,
+                add_bos_token=bos,
             )
         self._prefix = prefix
+        self.begins_with_bos = bos
         self.truncated = 0
 
     @property
@@ -123,6 +129,26 @@ class PrefixedModel(HFLM):
             **generation_kwargs,
         )
         return generated[:, length:]
+
+
+def _add_bos(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> None:
+    """Let a tokenizer put BOS in front of a text by itself, where it is asked for special tokens.
+
+    Raises:
+        ConfigError: it is not one of the library `tokenizers`.
+
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"bos=always does not reach eval.tasks: the tokenizer of {lm.label}, written in Python, puts no BOS before "
+            "a text by itself; use bos=tokenizer"
+        )
+    assert lm.bos_token_id is not None, "checked by preparation"
+    bos = str(tokenizer.convert_ids_to_tokens(lm.bos_token_id))
+    lead = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, lm.bos_token_id)])
+    own = backend.post_processor
+    backend.post_processor = lead if own is None else Sequence([own, lead])
 
 
 def run_task(

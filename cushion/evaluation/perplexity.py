@@ -54,25 +54,26 @@ def perplexity(losses: list[BlockLoss]) -> float:
 
 @torch.no_grad()
 def block_losses(
-    lm: LanguageModel, prefix: Prefix, blocks: Tensor, config: EvalConfig, start: int = 0
+    lm: LanguageModel, prefix: Prefix, blocks: Tensor, config: EvalConfig, start: int = 0, bos: bool = False
 ) -> Iterator[BlockLoss]:
     """Loss of each batch of blocks, in order.
 
     Args:
-        blocks: token ids, (blocks, block length).
-        config: batch size, BOS policy and whether the first token is predicted.
+        blocks: token ids, (blocks, block length), or one more with BOS in front.
+        config: batch size, and whether the first token is predicted.
         start: number of batches to leave out, because an earlier run has them.
+        bos: whether the blocks begin with BOS.
 
     """
     for index in range(start, math.ceil(len(blocks) / config.batch_size)):
         batch = blocks[index * config.batch_size : (index + 1) * config.batch_size].to(lm.device)
-        yield _batch_loss(lm, prefix, batch, config)
+        yield _batch_loss(lm, prefix, batch, 2 if bos and not config.predict_first else 1)
 
 
-def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalConfig) -> BlockLoss:
-    inputs = lm.with_bos(batch) if config.bos == "block" else batch
-    targets = batch if config.predict_first else batch[:, 1:]
-    hidden = lm.body(inputs, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).last_hidden_state
+def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, first: int) -> BlockLoss:
+    """The loss over the tokens of a batch, (blocks, tokens), from position `first` on."""
+    targets = batch[:, first:]
+    hidden = lm.body(batch, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).last_hidden_state
     hidden = hidden[:, :-1][:, -targets.shape[1] :]
     loss = 0.0
     for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
@@ -82,22 +83,30 @@ def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, config: EvalCo
     return BlockLoss(loss, targets.numel())
 
 
-def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int) -> None:
-    """Raise `ConfigError` when prefix, BOS and block do not fit the model's context, or BOS does not exist."""
-    if config.bos != "none" and lm.bos_token_id is None:
-        raise ConfigError(f"eval.bos={config.bos} needs a BOS token, and {lm.label} has none: set eval.bos=none")
+def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int, bos: bool = False) -> None:
+    """Raise `ConfigError` when prefix, BOS and block do not fit the context, or nothing predicts the first token.
+
+    Args:
+        bos: whether the blocks begin with BOS.
+
+    """
+    if config.predict_first and not bos:
+        raise ConfigError(
+            f"eval.predict_first=true: the tokenizer of {lm.label} puts no BOS before a text, and a prefix predicts no "
+            "token; use bos=always, or eval.predict_first=false"
+        )
     if config.prefix_in_block and config.block_length - prefix_length < 2:
         raise ConfigError(
             f"eval.prefix_in_block=true leaves {config.block_length - prefix_length} of eval.block_length="
             f"{config.block_length} tokens behind a prefix of up to {prefix_length}: lengthen the blocks"
         )
-    measured = min(config.block_length, ATTENTION_TOKENS)
+    measured = min(config.block_length + bos, ATTENTION_TOKENS)
     if config.attention_texts and config.attention_first >= measured:
         raise ConfigError(
             f"eval.attention_first={config.attention_first} leaves no other token of the {measured} on which attention "
             "is measured: lower it, or set eval.attention_texts=0"
         )
-    needed = (0 if config.prefix_in_block else prefix_length) + config.block_length + (config.bos != "none")
+    needed = (0 if config.prefix_in_block else prefix_length) + config.block_length + bos
     if lm.context_length is not None and needed > lm.context_length:
         raise ConfigError(
             f"eval.block_length={config.block_length} with a prefix of up to {prefix_length} tokens needs {needed} "

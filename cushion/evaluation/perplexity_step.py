@@ -32,9 +32,10 @@ class PerplexityStep(Step[MeasuredPerplexity]):
 
     Args:
         model: with its prefix and quantizer.
-        config: batch size, BOS policy and whether the first token is predicted.
-        blocks: token ids, (blocks, block length).
+        config: batch size, and whether the first token is predicted.
+        blocks: token ids, (blocks, block length), or one more with BOS in front.
         stage: what progress bars call it.
+        bos: whether the blocks begin with BOS.
 
     """
 
@@ -43,12 +44,14 @@ class PerplexityStep(Step[MeasuredPerplexity]):
     config: EvalConfig
     blocks: Tensor
     stage: str
+    bos: bool = False
 
     def key(self, context: Context) -> dict[str, Any]:
-        """Prefix, quantizer, blocks, batch size, BOS policy and whether the first token is predicted."""
+        """Prefix, quantizer, blocks, batch size, BOS in front and whether the first token is predicted."""
         return {
             **self.model.identity(),
-            "config": {key: getattr(self.config, key) for key in ("batch_size", "bos", "predict_first")},
+            "config": {key: getattr(self.config, key) for key in ("batch_size", "predict_first")},
+            "bos": self.bos,
             "blocks": tensor_digest([self.blocks]),
         }
 
@@ -60,7 +63,7 @@ class PerplexityStep(Step[MeasuredPerplexity]):
         started = time.perf_counter() - state["seconds"]
         self.model.put_on()
         total = -(-len(self.blocks) // config.batch_size)
-        for loss in block_losses(context.lm, self.model.behind, self.blocks, config, start=len(losses)):
+        for loss in block_losses(context.lm, self.model.behind, self.blocks, config, len(losses), self.bos):
             losses.append(loss)
             context.progress(self.stage, len(losses), total, "block")
             if workspace.checkpoint.due():

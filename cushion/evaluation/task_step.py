@@ -52,7 +52,7 @@ class TaskStep(Step[tuple[TaskScore, float]]):
             "config": {
                 "limit": config.limit,
                 "shots": config.shots,
-                "add_bos": config.add_bos,
+                "bos": self.asked.begins_with_bos,
                 "batch_size": self.batch_size,
             },
             "lm_eval": version("lm_eval"),

@@ -83,6 +83,12 @@ class LanguageModel:
         return cast("int | None", bos if bos is not None else self.tokenizer.eos_token_id)
 
     @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts BOS in front of a text where it adds special tokens, which is its default."""
+        alone = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return bool(self.tokenizer("a")["input_ids"][: 1 + len(alone)] == [self.bos_token_id, *alone])
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer and of the special tokens that it adds by itself: part of the keys of tasks."""
         backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)

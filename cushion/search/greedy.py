@@ -11,6 +11,9 @@ The keys and values of p are computed once per step and shared by all candidates
 argmin is found is `search.scoring`: `full` judges every candidate, `pruned` judges by rounds of successive halving and
 verifies what is left, `exact` does so too and then sweeps over all others, dropping each at the block at which its
 partial objective exceeds the best one.
+
+With `search.verify_texts` above 0 the best candidates are judged on further texts before one is taken, and what tau
+bounds is the mean over all these texts of the ratio of the two objectives (`cushion.search.finalists`).
 """
 
 from __future__ import annotations
@@ -18,8 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -28,110 +30,11 @@ from cushion.errors import NotFiniteError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search.batching import BatchSizer
+from cushion.search.finalists import TIE, best, finalists, mean_ratio, scores
+from cushion.search.greedy_state import Finalist, Scored, SearchState, SearchStep, StepState
 from cushion.search.objective import Objective
 from cushion.search.replicas import Replicas, replica_devices, replicated
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
-
-TIE = 1e-6
-"""Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
-A bound is loosened by twice as much before a candidate is dropped for it."""
-
-
-@dataclass(frozen=True)
-class SearchStep:
-    """One step of the greedy search. `objective_before` is L_q(t | p), `objective_after` L_q(t | p, p*), same t.
-
-    `token_forwards`: a token through all blocks counts one, through some of the blocks that share of one.
-    """
-
-    step: int
-    token_id: int
-    token: str
-    objective_before: float
-    objective_after: float
-    accepted: bool
-    candidates: int
-    token_forwards: float
-    seconds: float
-    verified: int = 0
-    """How many of the candidates were judged by the whole objective."""
-    replicas: int = 1
-    """GPUs (or copies of the model) that worked on it at the end."""
-
-
-@dataclass
-class StepState:
-    """How far the step under way is. Candidates are named by their positions in the list of candidates."""
-
-    objective_before: float | None = None
-    spikes: list[int] = field(default_factory=list)
-    """Positions of the step's text by the size of their spike; empty where no round asks for them."""
-    stage: int = 0
-    """Number of the stage under way: the rounds, the verification, the sweep."""
-    pool: list[int] | None = None
-    """The candidates of the stage under way; None for all."""
-    scores: list[float | None] = field(default_factory=list)
-    """Objectives of the first `len(scores)` candidates of that pool; None where one is not finite, or where the
-    candidate was dropped."""
-    verified: list[tuple[int, float]] = field(default_factory=list)
-    """Candidates that were judged by the whole objective before the stage under way, with their objectives."""
-    token_blocks: int = 0
-    """Tokens times blocks they went through."""
-    seconds: float = 0.0
-
-
-@dataclass
-class SearchState:
-    """How far a search is: what a killed search goes on from. Plain data, ready for JSON."""
-
-    token_ids: list[int]
-    steps: list[SearchStep] = field(default_factory=list)
-    under_way: StepState = field(default_factory=StepState)
-    finished: bool = False
-    stop_reason: str = ""
-    proposal_token_forwards: int = 0
-    proposal_seconds: float = 0.0
-    """What it cost to name the candidates, before the first step."""
-    unrecorded_token_forwards: float = 0.0
-    unrecorded_seconds: float = 0.0
-    """What a last step cost that the budget ended before it had verified a candidate."""
-
-    @property
-    def token_forwards_done(self) -> float:
-        """What the proposal and all steps that have ended ran."""
-        others = self.proposal_token_forwards + self.unrecorded_token_forwards
-        return others + sum(step.token_forwards for step in self.steps)
-
-    @property
-    def seconds_done(self) -> float:
-        """What the proposal and all steps that have ended took."""
-        return self.proposal_seconds + self.unrecorded_seconds + sum(step.seconds for step in self.steps)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The state as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> SearchState:
-        """The state that `to_dict` described; a `KeyError` when a field is missing."""
-        under_way = record["under_way"]
-        missing = {f.name for f in fields(cls)} - set(record) | {f.name for f in fields(StepState)} - set(under_way)
-        if missing:
-            raise KeyError(*sorted(missing))
-        steps = [SearchStep(**step) for step in record["steps"]]
-        verified = [(int(position), float(score)) for position, score in under_way["verified"]]
-        return cls(**{**record, "steps": steps, "under_way": StepState(**{**under_way, "verified": verified})})
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Progress within a step: `done` of `total` candidates are scored in stage `stage` of `stages`, from 0 on."""
-
-    step: int
-    done: int
-    total: int
-    stage: int = 0
-    stages: int = 1
 
 
 def greedy_search(
@@ -140,6 +43,7 @@ def greedy_search(
     texts: Tensor,
     candidates: list[int],
     state: SearchState,
+    further: Tensor | None = None,
 ) -> Iterator[Scored | SearchStep]:
     """Run Algorithm 1 from `state` on, updating `state` as it goes.
 
@@ -153,6 +57,7 @@ def greedy_search(
         state: a new one holds the start of the prompt (empty, or BOS or a newline) in `token_ids`, and what the
             proposal cost; an old one, as saved by a run that was killed, is continued. Its `token_ids` are the prompt
             found.
+        further: token ids of shape (texts, n) that the best candidates of every step are judged on too; None for none.
 
     Yields:
         `Scored` after every batch, and a `SearchStep` at the end of every step, also of the one that is rejected.
@@ -167,7 +72,8 @@ def greedy_search(
         state.under_way.seconds += time.perf_counter() - started
         sizer = BatchSizer(replicas.devices, config.batch_size)
         while not state.finished:
-            yield from _Step(lm, config, texts[len(state.steps)], candidates, state, replicas, sizer).run()
+            text = texts[len(state.steps)]
+            yield from _Step(lm, config, text, further, candidates, state, replicas, sizer).run()
 
 
 class _OutOfBudgetError(Exception):
@@ -182,6 +88,7 @@ class _Step:
         lm: LanguageModel,
         config: SearchConfig,
         text: Tensor,
+        further: Tensor | None,
         candidates: list[int],
         state: SearchState,
         replicas: Replicas,
@@ -189,6 +96,7 @@ class _Step:
     ) -> None:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
         self.state, self.step, self.replicas, self.sizer = state, state.under_way, replicas, sizer
+        self.further = [] if further is None else list(further)
         self.objective, self.blocks = Objective(config), len(lm.blocks)
         self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
@@ -197,16 +105,17 @@ class _Step:
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
         step, out_of_budget = self.step, False
+        stages: list[Stage] = []
         try:
             self._begin()
             prompt, candidates = len(self.prefix), len(self.candidates)
-            stages = plan_stages(self.config, self.blocks, prompt, candidates, self.text, step.spikes)
+            stages = plan_stages(self.config, self.blocks, prompt, candidates, self.text, step.spikes, self.further)
             while step.stage < len(stages):
                 yield from self._score(stages[step.stage], len(stages))
-                self._close(stages[step.stage])
+                self._close(stages[step.stage], stages[step.stage + 1 :])
         except _OutOfBudgetError:
             out_of_budget = True
-            if step.stage >= len(rounds_of(self.config)):  # what is verified of the stage under way counts
+            if stages and stages[step.stage].judges:  # what is verified of the stage under way counts
                 step.verified += self._scored()
         record = self._finish(out_of_budget)
         if record is not None:
@@ -216,15 +125,7 @@ class _Step:
         """L_q(t | p), and where the text spikes."""
         step, length = self.step, self.text.numel()
         if step.objective_before is None:
-            self._afford(length * self.blocks)
-            before = float(self.objective(self.lm, self.prefix, self.text[None], skip=0))
-            if not math.isfinite(before):
-                raise NotFiniteError(
-                    f"the search objective of {self.lm.label} is {before} on text {len(self.state.steps)}: its "
-                    f"activations overflow {self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
-                )
-            step.objective_before = before
-            step.token_blocks += length * self.blocks
+            step.objective_before = self._before(self.text, f"text {len(self.state.steps)}")
         if not step.spikes and any(item.text == "spikes" for item in rounds_of(self.config)):
             references = reference_positions(len(self.candidates))
             cost = len(references) * (length + 1) * self.blocks
@@ -239,6 +140,19 @@ class _Step:
             step.token_blocks += cost
         step.seconds = time.perf_counter() - self.started
 
+    def _before(self, text: Tensor, title: str) -> float:
+        """L_q(t | p)."""
+        cost = text.numel() * self.blocks
+        self._afford(cost)
+        before = float(self.objective(self.lm, self.prefix, text[None], skip=0))
+        if not math.isfinite(before):
+            raise NotFiniteError(
+                f"the search objective of {self.lm.label} is {before} on {title}: its activations overflow "
+                f"{self.lm.model.dtype}; use model.dtype=bfloat16 or float32"
+            )
+        self.step.token_blocks += cost
+        return before
+
     def _pool(self) -> list[int]:
         return list(range(len(self.candidates))) if self.step.pool is None else self.step.pool
 
@@ -252,6 +166,9 @@ class _Step:
         step, pool = self.step, self._pool()
         if stage.kind == "round" and (stage.skipped or len(pool) <= stage.keep):
             return  # nothing would be dropped
+        number = len(step.further)
+        if stage.kind == "further" and len(step.further_before) == number:
+            step.further_before.append(self._before(stage.text, f"further text {number}"))
         row_cost = (stage.text.numel() + 1) * stage.depth
         while len(step.scores) < len(pool):
             start, size = len(step.scores), len(self.replicas) * self.sizer.size(stage.text.numel() + 1)
@@ -278,20 +195,24 @@ class _Step:
             step.seconds = time.perf_counter() - self.started
             yield Scored(len(self.state.steps), len(step.scores), len(pool), step.stage, stages)
 
-    def _close(self, stage: Stage) -> None:
-        """Make the pool of the next stage."""
+    def _close(self, stage: Stage, following: list[Stage]) -> None:
+        """Make the pool of the next stage, the first of those that follow."""
         step, pool = self.step, self._pool()
         if stage.kind == "round":
             if step.scores:  # otherwise it was not run
                 ranked = sorted((score, position) for position, score in self._scored())
                 pool = sorted(position for _, position in ranked[: stage.keep])
-        else:
+        elif stage.judges:
             step.verified += self._scored()
             pool = list(range(len(self.candidates)))  # a sweep is over all
+        else:
+            step.further.append(step.scores)
         step.scores, step.stage = [], step.stage + 1
-        if step.stage >= len(rounds_of(self.config)):  # no candidate is judged by the whole objective twice
+        if following and following[0].judges:  # no candidate is judged by the whole objective twice
             verified = {position for position, _ in step.verified}
             pool = [position for position in pool if position not in verified]
+        elif following and following[0].kind == "further" and stage.judges:
+            pool = step.finalists = finalists(step.verified, self.config.verify_candidates)
         step.pool = pool
 
     def _afford(self, cost: int) -> int:
@@ -316,15 +237,13 @@ class _Step:
     def _finish(self, out_of_budget: bool) -> SearchStep | None:
         """The record of the step, if any candidate was verified, and whether the search ends with it."""
         state, step = self.state, self.step
-        record, spent = None, (step.token_blocks / self.blocks, step.seconds)
-        best = _best(step.verified)
-        if best is not None:
-            record = self._record(*best, *spent)
+        record = self._record()
+        if record is not None:
             state.steps.append(record)
             if record.accepted:
                 state.token_ids.append(record.token_id)
         elif out_of_budget:
-            state.unrecorded_token_forwards, state.unrecorded_seconds = spent
+            state.unrecorded_token_forwards, state.unrecorded_seconds = step.token_blocks / self.blocks, step.seconds
         else:
             raise NotFiniteError(
                 f"no candidate of search step {len(state.steps)} has a finite objective: the activations of "
@@ -339,27 +258,47 @@ class _Step:
         state.under_way = StepState()
         return record
 
-    def _record(self, position: int, after: float, token_forwards: float, seconds: float) -> SearchStep:
-        step, token = self.step, self.candidates[position]
+    def _record(self) -> SearchStep | None:
+        """What is taken: the best of the finalists where a further text is done, else the best on the search text."""
+        step, objectives = self.step, dict(self.step.verified)
+        judged = self._judged(objectives)
+        scored = [(position, own.score) for position, own in judged.items() if own.score is not None]
+        chosen = best(scored if step.further else step.verified)
+        if chosen is None:
+            return None
         assert step.objective_before is not None, "it comes before any candidate"
-        return SearchStep(
+        token = self.candidates[chosen[0]]
+        record = SearchStep(
             step=len(self.state.steps),
             token_id=token,
             token=self.lm.decode([token]),
             objective_before=step.objective_before,
-            objective_after=after,
-            accepted=after <= self.config.tau * step.objective_before,
+            objective_after=objectives[chosen[0]],
+            accepted=False,
             candidates=len(self.candidates),
-            token_forwards=token_forwards,
-            seconds=seconds,
+            token_forwards=step.token_blocks / self.blocks,
+            seconds=step.seconds,
             verified=len(step.verified),
             replicas=len(self.replicas),
+            ratio=judged[chosen[0]].ratio if step.further else None,
+            further_before=step.further_before[: len(step.further)],
+            finalists=list(judged.values()),
         )
+        return replace(record, accepted=record.is_accepted(self.config.tau))
 
-
-def _best(verified: list[tuple[int, float]]) -> tuple[int, float] | None:
-    """The candidate with the lowest objective, the first of those that share it."""
-    if not verified:
-        return None
-    lowest = min(score for _, score in verified)
-    return min((position, score) for position, score in verified if score <= lowest * (1 + TIE))
+    def _judged(self, objectives: dict[int, float]) -> dict[int, Finalist]:
+        """The finalists by position, as far as the further texts are done; none where none of these is."""
+        step = self.step
+        if not step.further:
+            return {}
+        assert step.objective_before is not None, "it comes before any candidate"
+        before = [step.objective_before, *step.further_before[: len(step.further)]]
+        found = {}
+        rows = [
+            [objectives[position], *(text[place] for text in step.further)]
+            for place, position in enumerate(step.finalists)
+        ]
+        for position, row, score in zip(step.finalists, rows, scores(rows), strict=True):
+            token = self.candidates[position]
+            found[position] = Finalist(token, self.lm.decode([token]), score, mean_ratio(before, row), row)
+        return found

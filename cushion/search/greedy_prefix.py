@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from cushion.config import RunConfig
+from cushion.config import RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.search.greedy_steps import GreedySearch
@@ -34,10 +34,11 @@ def start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
 
 def find(context: SearchContext) -> Found:
     """The prefix of the greedy search; none where no candidate lowers the objective enough."""
-    config, texts = context.config.search, context.texts
-    assert texts is not None
+    config = context.config.search
+    assert context.texts is not None
+    texts, further = split_texts(config, context.texts)
     proposal = _propose(context, texts)
-    step = GreedySearch(config, texts, proposal, list(context.start_tokens))
+    step = GreedySearch(config, texts, proposal, list(context.start_tokens), further)
     state, prefix = compute(step, context.cached)
     prefix = replace(prefix, metadata={**context.metadata, "text": context.lm.decode(state.token_ids)})
     warnings = []
@@ -63,6 +64,7 @@ def find(context: SearchContext) -> Found:
         "objective": config.objective,
         "tau": config.tau,
         "start": context.start_tokens,
+        "verify_texts": config.verify_texts,
         "token_ids": state.token_ids,
         "stop_reason": state.stop_reason,
         "steps": [asdict(step) for step in state.steps],
@@ -72,6 +74,12 @@ def find(context: SearchContext) -> Found:
         "seconds": state.seconds_done,
     }
     return Found(record, prefix if state.token_ids else None, state.seconds_done, tuple(warnings))
+
+
+def split_texts(config: SearchConfig, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts of the steps, and the further ones that finalists are judged on: the last `search.verify_texts`."""
+    steps = len(texts) - config.verify_texts
+    return texts[:steps], texts[steps:]
 
 
 def _propose(context: SearchContext, texts: Tensor) -> Proposal:

@@ -7,7 +7,7 @@ steps. Only a search with a budget is one step as a whole: how far it gets depen
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import SearchConfig
 from cushion.hashing import digest, tensor_digest
 from cushion.prefix import Prefix
-from cushion.search.greedy import Scored, SearchState, SearchStep, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import Scored, SearchState, SearchStep
 from cushion.search.proposals import Proposal
 from cushion.step import Context, Step, compute
 
@@ -30,6 +31,7 @@ def argmin_identity(config: SearchConfig) -> dict[str, Any]:
         "grid": [config.bits, config.symmetric, config.levels] if with_grid else None,
         "scoring": config.scoring,
         "rounds": [asdict(item) for item in config.rounds] if config.scoring != "full" else None,
+        "verify_candidates": config.verify_candidates if config.verify_texts else None,
         "batch_size": config.batch_size,
     }
 
@@ -52,6 +54,7 @@ class GreedyStep(Step[SearchStep]):
         candidates: token ids that are tried.
         prompt: the tokens so far.
         before: the steps that ended with this prompt; of them only the number matters.
+        further: the texts that the best candidates are judged on too, (texts, tokens); there may be none.
 
     """
 
@@ -61,13 +64,15 @@ class GreedyStep(Step[SearchStep]):
     candidates: list[int]
     prompt: list[int]
     before: list[SearchStep]
+    further: Tensor
 
     def key(self, context: Context) -> dict[str, Any]:
-        """Prompt, candidates, text, objective and scoring."""
+        """Prompt, candidates, texts, objective and scoring."""
         return {
             "prompt": self.prompt,
             "candidates": digest(self.candidates),
             "text": tensor_digest([self.text]),
+            "further": tensor_digest([self.further]),
             "config": argmin_identity(self.config),
         }
 
@@ -78,7 +83,7 @@ class GreedyStep(Step[SearchStep]):
         state.steps = list(self.before)
         config = replace(self.config, tau=1.0, max_length=len(self.prompt) + 1)
         texts = self.text.expand(len(self.before) + 1, -1)
-        for event in greedy_search(context.lm, config, texts, self.candidates, state):
+        for event in greedy_search(context.lm, config, texts, self.candidates, state, self.further):
             if isinstance(event, Scored):
                 report(context, event)
                 if workspace.checkpoint.due():
@@ -88,8 +93,7 @@ class GreedyStep(Step[SearchStep]):
 
     def read(self, context: Context, folder: Path) -> SearchStep:
         """The record of the step; whether it is accepted is not for this step to say."""
-        stored = read_json(folder / "search_step.json")
-        return SearchStep(**{field.name: stored[field.name] for field in fields(SearchStep)})
+        return SearchStep.from_dict(read_json(folder / "search_step.json"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,7 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
         texts: one fresh text per step, token ids, (steps, tokens).
         proposal: the candidates.
         start: the start of the prompt.
+        further: the texts that the best candidates of every step are judged on too, (texts, tokens); there may be none.
 
     """
 
@@ -109,6 +114,7 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
     texts: Tensor
     proposal: Proposal
     start: list[int]
+    further: Tensor
 
     @property
     def has_budget(self) -> bool:
@@ -126,6 +132,7 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
             "start": self.start,
             "candidates": digest(self.proposal.token_ids),
             "texts": tensor_digest([self.texts]),
+            "further": tensor_digest([self.further]),
             "config": {**argmin_identity(config), "tau": config.tau, "max_length": config.max_length},
             "budget": budget,
         }
@@ -143,14 +150,14 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
             state = SearchState.from_dict(saved[0])
         events: Iterator[Scored | SearchStep] = self._step_by_step(context, state)
         if self.has_budget:
-            events = greedy_search(context.lm, self.config, self.texts, self.proposal.token_ids, state)
+            events = greedy_search(context.lm, self.config, self.texts, self.proposal.token_ids, state, self.further)
         for event in events:
             if isinstance(event, Scored):
                 report(context, event)
                 if workspace.checkpoint.due():
                     workspace.checkpoint.save(state.to_dict())
             else:
-                context.log_series("search", [asdict(step) for step in state.steps])
+                context.log_series("search", [step.point() for step in state.steps])
                 workspace.checkpoint.save(state.to_dict())
         write_json(workspace.folder / "search.json", state.to_dict())
         if state.token_ids:
@@ -166,16 +173,16 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
 
     def tell(self, context: Context, outcome: tuple[SearchState, Prefix]) -> None:
         """The objectives by step."""
-        context.log_series("search", [asdict(step) for step in outcome[0].steps])
+        context.log_series("search", [step.point() for step in outcome[0].steps])
 
     def _step_by_step(self, context: Context, state: SearchState) -> Iterator[SearchStep]:
         """Algorithm 1 over steps of their own."""
         longest = self.config.max_length
         while not state.finished and len(state.token_ids) < longest:
             number, prompt, before = len(state.steps), list(state.token_ids), list(state.steps)
-            one = GreedyStep(self.config, self.texts[number], self.proposal.token_ids, prompt, before)
+            one = GreedyStep(self.config, self.texts[number], self.proposal.token_ids, prompt, before, self.further)
             step = compute(one, context)
-            accepted = step.objective_after <= self.config.tau * step.objective_before
+            accepted = step.is_accepted(self.config.tau)
             step = replace(step, step=number, accepted=accepted)
             state.steps.append(step)
             if accepted:

@@ -30,7 +30,8 @@ class SearchContext:
     Args:
         start_tokens: what the prefix starts with, or consists of.
         metadata: kept with the prefix.
-        texts: token ids, (texts, tokens), as many as the method asks for; None for a method that reads none.
+        texts: token ids, (texts, tokens), as many as the method asks for, with BOS in front where the run has it; None
+            for a method that reads none.
         count_tokens: how often each token occurs in the search text, (vocabulary,).
         cached: what `cushion.step.compute` needs for a method whose work is a cached step.
 
@@ -89,6 +90,7 @@ class SearchMethod:
         texts: how many texts of `search.text_length` tokens it reads, by the number of start tokens; None for no text.
         longest: the length of the longest prefix that it may give, by the number of start tokens.
         needs_bos: whether it puts a BOS token into the prefix by itself.
+        leads_texts: whether it puts BOS before its texts by itself: it gets them without, whatever the key `bos` says.
         check: raises `ConfigError` on values that cannot work.
         check_model: raises `ConfigError` where the model cannot do what is asked for, by the number of start tokens.
         check_texts: raises `ConfigError` where the texts that were drawn are too many.
@@ -104,6 +106,7 @@ class SearchMethod:
     texts: Callable[[SearchConfig, int], int] | None = None
     longest: Callable[[SearchConfig, int], int] = _as_started
     needs_bos: bool = False
+    leads_texts: bool = False
     check: Callable[[SearchConfig], None] = _accept
     check_model: Callable[[SearchConfig, LanguageModel, int], None] = _accept
     check_texts: Callable[[SearchConfig, Tensor], None] = _accept

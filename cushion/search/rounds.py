@@ -1,8 +1,9 @@
 """What one search step does with its candidates: rounds of successive halving, verification, and a bounded sweep.
 
 A round judges candidates by fewer tokens and fewer decoder blocks than the objective has, and keeps the best. What is
-left is verified on the whole text and all blocks. Successive halving is Jamieson and Talwalkar's (arXiv 1502.07943);
-here two resources grow together, the length of the text and the depth in the model.
+left is verified on the whole text and all blocks, and the best of it on further texts where the search has some.
+Successive halving is Jamieson and Talwalkar's (arXiv 1502.07943); here two resources grow together, the length of the
+text and the depth in the model.
 
 Which tokens a short text has decides whether it ranks at all: the range of a block's output, and with it L_q, is set by
 the few positions of the text whose activations spike. A text cut to its first tokens may hold none of them. A round
@@ -15,6 +16,7 @@ all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,8 +36,8 @@ class Stage:
     """One pass over a pool of candidates.
 
     Args:
-        kind: `round` (a proxy), `verify` (the objective itself) or `sweep` (the objective, with a bound, of all
-            candidates that the rounds dropped).
+        kind: `round` (a proxy), `verify` (the objective itself), `sweep` (the objective, with a bound, of all
+            candidates that the rounds dropped) or `further` (the objective of the best ones on another text).
         depth: how many of the first decoder blocks are run.
         text: the token ids behind each candidate, shape (tokens,).
         keep: how many candidates go on from a round.
@@ -49,6 +51,11 @@ class Stage:
     keep: int = 0
     skipped: bool = False
 
+    @property
+    def judges(self) -> bool:
+        """Whether candidates are judged by the objective on the step's own text."""
+        return self.kind in ("verify", "sweep")
+
 
 def rounds_of(config: SearchConfig) -> list[SearchRound]:
     """The rounds of a search: none when all candidates are judged by the objective itself."""
@@ -56,7 +63,13 @@ def rounds_of(config: SearchConfig) -> list[SearchRound]:
 
 
 def plan_stages(
-    config: SearchConfig, blocks: int, prompt: int, candidates: int, text: Tensor, spikes: list[int]
+    config: SearchConfig,
+    blocks: int,
+    prompt: int,
+    candidates: int,
+    text: Tensor,
+    spikes: list[int],
+    further: Sequence[Tensor] = (),
 ) -> list[Stage]:
     """The stages of a step, in order.
 
@@ -66,6 +79,7 @@ def plan_stages(
         candidates: how many there are; a round may keep a share of them.
         text: token ids of the step's text, shape (n,).
         spikes: positions of `text`, the one with the largest spike first.
+        further: token ids of each text that the best candidates are judged on besides, shape (n,).
 
     """
     stages = []
@@ -77,7 +91,7 @@ def plan_stages(
     stages.append(Stage("verify", blocks, text))
     if config.scoring == "exact":
         stages.append(Stage("sweep", blocks, text))
-    return stages
+    return stages + [Stage("further", blocks, other) for other in further]
 
 
 def spike_text(text: Tensor, spikes: list[int], tokens: int) -> Tensor:

@@ -167,14 +167,21 @@ def test_a_limit_asks_the_first_records(
     assert (single[1], single[0]["acc"]["stderr"]) == (1, None)
 
 
-def test_bos_goes_before_contexts_where_it_is_asked_for(tiny: Tiny) -> None:
+@pytest.mark.parametrize("adds", [False, True], ids=["tokenizer without BOS", "tokenizer with BOS"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_bos_goes_before_contexts_once_where_it_is_asked_for(tiny: Tiny, adds: bool, bos: bool) -> None:
+    """As lm-eval scores with a tokenizer that does the same by itself."""
     lm = tiny()
-    lm.tokenizer.add_bos_token = True
+    lm.tokenizer.add_bos_token = adds
+    assert lm.adds_bos == adds
+    alike = copy.deepcopy(lm.tokenizer)
+    alike.add_bos_token = bos
     requests = asked("loglikelihood", *CONTEXTS)
-    for add_bos in (None, False, True):
-        stock = HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=2, add_bos_token=add_bos)
-        assert PrefixedModel(lm, Prefix.empty(), 2, add_bos).loglikelihood(requests) == stock.loglikelihood(requests)
-    assert PrefixedModel(lm, Prefix.empty(), 2, False).tok_encode("ab") == lm.encode("ab").tolist()
+    model, stock = PrefixedModel(lm, Prefix.empty(), 2, bos), HFLM(pretrained=lm.model, tokenizer=alike, batch_size=2)
+    assert model.loglikelihood(requests) == stock.loglikelihood(requests)
+    assert model.tok_encode("ab") == [*[256] * bos, *lm.encode("ab").tolist()]
+    assert model.tok_batch_encode(["ab"])[0].tolist() == [model.tok_encode("ab")]
+    assert lm.adds_bos == adds, "the model's own tokenizer stays as it is"
 
 
 def test_the_models_own_tokenizer_stays_as_it_is(tiny: Tiny) -> None:

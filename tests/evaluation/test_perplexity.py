@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -20,19 +19,20 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
 Tiny = Callable[..., LanguageModel]
-POLICIES = [{"bos": "none"}, {"bos": "block"}, {"bos": "block", "predict_first": True}]
+POLICIES = [(False, False), (True, False), (True, True)]
+"""Whether BOS stands before a block, and whether the block's first token is predicted."""
 
 
 @torch.no_grad()
-def by_hand(lm: LanguageModel, prompt: list[int], blocks: Tensor, policy: dict[str, Any]) -> tuple[float, int]:
+def by_hand(lm: LanguageModel, prompt: list[int], blocks: Tensor, policy: tuple[bool, bool]) -> tuple[float, int]:
     """Perplexity and number of predicted tokens, one block at a time, over the tokens [prompt, BOS?, block]."""
-    total, count = 0.0, 0
+    (bos, predict_first), total, count = policy, 0.0, 0
     for block in blocks.tolist():
-        before = [*prompt, *([256] if policy["bos"] == "block" else [])]
+        before = [*prompt, *([256] if bos else [])]
         logits = lm.model(input_ids=torch.tensor([before + block]), use_cache=False).logits[0]
         log_probabilities = torch.log_softmax(logits.double(), dim=-1)
         for index, token in enumerate(block):
-            if index == 0 and not policy.get("predict_first"):
+            if index == 0 and not predict_first:
                 continue
             total -= log_probabilities[len(before) + index - 1, token].item()
             count += 1
@@ -43,11 +43,13 @@ def by_hand(lm: LanguageModel, prompt: list[int], blocks: Tensor, policy: dict[s
 @pytest.mark.parametrize("prompt", [[], [7, 99]], ids=["bare", "prefix"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_perplexity_equals_log_probabilities(
-    tiny: Tiny, policy: dict[str, Any], prompt: list[int], batch_size: int
+    tiny: Tiny, policy: tuple[bool, bool], prompt: list[int], batch_size: int
 ) -> None:
     lm, blocks = tiny(), random_texts(5, 12)
-    config = EvalConfig(batch_size=batch_size, block_length=12, **policy)
-    losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, config))
+    bos, predict_first = policy
+    config = EvalConfig(batch_size=batch_size, block_length=12, predict_first=predict_first)
+    run = lm.with_bos(blocks) if bos else blocks
+    losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), run, config, bos=bos))
     expected, count = by_hand(lm, prompt, blocks, policy)
     assert len(losses) == math.ceil(5 / batch_size)
     assert sum(loss.tokens for loss in losses) == count
@@ -58,21 +60,23 @@ def test_perplexity_equals_log_probabilities(
 def test_a_prefix_counts_as_its_tokens_in_families_unlike_each_other(tiny: Tiny, family: str) -> None:
     lm, blocks, prompt = tiny(family), random_texts(3, 12), [256, 10, 65]
     losses = list(block_losses(lm, Prefix.from_tokens(lm.model, prompt), blocks, EvalConfig(batch_size=2)))
-    expected, _ = by_hand(lm, prompt, blocks, {"bos": "none"})
-    bare, _ = by_hand(lm, [], blocks, {"bos": "none"})
+    expected, _ = by_hand(lm, prompt, blocks, (False, False))
+    bare, _ = by_hand(lm, [], blocks, (False, False))
     assert perplexity(losses) == pytest.approx(expected, rel=1e-4)
     assert abs(expected / bare - 1) > 1e-3  # the prefix is not without effect
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_chunks_of_positions_are_all_counted_once(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, policy: dict[str, Any]
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, policy: tuple[bool, bool]
 ) -> None:
-    lm, blocks, config = tiny(), random_texts(5, 12), EvalConfig(batch_size=2, **policy)
-    whole = list(block_losses(lm, Prefix.empty(), blocks, config))
+    bos, predict_first = policy
+    lm, blocks, config = tiny(), random_texts(5, 12), EvalConfig(batch_size=2, predict_first=predict_first)
+    blocks = lm.with_bos(blocks) if bos else blocks
+    whole = list(block_losses(lm, Prefix.empty(), blocks, config, bos=bos))
     for size in (1, 5, 11, 12):
         monkeypatch.setattr(module, "POSITIONS_PER_CHUNK", size)
-        parts = list(block_losses(lm, Prefix.empty(), blocks, config))
+        parts = list(block_losses(lm, Prefix.empty(), blocks, config, bos=bos))
         assert [part.tokens for part in parts] == [loss.tokens for loss in whole]
         assert perplexity(parts) == pytest.approx(perplexity(whole), rel=1e-6)
 
@@ -99,12 +103,12 @@ def test_perplexity_that_is_no_finite_number_is_an_error(loss: float) -> None:
 # ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bos", "prefix_length", "longest"), [("none", 0, 256), ("none", 6, 250), ("block", 6, 249)])
-def test_block_longer_than_the_context_is_refused(tiny: Tiny, bos: str, prefix_length: int, longest: int) -> None:
-    check_evaluation(tiny(), EvalConfig(block_length=longest, bos=bos), prefix_length)
+@pytest.mark.parametrize(("bos", "prefix_length", "longest"), [(False, 0, 256), (False, 6, 250), (True, 6, 249)])
+def test_block_longer_than_the_context_is_refused(tiny: Tiny, bos: bool, prefix_length: int, longest: int) -> None:
+    check_evaluation(tiny(), EvalConfig(block_length=longest), prefix_length, bos)
     message = rf"eval.block_length={longest + 1} .*prefix of .*{prefix_length} tokens need.* 257 positions.* has 256"
     with pytest.raises(ConfigError, match=message):
-        check_evaluation(tiny(), EvalConfig(block_length=longest + 1, bos=bos), prefix_length)
+        check_evaluation(tiny(), EvalConfig(block_length=longest + 1), prefix_length, bos)
 
 
 def test_prefix_longer_than_the_context_is_refused(tiny: Tiny) -> None:
@@ -112,9 +116,8 @@ def test_prefix_longer_than_the_context_is_refused(tiny: Tiny) -> None:
         check_evaluation(tiny(), EvalConfig(block_length=12), 300)
 
 
-def test_bos_policy_without_a_bos_token_is_refused(tiny: Tiny) -> None:
-    lm = tiny()
-    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
-    check_evaluation(lm, EvalConfig(block_length=12), 0)
-    with pytest.raises(ConfigError, match=r"eval.bos=block needs a BOS token.*set eval.bos=none"):
-        check_evaluation(lm, EvalConfig(block_length=12, bos="block"), 0)
+def test_a_first_token_that_nothing_predicts_is_refused(tiny: Tiny) -> None:
+    config = EvalConfig(block_length=12, predict_first=True)
+    check_evaluation(tiny(), config, 0, bos=True)
+    with pytest.raises(ConfigError, match=r"eval\.predict_first=true: .* no BOS before a text.*use bos=always"):
+        check_evaluation(tiny(), config, 0, bos=False)

@@ -52,7 +52,7 @@ def finished_run(folder: Path, lm: LanguageModel, prefix: Prefix | None, **model
         config=asdict(config),
         environment={"cushion": "1.2.3", "packages": {"torch": "2.0", "transformers": "5.0"}},
         model={"path": config.model.path, "architecture": "llama", "fingerprint": "abcd", "dtype": "float32"},
-        evaluation={"block_length": 64, "bos": "none"},
+        evaluation={"block_length": 64, "bos": False},
         prefix=record,
         rows=rows,
     ).write(folder)

@@ -24,7 +24,8 @@ from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.simulate import quantized
-from cushion.search.greedy import SearchState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import SearchState
 from cushion.search.objective import Objective
 from cushion.tuning import tune_prefix
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.models import LanguageModel
-from cushion.search.greedy import Scored, SearchState, SearchStep, StepState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import Scored, SearchState, SearchStep, StepState
 from cushion.search.objective import Judged, Objective
 
 Tiny = Callable[..., LanguageModel]

@@ -17,7 +17,8 @@ from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search import greedy as greedy_module
-from cushion.search.greedy import SearchState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import SearchState
 from cushion.search.objective import Judged, Objective
 from cushion.search.replicas import check_replicas, replica_devices, replicated
 from cushion.search.rounds import rows_of

@@ -21,7 +21,8 @@ from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.search import greedy as greedy_module
-from cushion.search.greedy import Scored, SearchState, greedy_search
+from cushion.search.greedy import greedy_search
+from cushion.search.greedy_state import Scored, SearchState
 from cushion.search.objective import Objective
 from cushion.search.rounds import find_spikes, plan_stages, reference_positions, rows_of, spike_text
 

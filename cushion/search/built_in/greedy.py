@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def _texts(search: SearchConfig, started: int) -> int:
-    """One for each step."""
-    return max(1, search.max_length - started)
+    """One for each step, and those that the best candidates of all steps are verified on."""
+    return max(1, search.max_length - started) + search.verify_texts
 
 
 def _longest(search: SearchConfig, started: int) -> int:
@@ -37,11 +37,12 @@ def _check_texts(search: SearchConfig, texts: Tensor) -> None:
     budget = search.budget_token_forwards
     if search.proposal != "outlier" or budget is None:
         return
-    cost = texts.numel() + len(texts)  # one token stands in front of each
+    steps = texts[: len(texts) - search.verify_texts]
+    cost = steps.numel() + len(steps)  # one token stands in front of each
     if cost >= budget:
         raise ConfigError(
             f"search.budget_token_forwards={budget} leaves nothing to search with: search.proposal=outlier runs the "
-            f"{len(texts)} texts of the search, {cost} token-forwards; raise it, or use another proposal"
+            f"{len(steps)} texts of the search, {cost} token-forwards; raise it, or use another proposal"
         )
 
 
@@ -57,6 +58,8 @@ def _idle(search: SearchConfig) -> list[str]:
         changed(("frequent", "seed"), f"with search.proposal={search.proposal}")
     if search.proposal != "user":
         changed(("user_tokens",), f"with search.proposal={search.proposal}")
+    if search.verify_texts == 0:
+        changed(("verify_candidates",), "with search.verify_texts=0")
     if search.scoring == "full":
         changed(("rounds",), "with search.scoring=full")
     if search.proposal == "sampled" and search.frequent >= search.candidates:
@@ -89,6 +92,8 @@ register(
             "replicas",
             "scoring",
             "rounds",
+            "verify_texts",
+            "verify_candidates",
             "budget_token_forwards",
             "budget_seconds",
             "user_tokens",

@@ -42,6 +42,7 @@ register(
         texts=_texts,
         longest=lambda search, started: 3,
         needs_bos=True,
+        leads_texts=True,
         check_model=_with_room_for(1),  # BOS
     )
 )

@@ -1,0 +1,73 @@
+"""Which of a step's best candidates is taken, once they were judged on further texts too.
+
+Of the tokens that are best on one short text some are best there alone. So the best `search.verify_candidates` on the
+search text t_0, the finalists, are judged on further texts t_1 to t_V as well, and
+
+    p* = argmin over finalists c of  mean over i = 0..V of  L_q(t_i | p, c) / M_i
+
+with M_i the median of L_q(t_i | p, c) over the finalists. Every text then counts alike. Summed as they are, the text
+with the largest objectives would decide; over L_q(t_i | p), the one that is least in need of a prefix, which differs
+between texts tenfold. And no text alone can make a candidate the best: a ratio is not negative, so what it gains on one
+text is at most 1 / (V + 1); a geometric mean has no such bound. One text can spoil it, as it spoils a static range.
+
+The rule of tau is Algorithm 1's, on the mean over all texts: accepted is p* with
+mean over i of L_q(t_i | p, p*) / L_q(t_i | p) <= tau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median_low
+
+TIE = 1e-6
+"""Objectives that differ by this share of the smaller one are equal: in float32 the size of a batch moves them by less.
+A bound is loosened by twice as much before a candidate is dropped for it."""
+
+
+def best(scored: list[tuple[int, float]]) -> tuple[int, float] | None:
+    """The candidate with the lowest score, the first of those that share it; None of none.
+
+    Args:
+        scored: candidates by position, with their objectives or ratios, none below zero.
+
+    """
+    if not scored:
+        return None
+    lowest = min(score for _, score in scored)
+    return min((position, score) for position, score in scored if score <= lowest * (1 + TIE))
+
+
+def finalists(verified: list[tuple[int, float]], count: int) -> list[int]:
+    """The `count` candidates with the lowest objectives, by position."""
+    ranked = sorted((score, position) for position, score in verified)
+    return sorted(position for _, position in ranked[:count])
+
+
+def scores(objectives: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The score of each finalist: the mean over texts of its objective over the median one of the text.
+
+    Args:
+        objectives: for each finalist, those of all texts; None where one is not finite.
+
+    Returns:
+        None for a finalist without all objectives, which has no part in the medians.
+
+    """
+    known = [row for row in objectives if None not in row]
+    medians = [median_low(column) for column in zip(*known, strict=True)]
+    return [mean_ratio(medians, row) for row in objectives]
+
+
+def mean_ratio(before: Sequence[float], after: Sequence[float | None]) -> float | None:
+    """The mean over texts of objectives over others, those `before`.
+
+    Returns:
+        None where an objective is missing, or a ratio is infinite. Zero over zero counts 1.
+
+    """
+    ratios = []
+    for old, new in zip(before, after, strict=False):
+        if new is None or (old == 0 and new > 0):
+            return None
+        ratios.append(new / old if old > 0 else 1.0)
+    return sum(ratios) / len(ratios) if ratios else None

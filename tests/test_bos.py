@@ -1,0 +1,141 @@
+"""One BOS policy: every text of a run begins with BOS, or none does, and what is counted stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import small_config, tuning_config, without_seconds
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+
+from cushion import pipeline
+from cushion.config import EvalConfig, ModelConfig, PathsConfig, RunConfig, SearchConfig
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel, load_language_model
+from cushion.preparation import Prepared, begins_with_bos, prepare
+
+BOS = 256
+BEFORE = {"tokenizer": True, "always": True, "never": False}
+"""Whether BOS stands before a text with a tokenizer that puts it there, by policy."""
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama whose tokenizer puts BOS before a text and EOS behind it."""
+    lm, folder = load_language_model(ModelConfig(path="tiny:llama"), PathsConfig()), tmp_path_factory.mktemp("model")
+    around = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", 257)])
+    lm.tokenizer.backend_tokenizer.post_processor = around
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def model(path: str | Path) -> LanguageModel:
+    return load_language_model(ModelConfig(path=str(path)), PathsConfig())
+
+
+def whole_run(text: Path, output: Path, path: str | Path, bos: str) -> RunConfig:
+    """Every step that has text of its own, and no token that is BOS among the candidates."""
+    config = replace(tuning_config(text, output), bos=bos, model=ModelConfig(path=str(path)))
+    config.search = replace(config.search, proposal="user", user_tokens=list(range(40, 64)), verify_texts=2)
+    return config
+
+
+def all_texts(prepared: Prepared) -> dict[str, Tensor]:
+    texts = prepared.texts
+    found = {"blocks": next(iter(prepared.blocks.values())), "activations": texts.activations}
+    for name in ("calibration", "search", "tuning", "held_out"):
+        own = getattr(texts, name)
+        assert own is not None
+        found[name] = own
+    return found
+
+
+def test_the_policy_is_what_the_tokenizer_does_unless_it_is_named(with_bos: Path) -> None:
+    for path, adds in (("tiny:llama", False), (with_bos, True)):
+        lm = model(path)
+        assert lm.adds_bos == adds
+        assert {policy: begins_with_bos(lm, policy) for policy in BEFORE} == {**BEFORE, "tokenizer": adds}
+    lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=r"bos=always, but .* has no BOS token: use bos=tokenizer or bos=never"):
+        begins_with_bos(lm, "always")
+    assert not begins_with_bos(lm, "never")
+
+
+@pytest.mark.parametrize("policy", BEFORE)
+def test_every_text_has_bos_once_or_not_at_all(text_file: Path, tmp_path: Path, with_bos: Path, policy: str) -> None:
+    """The texts are those of a run without BOS, one token longer."""
+    plain = all_texts(prepare(whole_run(text_file, tmp_path, "tiny:llama", "tokenizer"), "cpu"))
+    led = prepare(whole_run(text_file, tmp_path, with_bos, policy), "cpu")
+    assert led.bos == BEFORE[policy]
+    for name, texts in all_texts(led).items():
+        assert not (plain[name] == BOS).any()
+        assert torch.equal(texts[:, int(led.bos) :], plain[name]), name
+        assert ((texts == BOS).sum(1) == int(led.bos)).all(), name
+    (shorter,) = led.blocks_behind(EvalConfig(block_length=32, blocks=3, prefix_in_block=True), 2).values()
+    assert shorter.shape == (3, 30 + led.bos)
+    assert ((shorter == BOS).sum(1) == int(led.bos)).all()
+
+
+def test_every_pass_of_a_run_sees_bos_once(
+    text_file: Path, tmp_path: Path, with_bos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    embed = nn.Embedding.forward
+
+    def watch(self: nn.Embedding, ids: Tensor) -> Tensor:
+        seen.append(ids.reshape(-1, ids.shape[-1]).clone())
+        return embed(self, ids)
+
+    monkeypatch.setattr(nn.Embedding, "forward", watch)
+    result = pipeline.run(whole_run(text_file, tmp_path / "out", with_bos, "tokenizer"))
+    assert result.search is not None
+    prompts = [result.search["token_ids"][:length] for length in (1, 2)]
+    passes = [ids for ids in seen if ids.tolist() not in [[prompt] for prompt in prompts]]
+    assert len(seen) - len(passes) >= 2, "the prefix's own passes are without"
+    assert all((ids == BOS).sum(1).eq(1).all() for ids in passes)
+    at = {int(place) for ids in passes for place in (ids == BOS).nonzero()[:, 1]}
+    assert at == {0, 1}, "in front of the text, behind a candidate"
+    first = result.search["steps"][0]
+    text, rows, further = 16 + 1, 24, 2  # every text with BOS; a candidate before it
+    expected = text + rows * (text + 1) + further * (text + 12 * (text + 1))
+    assert first["token_forwards"] == expected
+    assert result.evaluation["bos"] is True
+    assert result.config["bos"] == "tokenizer"
+    assert {tokens for row in result.rows for tokens in row.tokens.values()} == {4 * 31}, "as many as without BOS"
+
+
+def test_without_bos_nothing_changes(text_file: Path, tmp_path: Path) -> None:
+    """With a tokenizer that adds none, the default and `never` are one: all steps are those of the other's cache."""
+    found: list[dict[str, Any]] = []
+    for policy in ("tokenizer", "never"):
+        result = pipeline.run(whole_run(text_file, tmp_path, "tiny:llama", policy))
+        found.append(without_seconds({"rows": [row.values for row in result.rows], "search": result.search}))
+        made = sorted(path.parent for path in (tmp_path / "cache").glob("*/*/made.json"))
+        assert made
+        found[-1]["made"] = made
+    assert found[0] == found[1]
+
+
+def test_qfep_puts_its_own_bos_before_its_texts(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
+    texts = {}
+    for method in ("qfep", "prefixquant"):
+        config = replace(small_config(text_file, tmp_path), model=ModelConfig(path=str(with_bos)))
+        config.search = SearchConfig(name=method, method=method, texts=2, text_length=20)
+        texts[method] = prepare(config, "cpu").texts.search
+    assert texts["qfep"] is not None and texts["prefixquant"] is not None
+    assert not (texts["qfep"] == BOS).any()
+    assert torch.equal(texts["prefixquant"][:, 1:], texts["qfep"])
+    assert (texts["prefixquant"][:, 0] == BOS).all()
+
+
+def test_a_search_text_that_fits_only_without_bos_is_refused(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
+    config = whole_run(text_file, tmp_path, with_bos, "never")
+    config.search = replace(config.search, text_length=254, verify_texts=0, max_length=2)
+    prepare(config, "cpu")
+    with pytest.raises(ConfigError, match=r"search\.text_length=254 behind BOS and a prefix of up to 2 tokens"):
+        prepare(replace(config, bos="tokenizer"), "cpu")
