@@ -146,8 +146,9 @@ class _Run:
         final = stages[-1]
         if len(final.prefix):
             self._keep(final.prefix)
+        worst_block = measured[none.key][0].worst_block
         for stage, quantizer in self._rows(none, found or none, final):
-            self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
+            self.result.rows.append(self._row(stage, quantizer, *measured[stage.key], worst_block))
         own = self.result.rows[-1]
         keys = [column.key for column in columns([asdict(own)], Place.RUN)]
         self.result.metrics = {key: own.values[key] for key in keys if key in own.values}
@@ -157,7 +158,7 @@ class _Run:
 
     def _map(self, stages: Sequence[_Stage], before: MagnitudeCurve) -> dict[str, Any]:
         """Magnitudes at the input of the block whose top-1 is largest without a prefix, in the same channels."""
-        block = before.top1.index(max(before.top1))
+        block = before.worst_block
         none = self.steps.map_activations(stages[0].prefix, block, None, stages[0].title)
         maps = {stages[0].key: none}
         for stage in stages[1:]:
@@ -236,7 +237,9 @@ class _Run:
         distinct = {(stage.key, quantizer is None): (stage, quantizer) for stage, quantizer in rows}
         return list(distinct.values())
 
-    def _row(self, stage: _Stage, quantizer: QuantizerConfig | None, curve: MagnitudeCurve, error: float) -> Row:
+    def _row(
+        self, stage: _Stage, quantizer: QuantizerConfig | None, curve: MagnitudeCurve, error: float, worst_block: int
+    ) -> Row:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
         if len(stage.prefix):
             label += f" + {stage.title}"
@@ -259,7 +262,17 @@ class _Run:
             self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
         seconds = stage.seconds + keep_seconds + measured.seconds
-        found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
+        found = Measured(
+            measured.perplexity,
+            tasks,
+            mean,
+            curve.largest,
+            error,
+            seconds,
+            measured.further,
+            magnitudes=asdict(curve),
+            worst_block=worst_block,
+        )
         row = Row(
             name=name,
             label=label,
