@@ -78,6 +78,11 @@ class MagnitudeCurve:
         """The largest magnitude at any block's input in any text; not a number where any of them is none."""
         return float(torch.tensor(self.maximum).max())
 
+    @property
+    def worst_block(self) -> int:
+        """The number of the block whose `top1` is largest; of several the first."""
+        return self.top1.index(max(self.top1))
+
 
 class MagnitudeStatistics:
     """Collects a `MagnitudeCurve`. Feed it whole texts: (texts, tokens, features) per call and layer."""

@@ -157,10 +157,11 @@ class _Run:
             self._keep(final.prefix)
         if final.learned is not None:
             final.learned.save(self.folder / LEARNED)
+        worst_block = measured[none.key][0].worst_block
         for stage, quantizer in self._rows(none, found or none, final):
-            self.result.rows.append(self._row(stage, quantizer, *measured[stage.key]))
+            self.result.rows.append(self._row(stage, quantizer, *measured[stage.key], worst_block))
         for stage in self._reconstructed_stages(none, final):
-            row = self._row(stage, self.config.quantizer, *measured[stage.key], reconstructs=True)
+            row = self._row(stage, self.config.quantizer, *measured[stage.key], worst_block, reconstructs=True)
             self.result.rows.append(row)
         own = self.result.rows[-1]
         keys = [column.key for column in columns([asdict(own)], Place.RUN)]
@@ -171,7 +172,7 @@ class _Run:
 
     def _map(self, stages: Sequence[_Stage], before: MagnitudeCurve) -> dict[str, Any]:
         """Magnitudes at the input of the block whose top-1 is largest without a prefix, in the same channels."""
-        block = before.top1.index(max(before.top1))
+        block = before.worst_block
         none = self.steps.map_activations(stages[0].prefix, block, None, stages[0].title)
         maps = {stages[0].key: none}
         for stage in stages[1:]:
@@ -263,6 +264,7 @@ class _Run:
         quantizer: QuantizerConfig | None,
         curve: MagnitudeCurve,
         error: float,
+        worst_block: int,
         reconstructs: bool = False,
     ) -> Row:
         kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
@@ -293,7 +295,17 @@ class _Run:
             self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
         seconds = stage.seconds + keep_seconds + learning_seconds + measured.seconds
-        found = Measured(measured.perplexity, tasks, mean, curve.largest, error, seconds, measured.further)
+        found = Measured(
+            measured.perplexity,
+            tasks,
+            mean,
+            curve.largest,
+            error,
+            seconds,
+            measured.further,
+            magnitudes=asdict(curve),
+            worst_block=worst_block,
+        )
         row = Row(
             name=name,
             label=label,

@@ -151,9 +151,11 @@ def test_the_default_is_the_embedded_model_and_the_embedded_text() -> None:
     assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}
 
 
-def test_qfeps_quantizer_is_the_per_tensor_dynamic_one_under_its_own_name() -> None:
-    qfep, dynamic = (to_dict(composed(f"quantizer={name}").quantizer) for name in ("qfep", "per_tensor_dynamic"))
-    assert {**qfep, "name": ""} == {**dynamic, "name": ""}
+def test_the_quantizers_of_qfep_and_qfem_are_the_dynamic_one_with_weights_per_channel() -> None:
+    dynamic = to_dict(composed("quantizer=per_tensor_dynamic", "quantizer.weights.granularity=per_channel").quantizer)
+    for name in ("qfep", "qfem", "qfem_qfep"):
+        own = to_dict(composed(f"quantizer={name}").quantizer)
+        assert {**own, "name": "", "qfem": None} == {**dynamic, "name": "", "qfem": None}, name
 
 
 def test_quantizers_and_searches_combine_freely() -> None:

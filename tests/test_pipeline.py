@@ -53,12 +53,13 @@ def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
     assert result.status == "completed"
     assert [row.name for row in result.rows] == TUNED_ROWS
     for row in result.rows:
-        assert list(row.values) == ["perplexity/text", "largest_activation", "quantization_error", "seconds"]
+        values = {key: value for key, value in row.values.items() if "_block_" not in key}
+        assert list(values) == ["perplexity/text", "largest_activation", "quantization_error", "seconds"]
         assert all(number is not None and math.isfinite(number) and number > 0 for number in row.values.values()), row
     assert [row.quantized for row in result.rows] == [False, False, True, True, True]
     assert [row.stage for row in result.rows] == ["none", "tuned", "none", "found", "tuned"]
     own = result.rows[-1].values
-    assert result.metrics == {key: value for key, value in own.items() if key != "seconds"}
+    assert result.metrics == {key: value for key, value in own.items() if key != "seconds" and "_block_" not in key}
     assert RunResult.read(folder / FILE_NAME) == result
 
     assert result.search is not None
@@ -71,6 +72,13 @@ def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
     assert list(result.activations["curves"]) == ["none", "found", "tuned"]
     for curve in result.activations["curves"].values():
         assert {len(values) for values in curve.values()} == {result.model["blocks"]} == {3}
+
+    curves = result.activations["curves"]
+    worst = max(range(3), key=lambda block: curves["none"]["top1"][block])
+    for row in result.rows:
+        for key in ("top1", "top10_percent", "median"):
+            assert row.values[f"last_block_{key}"] == curves[row.stage][key][2]
+            assert row.values[f"worst_block_{key}"] == curves[row.stage][key][worst]
 
     drawn, before = result.activations["map"], result.activations["curves"]["none"]["top1"]
     assert before[drawn["block"]] == max(before)

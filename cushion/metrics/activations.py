@@ -1,8 +1,13 @@
-"""Activations of the full-precision model behind a row's prefix: the largest magnitude, and L_q."""
+"""Activations of the full-precision model behind a row's prefix: magnitudes, and L_q.
+
+`last_block_*` are what CushionCache's Table 5 has: |X| at the input of the last decoder block, averaged over texts.
+`worst_block_*` are the same at the block whose top-1 is largest without a prefix, whichever prefix the row has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from cushion.metrics.columns import Column, Measured, Metric, Place, Row, Values, register
 
@@ -20,14 +25,28 @@ _ERROR = Column(
     lower_is_better=True,
     titles={Place.TRACKER_TABLE: "quantization_error"},
 )
+_STATISTICS = {"top1": "top-1", "top10_percent": "top 10 %", "median": "median"}
+"""Of a `MagnitudeCurve`."""
+_BLOCKS = {"last": "last block", "worst": "worst block"}
+_MAGNITUDES = {
+    (block, statistic): Column(f"{block}_block_{statistic}", f"{title}, {where}", places=frozenset({Place.TRACKER_ROW}))
+    for (block, where), (statistic, title) in product(_BLOCKS.items(), _STATISTICS.items())
+}
+"""In published tables and in a tracker's final numbers: as columns of the comparison they would be too many."""
 
 
 def _columns(_: Sequence[Row]) -> list[Column]:
-    return [_LARGEST, _ERROR]
+    return [_LARGEST, _ERROR, *_MAGNITUDES.values()]
 
 
 def _values(measured: Measured) -> Values:
-    return {_LARGEST.key: measured.largest_activation, _ERROR.key: measured.quantization_error}
+    values: Values = {_LARGEST.key: measured.largest_activation, _ERROR.key: measured.quantization_error}
+    places = {"last": -1, "worst": measured.worst_block}
+    for (block, statistic), column in _MAGNITUDES.items():
+        if statistic in measured.magnitudes:
+            values[column.key] = measured.magnitudes[statistic][places[block]]
+    return values
 
 
-register(Metric("activations", _columns, _values, {column.key: column for column in (_LARGEST, _ERROR)}, order=30))
+_ALL = (_LARGEST, _ERROR, *_MAGNITUDES.values())
+register(Metric("activations", _columns, _values, {column.key: column for column in _ALL}, order=30))

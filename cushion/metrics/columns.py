@@ -102,7 +102,9 @@ class Measured:
     """What was found on one row, before it stands in columns.
 
     `perplexity` by corpus; `tasks` by task the fields of `evaluation.task_scores.TaskScore`; `accuracy` the mean over
-    the tasks and its standard error, None without any; `seconds` all that the row cost.
+    the tasks and its standard error, None without any; `seconds` all that the row cost. `magnitudes` are the fields of
+    the row's `MagnitudeCurve`, each by block; `worst_block` is the number of the block whose top-1 is largest without a
+    prefix.
     """
 
     perplexity: Mapping[str, float]
@@ -113,6 +115,8 @@ class Measured:
     seconds: float
     further: Mapping[str, Values] = field(default_factory=dict)
     """By name of the metric, what its own `measure` gave."""
+    magnitudes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    worst_block: int = 0
 
 
 @dataclass(frozen=True)

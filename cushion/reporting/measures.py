@@ -9,10 +9,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from cushion.metrics.columns import Column, Place, Row, metrics, ordinary, parts
+from cushion.metrics.columns import Column, Place, Row, metrics, parts
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Cell
-from cushion.schema import NO_PREFIX
 
 MISSING = Cell("missing", kind="missing")
 FAILED = Cell("failed", kind="failed")
@@ -52,20 +51,6 @@ def of_part(column: Column, part: str | None) -> Measure:
     return replace(measure_of(column), read=read)
 
 
-def _magnitude(key: str) -> Callable[[Run, Row], float | None]:
-    """A magnitude at the input of the block where top-1 is largest without a prefix: before and after at one place."""
-
-    def read(run: Run, row: Row) -> float | None:
-        curves = run.record.get("activations", {}).get("curves", {})
-        stage = row["stage"]
-        if NO_PREFIX not in curves or stage not in curves:
-            return None
-        largest: list[float] = curves[NO_PREFIX]["top1"]
-        return float(curves[stage][key][largest.index(max(largest))])
-
-    return read
-
-
 def _hours(*sections: str) -> Callable[[Run, Row], float | None]:
     def read(run: Run, _: Row) -> float | None:
         parts: list[float | None] = [(run.record.get(section) or {}).get("seconds") for section in sections]
@@ -89,9 +74,6 @@ def _qfem(number: Callable[[list[float], list[float]], float | None]) -> Callabl
 
 
 _OF_A_RUN: dict[str, Measure] = {
-    "top1": Measure("top-1", _magnitude("top1"), ordinary),
-    "top10_percent": Measure("top 10 %", _magnitude("top10_percent"), ordinary),
-    "median": Measure("median", _magnitude("median"), ordinary),
     "search_hours": Measure("search, hours", _hours("search"), lambda value: f"{value:.3g}"),
     "tuning_hours": Measure("tuning, hours", _hours("tuning"), lambda value: f"{value:.3g}"),
     "total_hours": Measure("total, hours", _hours("search", "tuning"), lambda value: f"{value:.3g}"),
@@ -101,7 +83,7 @@ _OF_A_RUN: dict[str, Measure] = {
         "smallest ratio kept", _qfem(lambda _, kept: min(kept, default=None)), lambda value: f"{value:.4g}"
     ),
 }
-"""What is read off a run's curves, search, tuning and QFeM, by the name that a published table gives it."""
+"""What is read off a run's search, tuning and QFeM, by the name that a published table gives it."""
 
 
 def measures(part: str | None = None) -> dict[str, Measure]:

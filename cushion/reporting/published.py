@@ -8,7 +8,7 @@ same name.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cushion.metrics.tasks import ACCURACY
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, spread_notes
+from cushion.reporting.published_notes import SETTING, check_setting, notes_of
 from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
 from cushion.schema import NO_PREFIX, STAGES
@@ -33,7 +34,7 @@ PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
 """Relative difference up to which a number that several runs measured counts as one number."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
-_KEYS = _NEEDED | {"index", "measure", "corpus", "select", "tasks", "titles", "notes"}
+_KEYS = _NEEDED | {"index", "measure", "corpus", "select", SETTING, "tasks", "titles", "notes"}
 
 Coordinates = dict[str, str]
 NOT_RUN = Cell("not run", kind="missing")
@@ -157,6 +158,7 @@ def _number(text: str | None, where: str) -> float | None:
 def _check(table: PublishedTable, path: Path) -> None:
     """Everything that the specification names exists."""
     specification = table.specification
+    check_setting(specification, path)
     tasks = specification.get("tasks", ["any"])
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise ArtifactError(f"{path}: tasks={tasks!r} is no list of names of tasks, such as [piqa, hellaswag]")
@@ -239,8 +241,9 @@ def compare(
          *(line[number][part] for number in range(len(columns)) for part in kept[number])]
         for row, line in zip(rows, grid, strict=True)
     ]  # fmt: skip
+    titles = {labels[model]: table.title("model", model) for model in table.keys("model")}
     notes = [
-        *_notes(table, labels, ran, corpora, scored),
+        *notes_of(specification, titles, runs, corpora, scored),
         *spread_notes(body),
         *shared_settings(runs, numbered(runs) if numbers is None else numbers),
     ]
@@ -374,19 +377,3 @@ def _head(table: PublishedTable, columns: list[Coordinates], kept: list[list[int
     last = [Cell(str(dimension)) for dimension in specification["rows"]]
     last += [Cell(("published", "ours", "difference")[part]) for parts in kept for part in parts]
     return [*lines, last]
-
-
-def _notes(table: PublishedTable, labels: dict[str, str], ran: Iterable[str], corpora: set[str],
-           scored: set[tuple[str, ...]]) -> list[str]:  # fmt: skip
-    notes = [f"Published: {table.specification['source']}", *table.specification.get("notes", [])]
-    absent = [table.title("model", model) for model in table.keys("model") if labels[model] not in ran]
-    if absent:
-        notes.append(f"Not run: {', '.join(absent)}.")
-    wanted = table.specification.get("corpus")
-    if wanted and (others := sorted(corpora - {wanted})):
-        notes.append(f"Ours is measured on {', '.join(others)}, not on {wanted}.")
-    published = table.specification.get("tasks")
-    if published and (unlike := sorted(tasks for tasks in scored if set(tasks) != set(published))):
-        means = " or ".join(", ".join(tasks) for tasks in unlike)
-        notes.append(f"The published accuracy is the mean of {', '.join(published)}; ours of {means}.")
-    return notes

@@ -41,7 +41,8 @@ def record(
     config: dict[str, Any] = {
         "experiment": experiment, "seed": seed, "device": "auto", "model": {"path": model},
         "data": {"name": "wikitext2"},
-        "quantizer": {"name": quantizer, "weights": {"bits": 8}, "activations": {"bits": 8}},
+        "quantizer": {"name": quantizer, "weights": {"bits": 8, "granularity": "per_tensor"},
+                      "activations": {"bits": 8, "symmetric": True}},
         "search": {"name": "greedy_sampled", "tau": 0.5}, "tuning": {"name": "short", "lambda_q": 0.01},
         "eval": {"name": "short"}, "paths": {"output_dir": "outputs", "data_dir": None}, "tracking": {"name": "none"},
     }  # fmt: skip

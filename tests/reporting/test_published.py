@@ -16,6 +16,7 @@ from cushion.errors import ArtifactError
 from cushion.reporting.collect import collect
 from cushion.reporting.grid import Table
 from cushion.reporting.published import compare, load_published, published_folder, published_names
+from cushion.reporting.published_notes import check_setting
 from cushion.reporting.status import RunState
 
 FOLDER = published_folder()
@@ -26,9 +27,19 @@ def ours(tmp_path: Path, name: str, *records: dict[str, Any]) -> Table:
     return compare(load_published(FOLDER, name), collect([write(tmp_path, *records)]))
 
 
-def cell(table: Table, heading: str, *labels: str) -> str:
-    place = table.headings().index(heading)
-    (found,) = [line[place].text for line in table.body if [c.text for c in line[: len(labels)]] == list(labels)]
+PAPER = {
+    "quantizer": "cushioncache_static",
+    "quantizer.weights": {"bits": 8, "granularity": "per_group"},
+    "quantizer.activations": {"bits": 8, "symmetric": False},
+}
+"""CushionCache's own quantizer, as a record has it."""
+
+
+def cell(table: Table, heading: str, *labels: str, group: str = "as published") -> str:
+    place, titles = table.headings().index(heading), list(labels)
+    if "quantizer" in table.headings():
+        titles.insert(0, "none" if labels[0] == "FP16" and "scheme" in table.headings() else group)
+    (found,) = [line[place].text for line in table.body if [c.text for c in line[: len(titles)]] == titles]
     return found
 
 
@@ -65,7 +76,7 @@ def test_ours_stands_beside_the_published_number_with_the_difference(tmp_path: P
         row("quantized_found", 7.0),
         row("quantized_tuned", 5.9),
     ]
-    table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=rows))
+    table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=rows, **PAPER))
     assert cell(table, "LLaMA2-7B published", "FP16", "none") == "5.47"
     assert cell(table, "LLaMA2-7B ours", "FP16", "none") == "5.50"
     assert cell(table, "LLaMA2-7B difference", "FP16", "none") == "+0.03"
@@ -78,31 +89,45 @@ def test_ours_stands_beside_the_published_number_with_the_difference(tmp_path: P
 
 
 def test_another_model_gets_a_column_of_its_own(tmp_path: Path) -> None:
-    table = ours(tmp_path, "cushioncache_table1", record(model="embedded:smollm2-135m", rows=[row("quantized", 66.1)]))
+    planted = record(model="embedded:smollm2-135m", rows=[row("quantized", 66.1)], **PAPER)
+    table = ours(tmp_path, "cushioncache_table1", planted)
     assert cell(table, "smollm2-135m ours", "Per-tensor static", "none") == "66.10"
     assert "smollm2-135m published" not in table.headings()
+    assert "Not published, ours alone: smollm2-135m." in table.notes
+
+
+def test_our_own_quantizer_is_a_group_of_rows_for_which_nothing_is_published(tmp_path: Path) -> None:
+    planted = [
+        record(model=LLAMA2, rows=[row("quantized", 9.0)]),
+        record(model=LLAMA2, rows=[row("quantized", 8.0)], **PAPER),
+    ]
+    table = ours(tmp_path, "cushioncache_table1", *planted)
+    for group, number, published in (("as published", "8.00", "9250.33"), ("per tensor, symmetric", "9.00", "-")):
+        assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none", group=group) == number
+        assert cell(table, "LLaMA2-7B published", "Per-tensor static", "none", group=group) == published
 
 
 def test_failed_is_not_missing(tmp_path: Path) -> None:
-    done = record(model=LLAMA2, rows=[row("quantized", 9.0)])
-    table = ours(tmp_path, "cushioncache_table1", done, failed("x", model=LLAMA2, quantizer="smoothquant_o3"))
+    done = record(model=LLAMA2, rows=[row("quantized", 9.0)], **PAPER)
+    lost = failed("x", model=LLAMA2, **{**PAPER, "quantizer": "cushioncache_o3"})
+    table = ours(tmp_path, "cushioncache_table1", done, lost)
     assert cell(table, "LLaMA2-7B ours", "SmoothQuant-O3", "none") == "failed"
     assert cell(table, "LLaMA2-7B ours", "SmoothQuant-O2", "none") == "missing"
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "CushionCache") == "not measured"
 
 
 def test_seeds_are_averaged_and_configurations_that_disagree_are_not(tmp_path: Path) -> None:
-    seeds = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)]) for seed in (0, 1)]
+    seeds = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)], **PAPER) for seed in (0, 1)]
     table = ours(tmp_path / "seeds", "cushioncache_table1", *seeds)
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41"
-    clash = [record(model=LLAMA2, rows=[row("quantized", value)], **{"eval.blocks": value}) for value in (9.0, 12.0)]
+    clash = [record(model=LLAMA2, rows=[row("quantized", n)], **PAPER, **{"eval.blocks": n}) for n in (9.0, 12.0)]
     table = ours(tmp_path / "clash", "cushioncache_table1", *clash)
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "conflict: 9.00 or 12.00"
 
 
 def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
-    done = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)]) for seed in (0, 1)]
-    table = ours(tmp_path / "failed", "cushioncache_table1", *done, failed("x", model=LLAMA2, seed=2))
+    done = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)], **PAPER) for seed in (0, 1)]
+    table = ours(tmp_path / "failed", "cushioncache_table1", *done, failed("x", model=LLAMA2, seed=2, **PAPER))
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"
     assert cell(table, "LLaMA2-7B difference", "Per-tensor static", "none") == "-9240.33"
     label = ModelConfig(path=LLAMA2).label
@@ -112,7 +137,7 @@ def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
     runs = collect([write(tmp_path / "missing", *done)])
     table = compare(load_published(FOLDER, "cushioncache_table1"), runs, planned)
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "10.00 ± 1.41 (2 of 3 seeds)"
-    lone = collect([write(tmp_path / "lone", record(model=LLAMA2, rows=[row("quantized", 9.0)]))])
+    lone = collect([write(tmp_path / "lone", record(model=LLAMA2, rows=[row("quantized", 9.0)], **PAPER))])
     assert cell(compare(load_published(FOLDER, "cushioncache_table1"), lone, planned[1:]),
                 "LLaMA2-7B ours", "Per-tensor static", "none") == "9.00"  # fmt: skip
 
@@ -120,14 +145,14 @@ def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
 def test_a_standard_error_is_told_from_a_deviation(tmp_path: Path) -> None:
     def scored(seed: int, accuracy: float, **others: Any) -> dict[str, Any]:
         rows = [row("quantized", 9.0, accuracy=accuracy, accuracy_stderr=0.02)]
-        return record(model=LLAMA2, seed=seed, rows=rows, **others)
+        return record(model=LLAMA2, seed=seed, rows=rows, **PAPER, **others)
 
     one = ours(tmp_path / "one", "cushioncache_table2", scored(0, 0.5))
     assert cell(one, "LLaMA2-7B ours", "Per-tensor static", "none") == "50.00 ± 2.00"
     assert cell(one, "LLaMA2-7B difference", "Per-tensor static", "none") == "+13.63"
     assert any("standard error" in note for note in one.notes)
     assert not any("deviation" in note for note in one.notes)
-    other_model = record(model="x/other", rows=[row("quantized", 9.0, accuracy=0.4, accuracy_stderr=0.03)])
+    other_model = record(model="x/other", rows=[row("quantized", 9.0, accuracy=0.4, accuracy_stderr=0.03)], **PAPER)
     both = ours(tmp_path / "both", "cushioncache_table2", scored(0, 0.5), scored(1, 0.52), other_model)
     assert cell(both, "LLaMA2-7B ours", "Per-tensor static", "none") == "51.00 ± 1.41"
     assert cell(both, "other ours", "Per-tensor static", "none") == "40.00 ± 3.00 (one seed)"
@@ -139,7 +164,7 @@ def test_models_that_were_not_run_stand_last_and_the_note_names_the_runs(tmp_pat
     table = compare(
         load_published(FOLDER, "cushioncache_table1"), runs, numbers={run.path: 7 + n for n, run in enumerate(runs)}
     )
-    models = list(dict.fromkeys(heading.rpartition(" ")[0] for heading in table.headings()[2:]))
+    models = list(dict.fromkeys(heading.rpartition(" ")[0] for heading in table.headings()[3:]))
     assert models == ["Mistral-7B-v0.1", "other", "LLaMA2-7B", "LLaMA3-8B", "OPT-6.7B", "BLOOM-7B"]
     assert table.notes[-1].startswith("Runs 7, 8: ")
 
@@ -150,11 +175,12 @@ def test_the_parts_of_table_3_are_told_apart_by_the_loss(tmp_path: Path) -> None
 
     model = "meta-llama/Meta-Llama-3-8B"
     shared = [at(0.68, "full_precision"), at(0.58, "quantized"), at(0.66, "quantized_found")]
-    plain = record(model=model, rows=[*shared, at(0.67, "quantized_tuned")], **{"tuning.lambda_q": 0.0})
-    aware = record(model=model, rows=[*shared, at(0.675, "quantized_tuned")])
-    table = ours(tmp_path, "cushioncache_table3", plain, aware)
-    assert [line[2].text for line in table.body] == ["68.00", "58.00", "66.00", "67.00", "67.50"]
-    assert [line[1].text for line in table.body] == ["68.83", "58.94", "67.78", "68.13", "68.66"]
+    rows = {"plain": [*shared, at(0.67, "quantized_tuned")], "aware": [*shared, at(0.675, "quantized_tuned")]}
+    plain = record(model=model, rows=rows["plain"], **PAPER, **{"tuning.lambda_q": 0.0})
+    table = ours(tmp_path, "cushioncache_table3", plain, record(model=model, rows=rows["aware"], **PAPER))
+    published = [line for line in table.body if line[0].text == "as published"]
+    assert [line[3].text for line in published] == ["68.00", "58.00", "66.00", "67.00", "67.50"]
+    assert [line[2].text for line in published] == ["68.83", "58.94", "67.78", "68.13", "68.66"]
 
 
 def test_table_4_reads_bits_and_two_measures(tmp_path: Path) -> None:
@@ -166,17 +192,24 @@ def test_table_4_reads_bits_and_two_measures(tmp_path: Path) -> None:
     assert cell(table, "LLaMA3-8B perplexity ours", "W4A4", "CushionCache") == "missing"
 
 
-def test_table_5_compares_magnitudes_at_one_block(tmp_path: Path) -> None:
-    curves = {
-        "none": {"top1": [1.0, 2000.0, 3.0], "top10_percent": [0.1, 0.5, 0.9], "median": [0.01, 0.2, 0.3]},
-        "tuned": {"top1": [1.5, 20.0, 90.0], "top10_percent": [0.2, 0.6, 0.8], "median": [0.02, 0.3, 0.4]},
-    }
-    rows = [row("full_precision", 5.0), row("full_precision_tuned", 5.0)]
-    table = ours(tmp_path, "cushioncache_table5", record(model=LLAMA2, rows=rows, activations={"curves": curves}))
-    assert cell(table, "top-1 ours", "LLaMA2-7B", "none") == "2000.00"
-    assert cell(table, "top-1 ours", "LLaMA2-7B", "CushionCache") == "20.00"
-    assert cell(table, "top 10 % ours", "LLaMA2-7B", "CushionCache") == "0.60"
-    assert cell(table, "median ours", "LLaMA3-8B", "none") == "not run"
+def test_table_5_has_the_last_block_as_published_and_the_worst_beside_it(tmp_path: Path) -> None:
+    def at(last: float, worst: float) -> dict[str, float]:
+        statistics = ("top1", "top10_percent", "median")
+        return {f"last_block_{s}": last / 10**n for n, s in enumerate(statistics)} | {
+            f"worst_block_{s}": worst / 10**n for n, s in enumerate(statistics)
+        }
+
+    rows = [row("full_precision", 5.0, **at(2000.0, 3000.0)), row("full_precision_tuned", 5.0, **at(20.0, 90.0))]
+    table = ours(tmp_path, "cushioncache_table5", record(model=LLAMA2, rows=rows))
+    for title, values in (
+        ("top-1, last block", ("2000.00", "20.00")), ("top 10 %, last block", ("200.00", "2.00")),
+        ("median, last block", ("20.00", "0.20")), ("top-1, worst block", ("3000.00", "90.00")),
+        ("top 10 %, worst block", ("300.00", "9.00")), ("median, worst block", ("30.00", "0.90")),
+    ):  # fmt: skip
+        found = [cell(table, f"{title} ours", "LLaMA2-7B", prefix) for prefix in ("none", "CushionCache")]
+        assert found == list(values), title
+    assert cell(table, "top-1, last block published", "LLaMA2-7B", "none") == "2461.40"
+    assert cell(table, "median, last block ours", "LLaMA3-8B", "none") == "not run"
 
 
 def test_table_6_reads_hours(tmp_path: Path) -> None:
@@ -210,7 +243,7 @@ def test_an_accuracy_over_other_tasks_is_said(tmp_path: Path) -> None:
     def scored(name: str, *tasks: str) -> Table:
         scores = {task: {"metric": "acc", "value": 0.5, "stderr": 0.01} for task in tasks}
         rows = [row("quantized", 7.0, accuracy=0.5, tasks={**scores, "wikitext": {"metric": None}})]
-        made = record(model="x/other", quantizer="per_tensor_dynamic", rows=rows)
+        made = record(model="x/other", quantizer="qfep", rows=rows)
         return ours(tmp_path / str(len(tasks)), name, made)
 
     published = ("piqa", "lambada_openai", "hellaswag", "winogrande")
@@ -221,6 +254,24 @@ def test_an_accuracy_over_other_tasks_is_said(tmp_path: Path) -> None:
     same = scored("qfep_qfem", *reversed(published))
     assert cell(same, "accuracy, % ours", "other", "per-tensor dynamic") == "50.00"
     assert not any("the mean of" in note for note in same.notes)
+
+
+def test_every_key_in_which_runs_differ_from_the_published_setting_is_said(tmp_path: Path) -> None:
+    def noted(*records: dict[str, Any]) -> list[str]:
+        table = ours(tmp_path / str(len(list(tmp_path.iterdir()))), "cushioncache_table1", *records)
+        return [note for note in table.notes if note.startswith("Ours differs in: ")]
+
+    as_published = {"eval.blocks": None, "eval.block_length": 2048, "quantizer.smoothing_alpha": 0.8}
+    other = {**as_published, "search.scoring": "pruned", "eval.block_length": 512, "quantizer.smoothing_alpha": 0.5}
+    (tmp_path / "0").mkdir()
+    assert noted(record(model=LLAMA2, **as_published)) == []
+    one = {**other, "eval.blocks": 16}
+    assert noted(record(model=LLAMA2, **other), record(model=LLAMA2, seed=1, **one)) == [
+        "Ours differs in: search.scoring pruned (published full or exact); eval.block_length 512 (published 2048); "
+        "eval.blocks 16 (published null); quantizer.smoothing_alpha 0.5 (published null or 0.8)."
+    ]
+    with pytest.raises(ArtifactError, match=r"table\.yaml: setting=\[1\] is not a record of keys"):
+        check_setting({"setting": [1]}, "table.yaml")
 
 
 @pytest.fixture
@@ -248,6 +299,7 @@ MISTAKES = {
     "no tasks": ("table.yaml", "corpus:", "tasks: []\ncorpus:", r"table\.yaml: tasks=\[\] is no list of names"),
     "unselected scheme": ("table.yaml", "    fp16: {quantized: false}\n", "", r"does not say what 'fp16' is"),
     "unknown model": ("../models.yaml", "llama2_7b:", "llama:", r"models\.yaml has no model 'llama2_7b'"),
+    "unknown setting": ("table.yaml", "  search.tau:", "  search.tua:", r"names 'search\.tua', which no .* 'sea"),
     "no YAML": ("table.yaml", "rows: [", "rows: [[", r"table\.yaml cannot be read"),
 }  # fmt: skip
 
