@@ -209,7 +209,7 @@ def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -
         expected.append(pipeline.run(config).rows[-1].under("perplexity")["text"])
     write_report([tmp_path / "outputs"], tmp_path / "report")
     lines = (tmp_path / "report" / "runs" / "mine.csv").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + 5
+    assert len(lines) == 1 + 6
     cells = dict(zip(lines[0].split(","), lines[-1].split(",")[-len(lines[0].split(",")) :], strict=True))
     assert float(cells["perplexity text"]) == pytest.approx(sum(expected) / 2, rel=1e-12)
     assert len(list((tmp_path / "report" / "figures").glob("tuning-*.png"))) == 2
