@@ -63,7 +63,7 @@ def linearized(nats: Sequence[float], other: Sequence[float], tokens: Sequence[i
 
     With D the difference of the summed losses of a block, n its tokens, and sums over the B blocks, the log ratio is
     r = sum D / sum n, and the value of a block is r + B (D - r n) / sum n: the linearization of a ratio estimator
-    (Cochran, Sampling Techniques, section 6.3). Where all blocks have as many tokens it is D / n.
+    (Cochran, Sampling Techniques, chapter 6). Where all blocks have as many tokens it is D / n.
 
     Args:
         nats: summed losses of a row, one per block.
@@ -82,9 +82,9 @@ def over_blocks(values: Sequence[Sequence[float]]) -> Interval | None:
 
     With three seeds or more, seeds and blocks are crossed random effects of one value per pair: the variance of the
     mean is (MS_seeds + MS_blocks - MS_rest) / (S B), of the mean squares of the two-way analysis of variance, with
-    degrees of freedom by Satterthwaite. A mean square below MS_rest counts as MS_rest (its component of variance is
-    zero), so the interval is never narrower than one over the blocks' means alone. With fewer seeds it is that one:
-    the t interval over the blocks, each averaged over the seeds.
+    degrees of freedom by Satterthwaite (the model and its source: docs/reports.md). A mean square below MS_rest counts
+    as MS_rest (its component of variance is zero), so the variance is never below that of the blocks' means alone. With
+    fewer seeds it is that one: the t interval over the blocks, each averaged over the seeds.
     """
     import numpy
 

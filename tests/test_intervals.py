@@ -55,16 +55,16 @@ def test_blocks_of_different_lengths_count_by_their_tokens(generator: numpy.rand
 
 
 def test_seeds_and_blocks_together_are_the_analysis_of_variance(generator: numpy.random.Generator) -> None:
-    """The two-way clustered variance of Cameron, Gelbach and Miller, put together from sums over the clusters."""
+    """The components of variance of seeds, blocks and rest, each estimated by itself and then put together."""
     seeds, blocks = generator.normal(0, 0.05, (4, 1)), generator.normal(0, 0.1, (1, 12))
     values = 0.2 + seeds + blocks + generator.normal(0, 0.03, (4, 12))
     found = over_blocks(values.tolist())
     assert found is not None
-    rest = values - values.mean()
-    by_seed, by_block = (rest.mean(1) ** 2).sum() / (4 * 3), (rest.mean(0) ** 2).sum() / (12 * 11)
-    leftover = rest - rest.mean(1, keepdims=True) - rest.mean(0, keepdims=True)
-    both = (leftover**2).sum() / (3 * 11) / 48
-    assert found.stderr**2 == pytest.approx(by_seed + by_block - both)
+    leftover = values - values.mean(1, keepdims=True) - values.mean(0, keepdims=True) + values.mean()
+    of_rest = (leftover**2).sum() / (3 * 11)
+    of_seed, of_block = values.mean(1).var(ddof=1) - of_rest / 12, values.mean(0).var(ddof=1) - of_rest / 4
+    assert of_seed > 0 and of_block > 0
+    assert found.stderr**2 == pytest.approx(of_seed / 4 + of_block / 12 + of_rest / 48)
     assert found.value == pytest.approx(values.mean())
 
 

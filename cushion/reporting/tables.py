@@ -23,12 +23,13 @@ def further_tables(result: dict[str, Any]) -> list[str]:
 
 
 def _table(heading: str, rows: Sequence[dict[str, Any]], shown: Sequence[Column], place: Place) -> str:
-    lines = [[row["label"], *(_cell(column, row, place) for column in shown)] for row in rows]
+    lines = [[row["label"], *(cell_text(column, row, place) for column in shown)] for row in rows]
     notes = dict.fromkeys(column.note for column in shown if column.note)
     return "\n".join([_aligned([[heading, *(column.named(place) for column in shown)], *lines]), *notes])
 
 
-def _cell(column: Column, row: dict[str, Any], place: Place) -> str:
+def cell_text(column: Column, row: dict[str, Any], place: Place) -> str:
+    """The value of a row in a place, with its interval or its standard error where it has one; `-` without a value."""
     value, error, written = column.shown(row), column.shown_error(row), column.written(place)
     if value is None:
         return "-"
