@@ -16,11 +16,12 @@ from typing import Any
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
+from cushion.ceilings import Ceiling, Ceilings
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
 from cushion.evaluation.task_checks import task_batch_size
-from cushion.evaluation.task_scores import mean_accuracy
+from cushion.evaluation.task_scores import mean_accuracy, shares_of
 from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
@@ -121,6 +122,7 @@ class _Run:
         self.lm, self.texts = prepared.lm, prepared.texts
         self.tasks = prepared.tasks
         self.steps = Steps(config, prepared, emit, folder)
+        self.ceilings = Ceilings()
         result.model = {
             "path": config.model.path,
             "label": self.lm.label,
@@ -248,7 +250,7 @@ class _Run:
         if self.config.eval.controls:
             rows = [(none, quantizer), (found, quantizer), *rows]
             if quantizer is not None:
-                rows = [(none, None), (final, None), *rows]
+                rows = [(none, None), (found, None), (final, None), *rows]
         distinct = {(stage.key, quantizer is None): (stage, quantizer) for stage, quantizer in rows}
         return list(distinct.values())
 
@@ -295,6 +297,7 @@ class _Run:
             self._warn(truncation_warning(truncated, label, len(stage.prefix), self.config.eval.shots))
         tasks = {task: asdict(found) for task, found in measured.tasks.items()}
         seconds = stage.seconds + keep_seconds + learning_seconds + measured.seconds
+        ceiling = None if quantizer is None else self.ceilings.of(stage.key, stage.prefix)
         found = Measured(
             measured.perplexity,
             tasks,
@@ -303,9 +306,19 @@ class _Run:
             error,
             seconds,
             measured.further,
-            magnitudes=asdict(curve),
-            worst_block=worst_block,
+            asdict(curve),
+            worst_block,
+            measured.losses,
+            measured.records,
+            shares_of(self.tasks, measured.tasks),
+            self.tasks.in_mean,
+            None if ceiling is None else ceiling.measured,
         )
+        if quantizer is None:
+            self.ceilings.add(stage.key, stage.prefix, Ceiling(name, found))
+        losses = {corpus: asdict(losses) for corpus, losses in measured.losses.items()}
+        self.result.evaluation["losses"][name] = losses
+        self.result.evaluation["ceilings"][name] = None if ceiling is None else ceiling.name
         row = Row(
             name=name,
             label=label,
@@ -373,4 +386,6 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "limit": evaluation.limit,
         "task_batch_size": task_batch_size(evaluation, config.quantizer),
         "accuracy": evaluation.accuracy,
+        "losses": {},
+        "ceilings": {},
     }

@@ -28,8 +28,8 @@ class Texts:
     """The token ids that a run uses, each (texts, tokens); None where the run has no such step.
 
     `reconstruction` are the calibration texts, or as many as it asks for. `activations` are the first blocks of the
-    evaluation text; the blocks for perplexity are in `Prepared.blocks`. All begin with BOS where the run's texts do, one
-    token more, but for the search texts of a method that puts it there.
+    evaluation text; the blocks for perplexity are in `Prepared.blocks`. All begin with BOS where the run's texts do,
+    one token more, but for the search texts of a method that puts it there.
     """
 
     activations: Tensor

@@ -17,7 +17,7 @@ from cushion.evaluation.task_checks import task_batch_size
 from cushion.evaluation.task_scores import TaskScore, group_score
 from cushion.evaluation.task_step import TaskStep
 from cushion.evaluation.tasks import TaskSet
-from cushion.metrics.columns import RowContext, Values, metrics
+from cushion.metrics.columns import Losses, RowContext, Values, metrics
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.registry import located
 from cushion.step import Context, compute
@@ -33,6 +33,10 @@ class Measured:
     seconds: float
     further: dict[str, Values] = field(default_factory=dict)
     """Values of the metrics that run the model themselves, by their names."""
+    losses: dict[str, Losses] = field(default_factory=dict)
+    """By corpus, what the perplexity is the mean of."""
+    records: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """By single task whose score is a mean over its records, its metric on each."""
 
 
 def measure_row(
@@ -58,8 +62,9 @@ def measure_row(
         bos: whether the blocks begin with BOS, and the contexts of tasks are to.
 
     """
-    perplexities, tokens, seconds = {}, {}, 0.0
+    perplexities, tokens, losses, seconds = {}, {}, {}, 0.0
     scores: dict[str, TaskScore] = {}
+    records: dict[str, tuple[float, ...]] = {}
     asked = None
     if tasks.tasks:  # before the quantizer is on: lm-eval ties the weights of a model that it is given
         from cushion.evaluation.harness import PrefixedModel  # slow to import, and not needed without tasks
@@ -71,12 +76,14 @@ def measure_row(
             stage = f"perplexity, {corpus}, {label}" if len(blocks) > 1 else f"perplexity, {label}"
             found = compute(PerplexityStep(model, config, text, stage, bos), context)
             perplexities[corpus], tokens[corpus] = found.value, found.tokens
+            losses[corpus] = Losses([one.loss for one in found.losses], [one.tokens for one in found.losses])
             seconds += found.seconds
         for done, (name, task) in enumerate(tasks.tasks.items()):
             assert asked is not None
             context.progress(f"tasks, {label}", done, len(tasks.tasks), "task")
-            scores[name], cost = compute(TaskStep(model, asked, config, task, batch_size, samples), context)
-            seconds += cost
+            answered = compute(TaskStep(model, asked, config, task, batch_size, samples), context)
+            scores[name], records[name] = answered.score, answered.records
+            seconds += answered.seconds
             context.progress(f"tasks, {label}", done + 1, len(tasks.tasks), "task")
         row = RowContext(context, model, config, blocks)
         further = {metric.name: located(metric.measure)(row) for metric in metrics() if metric.measure is not None}
@@ -84,4 +91,4 @@ def measure_row(
         grouped = group_score(group, scores)
         if grouped is not None:
             scores[name] = grouped
-    return Measured(perplexities, tokens, scores, seconds, further)
+    return Measured(perplexities, tokens, scores, seconds, further, losses, records)

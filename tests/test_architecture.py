@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
 
 RANKS = (
-    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1"},
+    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals"},
     {"syntax"},
     {"artifacts", "code", "registry", "progress", "checks", "schema"},
     {"metrics"},
@@ -34,7 +34,7 @@ RANKS = (
     {"config_warnings"},
     {"tuning_step"},
     {"evaluation"},
-    {"row", "results"},
+    {"row", "results", "ceilings"},
     {"preparation"},
     {"run_folder", "run_warnings", "steps"},
     {"pipeline"},

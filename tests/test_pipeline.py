@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from tiny_run import TUNED_ROWS, processes, searching_config, small_config, tuning_config, without_seconds
 
 from cushion import pipeline
@@ -53,11 +54,22 @@ def test_a_run_with_search_and_tuning(text_file: Path, tmp_path: Path) -> None:
     assert result.status == "completed"
     assert [row.name for row in result.rows] == TUNED_ROWS
     for row in result.rows:
+        ratio = [f"ratio{what}/text" for what in ("", "_stderr", "_low", "_high")] if row.quantized else []
         values = {key: value for key, value in row.values.items() if "_block_" not in key}
-        assert list(values) == ["perplexity/text", "largest_activation", "quantization_error", "seconds"]
+        assert list(values) == ["perplexity/text", *ratio, "largest_activation", "quantization_error", "seconds"]
         assert all(number is not None and math.isfinite(number) and number > 0 for number in row.values.values()), row
-    assert [row.quantized for row in result.rows] == [False, False, True, True, True]
-    assert [row.stage for row in result.rows] == ["none", "tuned", "none", "found", "tuned"]
+    assert [row.quantized for row in result.rows] == [False, False, False, True, True, True]
+    assert [row.stage for row in result.rows] == ["none", "found", "tuned"] * 2
+    losses, ceilings = result.evaluation["losses"], result.evaluation["ceilings"]
+    for full, row in zip(result.rows[:3], result.rows[3:], strict=True):
+        assert (ceilings[full.name], ceilings[row.name]) == (None, full.name)
+        (mine, theirs), key = ([losses[one.name]["text"] for one in (row, full)]), "perplexity/text"
+        assert sum(mine["tokens"]) == sum(theirs["tokens"]) == row.tokens["text"]
+        assert math.exp(sum(mine["nats"]) / sum(mine["tokens"])) == pytest.approx(row.values[key], rel=1e-12)
+        assert row.values["ratio/text"] == row.values[key] / full.values[key]  # type: ignore[operator]
+        paired = stats.ttest_rel(*([nats / 31 for nats in one["nats"]] for one in (mine, theirs)))
+        ends = [math.exp(end) for end in paired.confidence_interval()]
+        assert [row.values["ratio_low/text"], row.values["ratio_high/text"]] == pytest.approx(ends)
     own = result.rows[-1].values
     assert result.metrics == {key: value for key, value in own.items() if key != "seconds" and "_block_" not in key}
     assert RunResult.read(folder / FILE_NAME) == result

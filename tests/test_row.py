@@ -370,6 +370,14 @@ def test_samples_are_written_on_request_and_only_then(text_file: Path, tmp_path:
             assert {sample["doc_id"] for sample in samples} == {0, 1}
         right = [json.loads(line)["acc"] for line in (folder / one.name / "copa.jsonl").read_text().splitlines()]
         assert one.tasks["copa"]["value"] == sum(right) / 2
+    values = {one.name: one.values for one in result.rows}
+    for name in ("copa", "tiny_generation", "mean"):
+        for full, mine in (("full_precision", "quantized"), ("full_precision_found", "quantized_found")):
+            key = f"accuracy/{name}"
+            found = values[mine][f"accuracy_difference/{name}"]
+            assert found == pytest.approx((values[mine][key] or 0) - (values[full][key] or 0))
+            assert None not in (values[mine][f"accuracy_difference_{end}/{name}"] for end in ("stderr", "low", "high"))
+            assert f"accuracy_difference/{name}" not in values[full]
     assert [one.tasks for one in result.rows] == [one.tasks for one in silent.rows]
 
 

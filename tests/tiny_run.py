@@ -25,7 +25,7 @@ from cushion.config import (
 )
 from cushion.models import load_language_model
 
-TUNED_ROWS = ["full_precision", "full_precision_tuned", "quantized", "quantized_found", "quantized_tuned"]
+TUNED_ROWS = [f"{kind}{stage}" for kind in ("full_precision", "quantized") for stage in ("", "_found", "_tuned")]
 
 
 def file_data(path: Path) -> DataConfig:

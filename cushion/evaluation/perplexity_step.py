@@ -19,11 +19,16 @@ from cushion.step import Context, Step
 
 @dataclass(frozen=True)
 class MeasuredPerplexity:
-    """The perplexity, the number of tokens that it is averaged over, and the seconds it took."""
+    """The perplexity, the loss of each batch of blocks that it is the mean of, and the seconds it took."""
 
     value: float
-    tokens: int
+    losses: tuple[BlockLoss, ...]
     seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that it is averaged over."""
+        return sum(loss.tokens for loss in self.losses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,5 +84,5 @@ class PerplexityStep(Step[MeasuredPerplexity]):
     def read(self, context: Context, folder: Path) -> MeasuredPerplexity:
         """The perplexity and what it was averaged over."""
         record = read_json(folder / "perplexity.json")
-        tokens = sum(int(loss["tokens"]) for loss in record["losses"])
-        return MeasuredPerplexity(float(record["perplexity"]), tokens, float(record["seconds"]))
+        losses = tuple(BlockLoss(float(loss["loss"]), int(loss["tokens"])) for loss in record["losses"])
+        return MeasuredPerplexity(float(record["perplexity"]), losses, float(record["seconds"]))

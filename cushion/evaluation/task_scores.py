@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-from cushion.evaluation.tasks import TaskGroup
+from cushion.evaluation.tasks import TaskGroup, TaskSet
 
 Metric = dict[str, float | None]
 """`value` and `stderr`, the standard error; None where lm-eval gives none."""
@@ -39,6 +42,26 @@ def score(metrics: dict[str, Metric], samples: int, version: str, accuracy: str,
     metric = main_metric(list(metrics), accuracy)
     chosen: Metric = metrics[metric] if metric is not None else {"value": None, "stderr": None}
     return TaskScore(metric, chosen["value"], chosen["stderr"], samples, version, metrics, truncated)
+
+
+def record_values(metrics: dict[str, Metric], samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The metrics of a task that are means over its records, with their value on each, in lm-eval's order.
+
+    Args:
+        metrics: all metrics of the task by name, with the filter behind a comma where it is not `none`.
+        samples: lm-eval's record of every sample, one per record and filter.
+
+    """
+    found = {}
+    for key, metric in metrics.items():
+        name, _, filtered = key.partition(",")
+        values = [sample.get(name) for sample in samples if sample["filter"] == (filtered or "none")]
+        numbers = [float(value) for value in values if isinstance(value, Real)]
+        if not numbers or len(numbers) < len(values) or metric["value"] is None:
+            continue
+        if math.isclose(sum(numbers) / len(numbers), metric["value"], rel_tol=1e-9, abs_tol=1e-12):
+            found[key] = numbers
+    return found
 
 
 def main_metric(metrics: list[str], accuracy: str = "acc") -> str | None:
@@ -87,3 +110,13 @@ def group_score(group: TaskGroup, scores: dict[str, TaskScore]) -> TaskScore | N
         metric, value, stderr, sum(score.samples for score in members), members[0].version,
         {metric: {"value": value, "stderr": stderr}}, sum(score.truncated for score in members),
     )  # fmt: skip
+
+
+def shares_of(tasks: TaskSet, scores: Mapping[str, TaskScore]) -> dict[str, dict[str, float]]:
+    """By task and group that has a score, what each single task counts for in it; they add up to one."""
+    shares = {name: {name: 1.0} for name in tasks.tasks if name in scores}
+    for name, group in tasks.groups.items():
+        if name in scores:
+            weights = {task: scores[task].samples if group.weighted else 1 for task in group.tasks}
+            shares[name] = {task: weight / sum(weights.values()) for task, weight in weights.items()}
+    return shares

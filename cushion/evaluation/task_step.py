@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import EvalConfig
-from cushion.evaluation.task_scores import TaskScore, score
+from cushion.evaluation.task_scores import TaskScore, record_values, score
 from cushion.evaluation.tasks import EvaluationTask
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.step import Context, Step
@@ -21,9 +21,18 @@ if TYPE_CHECKING:
     from cushion.evaluation.harness import PrefixedModel
 
 
+@dataclass(frozen=True)
+class AskedTask:
+    """The score of a task, its metric on each record (empty where the score is no mean of these), and the seconds."""
+
+    score: TaskScore
+    records: tuple[float, ...]
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)
-class TaskStep(Step[tuple[TaskScore, float]]):
-    """The score of a task, and the seconds it took.
+class TaskStep(Step[AskedTask]):
+    """What a task gave.
 
     Args:
         model: with its prefix and quantizer.
@@ -75,11 +84,12 @@ class TaskStep(Step[tuple[TaskScore, float]]):
             "samples": asked,
             "truncated": self.asked.truncated,
             "version": str(self.task.task.VERSION),
+            "records": record_values(metrics, records),
             "seconds": time.perf_counter() - started,
         }
         write_json(workspace.folder / "task.json", record)
 
-    def read(self, context: Context, folder: Path) -> tuple[TaskScore, float]:
+    def read(self, context: Context, folder: Path) -> AskedTask:
         """The score by the configured metric; the samples are copied to where the run keeps them."""
         record = read_json(folder / "task.json")
         samples_asked, truncated = int(record["samples"]), int(record["truncated"])
@@ -87,4 +97,5 @@ class TaskStep(Step[tuple[TaskScore, float]]):
         if self.samples is not None:
             self.samples.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / "samples.jsonl", self.samples / f"{self.task.name}.jsonl")
-        return found, float(record["seconds"])
+        values = record["records"].get(found.metric, ())
+        return AskedTask(found, tuple(map(float, values)), float(record["seconds"]))

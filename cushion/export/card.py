@@ -7,6 +7,7 @@ import json
 from cushion.export.finished import FinishedRun
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.grid import NONE, Cell, Table, markdown
+from cushion.reporting.tables import cell_text
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
 
@@ -69,8 +70,7 @@ def _figures(run: FinishedRun) -> str:
     head = [Cell("row"), *(Cell(column.named(Place.REPORT)) for column in shown)]
     body = []
     for row in rows:
-        values = [(column.written(Place.REPORT), column.shown(row)) for column in shown]
-        body.append([Cell(row["label"]), *(Cell(NONE if value is None else form(value)) for form, value in values)])
+        body.append([Cell(row["label"]), *(Cell(cell_text(column, row, Place.REPORT)) for column in shown)])
     asked = ", ".join(f"{key}={value}" for key, value in run.record["evaluation"].items() if key in _ASKED)
     note = f"As the run measured them{f' ({asked})' if asked else ''}; quantized rows are Cushion's. "
     stage = "tuned" if run.require_prefix()["tuned"] else "found"

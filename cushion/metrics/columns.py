@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
+from cushion.intervals import Interval
 from cushion.registry import PLUGINS, Registry
 
 if TYPE_CHECKING:  # columns are read without importing torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # columns are read without importing torch
 
 Row = Mapping[str, Any]
 """A row of result.json, as plain JSON."""
+
+Result = Mapping[str, Any]
+"""The content of a result.json, as plain JSON."""
 
 Values = dict[str, float | None]
 """Numbers by the key of their column; None where a number was not measured or is not finite."""
@@ -59,6 +63,10 @@ class Column:
     `unit` is shown behind the title in reports; a value in `%` is kept as a fraction of one, and shown times 100.
     `error` is the key of its standard error, in the same unit. `titles` and `formats` say where it is called or written
     otherwise than by `title` (for the keys of a tracker: by `key`) and `format`.
+
+    A column that compares a row with its baseline has the value of no difference as `neutral`, the keys of the ends of
+    its 95 % interval as `interval`, and in `over_seeds` the same over the rows of results that differ in their seed
+    alone (or of one result), in the unit of `values`; None where they do not hold what it takes.
     """
 
     key: str
@@ -72,6 +80,11 @@ class Column:
     """The first heading of the further table that it stands in."""
     titles: Mapping[Place, str] = field(default_factory=dict)
     formats: Mapping[Place, Callable[[float], str]] = field(default_factory=dict)
+    neutral: float | None = None
+    interval: tuple[str, str] | None = None
+    over_seeds: Callable[[Sequence[tuple[Result, Row]]], Interval | None] | None = None
+    note: str = ""
+    """What a table that is printed says of it below."""
 
     def named(self, place: Place) -> str:
         """What the column is called in a place."""
@@ -93,8 +106,29 @@ class Column:
         """The standard error of a row's value in the column's unit."""
         return None if self.error is None else self._in_unit(row["values"].get(self.error))
 
+    def shown_interval(self, row: Row) -> tuple[float, float] | None:
+        """The ends of the interval of a row's value in the column's unit."""
+        if self.interval is None:
+            return None
+        low, high = (self._in_unit(row["values"].get(key)) for key in self.interval)
+        return None if low is None or high is None else (low, high)
+
+    def in_unit(self, interval: Interval) -> Interval:
+        """An interval of `over_seeds` in the column's unit."""
+        scale = 100.0 if self.unit == "%" else 1.0
+        value, stderr = scale * interval.value, scale * interval.stderr
+        return Interval(value, stderr, scale * interval.low, scale * interval.high, interval.p)
+
     def _in_unit(self, value: float | None) -> float | None:
         return 100.0 * value if value is not None and self.unit == "%" else value
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a perplexity is the mean of: by batch of blocks, the summed loss in nats, and the tokens predicted."""
+
+    nats: Sequence[float]
+    tokens: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -117,6 +151,16 @@ class Measured:
     """By name of the metric, what its own `measure` gave."""
     magnitudes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     worst_block: int = 0
+    losses: Mapping[str, Losses] = field(default_factory=dict)
+    """By corpus."""
+    records: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By single task, its metric on each record; empty where its score is no mean of these."""
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By task or group with a score, what each single task counts for in it; they add up to one."""
+    in_mean: Sequence[str] = ()
+    """The tasks and groups that `accuracy` is the mean of."""
+    ceiling: Measured | None = None
+    """Full precision with the same prefix, which the row is compared with; None where it is that, or has none."""
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ def read_result(path: Path) -> dict[str, Any]:
             {key: record["timings"][key] for key in ("total",) if key in record["timings"]}, "timings"
         )
         problems += _wrong_parts(record)
+        problems += _wrong_losses(record)
         seed = record["config"].get("seed", 0)
         problems += [] if isinstance(seed, int) else [f"config.seed={seed!r} is no whole number"]
     if problems:
@@ -183,6 +184,33 @@ def _wrong_parts(record: dict[str, Any]) -> Iterator[str]:
             for block, value in enumerate(values):
                 if not _is_number(value):
                     yield f"{where}.{stage}.{statistic}[{block}]={value!r} is no number"
+
+
+def _wrong_losses(record: dict[str, Any]) -> Iterator[str]:
+    """What a report would stumble over in the losses of the rows and their ceilings, which older results lack."""
+    evaluation = record.get("evaluation") or {}
+    if not isinstance(evaluation, dict):
+        yield "evaluation is no dict"
+        return
+    losses, ceilings = evaluation.get("losses") or {}, evaluation.get("ceilings") or {}
+    if not isinstance(ceilings, dict):
+        yield "evaluation.ceilings is no dict"
+    if not (isinstance(losses, dict) and all(isinstance(of, dict) for of in losses.values())):
+        yield "evaluation.losses is no dict of dicts"
+        return
+    for row, by_corpus in losses.items():
+        for corpus, found in by_corpus.items():
+            if not _are_losses(found):
+                yield f"evaluation.losses.{row}.{corpus} is no record of nats and tokens, two lists of as many numbers"
+
+
+def _are_losses(found: Any) -> bool:
+    if not isinstance(found, dict) or set(found) != {"nats", "tokens"}:
+        return False
+    nats, tokens = found["nats"], found["tokens"]
+    if not (isinstance(nats, list) and isinstance(tokens, list) and len(nats) == len(tokens)):
+        return False
+    return all(map(_is_number, [*nats, *tokens])) and all(count > 0 for count in tokens)
 
 
 def _no_numbers(values: dict[str, Any], where: str) -> Iterator[str]:

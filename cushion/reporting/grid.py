@@ -20,7 +20,8 @@ class Cell:
 
     `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart. What stands behind a value
     in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
-    `seeds` says of how many seeds a cell with lost ones is, `2 of 3`.
+    `seeds` says of how many seeds a cell with lost ones is, `2 of 3`. A comparison has the ends of its interval, `low`
+    and `high`, its p-value, and a `verdict` in words.
     """
 
     text: str
@@ -30,6 +31,10 @@ class Cell:
     error: float | None = None
     deviation: float | None = None
     seeds: str = ""
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ def _rules(heads: list[Cell]) -> str:
 def comma_separated(table: Table) -> str:
     """The table as CSV: one line of headings; numbers as far as cells have them, otherwise the text.
 
-    What stands behind a value has a column of its own, where any cell has it: `standard error`, `deviation`, `seeds`.
+    What stands behind a value has a column of its own, where any cell has it: `standard error`, `deviation`, `seeds`,
+    and of comparisons `low`, `high`, `p` and `verdict`.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -167,9 +173,12 @@ def comma_separated(table: Table) -> str:
     return text.getvalue()
 
 
+_BEHIND = {"standard error": "error"} | {key: key for key in ("deviation", "seeds", "low", "high", "p", "verdict")}
+
+
 def _behind(cells: tuple[Cell, ...]) -> Iterator[tuple[str, str]]:
     """What any cell of a column has behind its value: the title of a column for it, and the cell's attribute."""
-    for title, key in (("standard error", "error"), ("deviation", "deviation"), ("seeds", "seeds")):
+    for title, key in _BEHIND.items():
         if any(getattr(cell, key) not in (None, "") for cell in cells):
             yield title, key
 

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from cushion.intervals import Interval
 from cushion.metrics.columns import Column, Place, Row, metrics, parts
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Cell
@@ -26,6 +27,10 @@ class Measure:
     format: Callable[[float], str]
     error: Callable[[Run, Row], float | None] = lambda run, row: None
     """Reads the standard error of the number, in its unit; None where there is none."""
+    over_seeds: Callable[[Sequence[tuple[Run, Row]]], Interval | None] | None = None
+    """Of a comparison: reads it with its interval off the same row of runs that differ in their seed, in its unit."""
+    neutral: float | None = None
+    """Of a comparison: the value of no difference."""
 
 
 def measure_of(column: Column) -> Measure:
@@ -35,7 +40,21 @@ def measure_of(column: Column) -> Measure:
         lambda _, row: column.shown(row),
         column.written(Place.REPORT),
         lambda _, row: column.shown_error(row),
+        _comparison_of(column),
+        column.neutral,
     )
+
+
+def _comparison_of(column: Column) -> Callable[[Sequence[tuple[Run, Row]]], Interval | None] | None:
+    found = column.over_seeds
+    if found is None:
+        return None
+
+    def read(rows: Sequence[tuple[Run, Row]]) -> Interval | None:
+        interval = found([(run.record, row) for run, row in rows])
+        return None if interval is None else column.in_unit(interval)
+
+    return read
 
 
 def of_part(column: Column, part: str | None) -> Measure:
@@ -114,7 +133,7 @@ def over_seeds(
 
 def spread_notes(body: Iterable[Sequence[Cell]]) -> list[str]:
     """What ± means in a table: a deviation over seeds, the standard error of one seed, or one of the two."""
-    cells = [cell for line in body for cell in line]
+    cells = [cell for line in body for cell in line if not cell.verdict]  # a comparison has an interval
     several, one = any(cell.deviation is not None for cell in cells), any(cell.error is not None for cell in cells)
     of_several = "the standard deviation (n - 1) over seeds"
     of_one = "the standard error over the records of the tasks"

@@ -9,6 +9,7 @@ from typing import Any
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.collect import Run
+from cushion.reporting.comparisons import comparison, judged
 from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, over_seeds, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
@@ -51,7 +52,8 @@ def experiment_table(
         blanks = [Cell(NONE) for _ in range(len(settings) + 2)]
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
         body.append([*blanks, *words, *(MISSING for _ in measures)])
-    notes = [*spread_notes(body), *shared_settings(runs, numbers)]
+    body, comparisons = judged(body)
+    notes = [*spread_notes(body), *comparisons, *shared_settings(runs, numbers)]
     pinned = (0, titles.index("row"))
     return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes, pinned, key=f"runs-{experiment}")
 
@@ -67,6 +69,11 @@ def _measured(measure: Measure, same: Sequence[tuple[Run, dict[str, Any]]]) -> C
     read = [(value, measure.error(run, row)) for run, row in same if (value := measure.read(run, row)) is not None]
     if not read:
         return Cell(NONE)
+    if measure.over_seeds is not None and measure.neutral is not None:
+        there = [(run, row) for run, row in same if measure.read(run, row) is not None]
+        interval = measure.over_seeds(there)
+        if interval is not None:
+            return comparison(interval, measure.neutral, measure.format, len(there), len(same))
     return over_seeds([value for value, _ in read], measure.format, read[0][1], len(same))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cushion.metrics.columns import Column, Place, columns
+from cushion.reporting.comparisons import with_interval
 
 
 def comparison_table(result: dict[str, Any]) -> str:
@@ -22,14 +23,19 @@ def further_tables(result: dict[str, Any]) -> list[str]:
 
 
 def _table(heading: str, rows: Sequence[dict[str, Any]], shown: Sequence[Column], place: Place) -> str:
-    lines = [[row["label"], *(_cell(column, row, place) for column in shown)] for row in rows]
-    return _aligned([[heading, *(column.named(place) for column in shown)], *lines])
+    lines = [[row["label"], *(cell_text(column, row, place) for column in shown)] for row in rows]
+    notes = dict.fromkeys(column.note for column in shown if column.note)
+    return "\n".join([_aligned([[heading, *(column.named(place) for column in shown)], *lines]), *notes])
 
 
-def _cell(column: Column, row: dict[str, Any], place: Place) -> str:
+def cell_text(column: Column, row: dict[str, Any], place: Place) -> str:
+    """The value of a row in a place, with its interval or its standard error where it has one; `-` without a value."""
     value, error, written = column.shown(row), column.shown_error(row), column.written(place)
     if value is None:
         return "-"
+    ends = column.shown_interval(row)
+    if ends is not None and column.neutral is not None:
+        return with_interval(value, ends, column.neutral, written)
     return written(value) if error is None else f"{written(value)} ± {written(error)}"
 
 

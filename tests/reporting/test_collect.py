@@ -93,6 +93,11 @@ NO_NUMBERS = {
     "rows[0].values.accuracy/mean='0.5' is no number": valued(**{"accuracy/mean": "0.5"}),
     "rows[0].stage='late' is none of none, found, tuned": planted(stage="late"),
     "rows[0].values is no dict": planted(values=[1.0]),
+    "evaluation.losses is no dict of dicts": {**record(), "evaluation": {"losses": {"quantized": [1.0]}}},
+    "evaluation.losses.a.b is no record of nats and tokens, two lists of as many numbers": {
+        **record(),
+        "evaluation": {"losses": {"a": {"b": {"nats": [1.0, 2.0], "tokens": [31]}}}},
+    },
     "rows[0] has no 'stage'": {**record(), "rows": [{k: v for k, v in row("quantized", 1.0).items() if k != "stage"}]},
     "rows[0].tasks.piqa.value={} is no number": planted(tasks={"piqa": {"value": {}}}),
     "rows[0].tasks.piqa is no dict": planted(tasks={"piqa": 0.5}),

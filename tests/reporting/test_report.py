@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -213,9 +214,9 @@ def test_real_runs_of_two_seeds_make_a_report(tmp_path: Path, text_file: Path) -
         config.seed, config.experiment = seed, "mine"
         expected.append(pipeline.run(config).rows[-1].under("perplexity")["text"])
     write_report([tmp_path / "outputs"], tmp_path / "report")
-    lines = (tmp_path / "report" / "runs" / "mine.csv").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + 5
-    cells = dict(zip(lines[0].split(","), lines[-1].split(",")[-len(lines[0].split(",")) :], strict=True))
+    titles, *lines = csv.reader((tmp_path / "report" / "runs" / "mine.csv").read_text(encoding="utf-8").splitlines())
+    assert len(lines) == 6
+    cells = dict(zip(titles, lines[-1], strict=True))
     assert float(cells["perplexity text"]) == pytest.approx(sum(expected) / 2, rel=1e-12)
     assert len(list((tmp_path / "report" / "figures").glob("tuning-*.png"))) == 2
 

@@ -1,0 +1,105 @@
+"""Perplexity over that of full precision with the same prefix in the same run, with a paired interval over blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from cushion.intervals import Interval, linearized, over_blocks
+from cushion.metrics.columns import (
+    Column,
+    Losses,
+    Measured,
+    Metric,
+    Place,
+    Result,
+    Row,
+    Values,
+    ordinary,
+    parts,
+    register,
+)
+
+KEY = "ratio"
+TITLE = "ratio to full precision with the same prefix"
+_NOTE = (
+    "ratio: perplexity over that of full precision with the same prefix, with its 95 % interval over paired blocks of "
+    "text; within error: the interval holds 1"
+)
+_TRACKER = frozenset({Place.TRACKER_TABLE, Place.RUN})
+
+
+def _written(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else ordinary(value)
+
+
+def _key(what: str, corpus: str) -> str:
+    return f"{KEY}{what}/{corpus}"
+
+
+def _column(corpus: str) -> Column:
+    return Column(
+        _key("", corpus),
+        f"{TITLE}, {corpus}",
+        format=_written,
+        lower_is_better=True,
+        error=_key("_stderr", corpus),
+        titles={Place.COMPARISON: f"{KEY} {corpus}", Place.TRACKER_TABLE: f"{KEY} {corpus}"},
+        neutral=1.0,
+        interval=(_key("_low", corpus), _key("_high", corpus)),
+        over_seeds=partial(_over_seeds, corpus),
+        note=_NOTE,
+    )
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    corpora = dict.fromkeys(corpus for row in rows for corpus, value in parts(row, KEY).items() if value is not None)
+    ends = ("_stderr", "_low", "_high")
+    return [
+        column
+        for corpus in corpora
+        for column in (
+            _column(corpus),
+            *(Column(_key(end, corpus), f"{KEY}{end} {corpus}", format=_written, places=_TRACKER) for end in ends),
+        )
+    ]
+
+
+def _values(measured: Measured) -> Values:
+    if measured.ceiling is None:
+        return {}
+    found: Values = {}
+    for corpus, value in measured.perplexity.items():
+        found[_key("", corpus)] = value / measured.ceiling.perplexity[corpus]
+        interval = _interval([(measured.losses[corpus], measured.ceiling.losses[corpus])])
+        for end in ("stderr", "low", "high"):
+            found[_key(f"_{end}", corpus)] = None if interval is None else getattr(interval, end)
+    return found
+
+
+def _interval(pairs: Sequence[tuple[Losses, Losses]]) -> Interval | None:
+    """The ratio over one run, or over several of different seeds, each with the losses of its own full precision.
+
+    None with fewer than two blocks, where runs were measured on different numbers of blocks, or if it overflows.
+    """
+    if len({len(losses.nats) for pair in pairs for losses in pair}) != 1:
+        return None
+    found = over_blocks([linearized(mine.nats, ceiling.nats, mine.tokens) for mine, ceiling in pairs])
+    return None if found is None else found.exponentiated()
+
+
+def _over_seeds(corpus: str, rows: Sequence[tuple[Result, Row]]) -> Interval | None:
+    """Of rows with their results: the geometric mean of the ratios over the seeds."""
+    pairs = []
+    for result, row in rows:
+        evaluation: Mapping[str, Any] = result.get("evaluation") or {}
+        losses: Mapping[str, Any] = evaluation.get("losses") or {}
+        ceiling = (evaluation.get("ceilings") or {}).get(row["name"])
+        if ceiling is None or not all(corpus in losses.get(name, {}) for name in (row["name"], ceiling)):
+            return None
+        pairs.append((Losses(**losses[row["name"]][corpus]), Losses(**losses[ceiling][corpus])))
+    return _interval(pairs)
+
+
+register(Metric(KEY, _columns, _values, {KEY: Column(KEY, TITLE, format=_written, lower_is_better=True)}, order=15))

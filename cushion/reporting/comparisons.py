@@ -1,0 +1,79 @@
+"""Comparisons with full precision as cells: value and interval, and what is within its error, one by one and together.
+
+A table that compares many rows finds some of them different by chance: the p-values of all its comparisons are
+corrected together by Holm's procedure (1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from cushion.intervals import Interval, holm
+from cushion.reporting.grid import Cell
+
+WITHIN = "within error"
+WITHIN_TOGETHER = "within error by Holm"
+DIFFERENT = "different"
+
+
+def with_interval(value: float, ends: tuple[float, float], neutral: float, written: Callable[[float], str]) -> str:
+    """A value with its interval in words, `1.002 [0.991, 1.013], within error`."""
+    low, high = ends
+    text = f"{written(value)} [{written(low)}, {written(high)}]"
+    return f"{text}, {WITHIN}" if low <= neutral <= high else text
+
+
+def comparison(interval: Interval, neutral: float, written: Callable[[float], str], seeds: int, asked: int) -> Cell:
+    """A comparison over the seeds of a configuration; `seeds` of the `asked` have it."""
+    of = f"{seeds} of {asked}" if seeds < asked else ""
+    text = with_interval(interval.value, (interval.low, interval.high), neutral, written)
+    verdict = WITHIN if interval.low <= neutral <= interval.high else DIFFERENT
+    return Cell(
+        f"{text} ({of} seeds)" if of else text,
+        value=interval.value,
+        error=interval.stderr,
+        seeds=of,
+        low=interval.low,
+        high=interval.high,
+        p=interval.p,
+        verdict=verdict,
+    )
+
+
+def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]:
+    """The lines of a table with its comparisons corrected together, and a note on them; none without comparisons.
+
+    What stands in several lines, as the row without a prefix does in a sweep over prefixes, is one comparison.
+    """
+    distinct = list(
+        dict.fromkeys(
+            _measured(column, cell) for line in body for column, cell in enumerate(line) if cell.p is not None
+        )
+    )
+    if not distinct:
+        return [list(line) for line in body], []
+    together = dict(zip(distinct, holm([p for *_, p in distinct]), strict=True))
+    lines = [
+        [
+            _marked(cell) if cell.verdict == DIFFERENT and not together[_measured(column, cell)] else cell
+            for column, cell in enumerate(line)
+        ]
+        for line in body
+    ]
+    note = (
+        f"[ ] is a 95 % interval of the comparison with full precision with the same prefix in the same run. Of the "
+        f"{len(distinct)} comparisons of this table, `{WITHIN}` are those whose own interval holds no difference, "
+        f"`{WITHIN_TOGETHER}` those that count as none when all are tested together at 5 % (Holm). From three seeds on "
+        "intervals are over seeds and blocks (records) of text, with fewer over blocks (records) alone."
+    )
+    return lines, [note]
+
+
+def _measured(column: int, cell: Cell) -> tuple[int, float | None, float | None, float | None, float]:
+    assert cell.p is not None
+    return column, cell.value, cell.low, cell.high, cell.p
+
+
+def _marked(cell: Cell) -> Cell:
+    return replace(cell, text=f"{cell.text}, {WITHIN_TOGETHER}", verdict=WITHIN_TOGETHER)
