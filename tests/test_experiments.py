@@ -168,10 +168,9 @@ def test_the_runs_of_an_experiment_fill_its_published_table(name: str) -> None:
 
 NOT_AS_PUBLISHED = {
     "cushioncache_table5": {"eval.block_length"},  # of 4096, a prefix takes some in LLaMA2
-    "qfep_qfem": {
-        "quantizer.calibration.samples",
-        "quantizer.calibration.length",
-    },  # of which only QFeM's ratios are made
+    "smoothquant": {"quantizer.calibration.samples"},
+    "qfem_modules": {"quantizer.calibration.samples", "quantizer.calibration.length"},
+    "qfep_qfem": {"quantizer.calibration.samples", "quantizer.calibration.length"},
 }
 """The keys in which an experiment on the paper's models is not the published setting; its README says so."""
 SETTINGS = {name: load_published(published_folder(), name).specification.get("setting") for name in WITH_EXPERIMENT}
