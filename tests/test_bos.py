@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composing import composed
+from hydra.errors import HydraException
 from tiny_run import small_config, tuning_config, without_seconds
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from cushion import pipeline
+from cushion.cli import one_line
 from cushion.config import EvalConfig, ModelConfig, PathsConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
@@ -139,3 +143,13 @@ def test_a_search_text_that_fits_only_without_bos_is_refused(text_file: Path, tm
     prepare(config, "cpu")
     with pytest.raises(ConfigError, match=r"search\.text_length=254 behind BOS and a prefix of up to 2 tokens"):
         prepare(replace(config, bos="tokenizer"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("eval.bos=block", r"bos=always for eval\.bos=block"), ("eval.add_bos=true", r"bos=always for eval\.add_bos")],
+)
+def test_the_keys_of_former_versions_are_refused_with_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        composed(old)
+    assert re.search(new, one_line(caught.value))

@@ -182,6 +182,8 @@ def test_pieces_by_hand() -> None:
     assert finalists([(4, 3.0), (1, 2.0), (9, 1.0), (7, 2.0)], 3) == [1, 7, 9]
     assert best([(9, 1.0), (4, 1.0 + 1e-8), (1, 2.0)]) == (4, 1.0 + 1e-8)
     assert best([]) is None
+    idle = METHODS["greedy"].idle(SearchConfig(verify_candidates=3))
+    assert "search.verify_candidates=3 has no effect with search.verify_texts=0" in idle
     config = SearchConfig(max_length=3, verify_texts=4)
     number = METHODS["greedy"].texts
     assert number is not None
