@@ -62,10 +62,10 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
         for line in body
     ]
     note = (
-        f"[ ] is a 95 % interval of the comparison with full precision with the same prefix in the same run. Of the "
-        f"{len(distinct)} comparisons of this table, `{WITHIN}` are those whose own interval holds no difference, "
-        f"`{WITHIN_TOGETHER}` those that count as none when all are tested together at 5 % (Holm). From three seeds on "
-        "intervals are over seeds and blocks (records) of text, with fewer over blocks (records) alone."
+        "[ ] is the 95 % interval of a comparison with full precision with the same prefix in the same run: from three "
+        "seeds on over seeds and blocks (records) of text, with fewer over blocks (records) alone. Comparisons in this "
+        f"table: {len(distinct)}. It says {WITHIN} where the interval holds no difference, and {WITHIN_TOGETHER} where "
+        "it does not and all comparisons tested together at 5 % (Holm) find none."
     )
     return lines, [note]
 

@@ -26,8 +26,17 @@ from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
 from cushion.errors import ConfigError
 from cushion.evaluation import tasks as tasks_module
 from cushion.evaluation.harness import BOOTSTRAP, PrefixedModel, run_task
-from cushion.evaluation.task_scores import TaskScore, group_score, main_metric, mean_accuracy, score
-from cushion.evaluation.tasks import EvaluationTask, TaskGroup, load_tasks
+from cushion.evaluation.task_scores import (
+    Metric,
+    TaskScore,
+    group_score,
+    main_metric,
+    mean_accuracy,
+    record_values,
+    score,
+    shares_of,
+)
+from cushion.evaluation.tasks import EvaluationTask, TaskGroup, TaskSet, load_tasks
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.simulate import quantized
@@ -537,6 +546,33 @@ def test_a_score_carries_its_metric_and_all_others() -> None:
     assert score(metrics, 8, "1.0", "acc_norm") == TaskScore("acc_norm", 0.5, None, 8, "1.0", metrics)
     words = {"word_perplexity": {"value": 12.0, "stderr": 1.0}}
     assert score(words, 3, "2", "acc") == TaskScore(None, None, None, 3, "2", words)
+
+
+def test_a_metric_has_values_by_record_where_it_is_their_mean() -> None:
+    """Of each filter its own samples; what is aggregated otherwise, or holds what is not a number, has none."""
+    samples = [
+        {"filter": name, "acc": float(right), "odd": float(right), "pair": (1.0, 2.0)}
+        for name, of in (("none", (1, 0, 0)), ("strict", (1, 1, 0)))
+        for right in of
+    ]
+    means = {"acc": 1 / 3, "acc,strict": 2 / 3, "odd": 0.9, "pair": 1.0, "absent": 0.5}
+    metrics: dict[str, Metric] = {name: {"value": value, "stderr": None} for name, value in means.items()}
+    assert record_values(metrics, samples) == {"acc": [1.0, 0.0, 0.0], "acc,strict": [1.0, 1.0, 0.0]}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_shares_of_a_group_give_its_score(weighted: bool) -> None:
+    scores = accuracies((0.5, 0.1, 100), (0.8, 0.1, 10), (0.2, 0.1, 30))
+    group = TaskGroup("group", ("task0", "task1"), weighted)
+    tasks = TaskSet(("group", "task2"), {name: EvaluationTask(name, None, "", "") for name in scores}, {"group": group})
+    found = group_score(group, scores)
+    assert found is not None
+    shares = shares_of(tasks, {**scores, "group": found})
+    assert shares["task2"] == {"task2": 1.0}
+    assert sum(share * (scores[name].value or 0) for name, share in shares["group"].items()) == pytest.approx(
+        found.value
+    )
+    assert "group" not in shares_of(tasks, scores), "a group without a score"
 
 
 def test_the_first_filter_of_a_generation_is_its_score(tiny: Tiny, tmp_path: Path, include_path: str) -> None:

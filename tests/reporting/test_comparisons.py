@@ -157,7 +157,7 @@ def test_a_report_of_three_seeds_has_the_geometric_mean_with_the_error_of_seeds_
     assert (high - low) == pytest.approx(seeds_alone.high - seeds_alone.low, rel=0.1), "here the seeds are most of it"
     assert quantized[f"{RATIO} verdict"] == (DIFFERENT if low > 0 else WITHIN)
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "Of the 1 comparisons of this table" in text
+    assert "Comparisons in this table: 1." in text
 
 
 def test_one_seed_of_a_report_is_the_interval_of_its_run(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_many_comparisons_are_corrected_together_and_each_once() -> None:
     strong, weak, none = cell(0.001, 1.1, 1.3), cell(0.03, 1.01, 1.2), cell(0.6, 0.9, 1.3)
     (first, second), notes = judged([[strong, weak], [none, weak]])
     assert [one.verdict for one in (*first, *second)] == [DIFFERENT, WITHIN_TOGETHER, WITHIN, WITHIN_TOGETHER]
-    assert first[1].text == "1.10 [1.01, 1.20], within error by Holm" and "3 comparisons" in notes[0]
+    assert first[1].text == "1.10 [1.01, 1.20], within error by Holm" and "Comparisons in this table: 3." in notes[0]
     alone, _ = judged([[weak]])
     assert alone[0][0].verdict == DIFFERENT
     assert judged([[Cell("1.0", value=1.0)]]) == ([[Cell("1.0", value=1.0)]], [])
