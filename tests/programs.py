@@ -5,6 +5,7 @@ That is most of what a start takes. `tests/test_cli.py` and `tests/test_packagin
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -38,8 +39,9 @@ class Program:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
-        while self.poll() is None and os.getpgid(self.pid) != self.pid:  # from here on it can be killed as a group
-            self._process.join(0.01)
+        with contextlib.suppress(ProcessLookupError):  # it is over already
+            while os.getpgid(self.pid) != self.pid:  # from here on it can be killed as a group
+                self._process.join(0.01)
 
     @property
     def returncode(self) -> int | None:
