@@ -35,6 +35,7 @@ RECORDS = {
     ("cushion/pipeline.py", "accuracy, tasks"): "configured values, as `evaluation` of a result has them",
     ("cushion/reporting/settings.py", "perplexity, tasks"): "titles of settings in a report",
     ("scripts/bench_search.py", "perplexity, quantization_error, seconds"): "a table of its own, of searches",
+    ("cushion/search/greedy.py", "ratio, seconds"): "the ratio of L_q that a step of the search reached",
 }
 """Collections that hold names of metrics for another reason."""
 OTHERS = {

@@ -238,7 +238,7 @@ def test_the_quantized_row_with_the_tuned_prefix_has_the_learned_ranges(text_fil
     learned = Learned.load(folder / "learned.safetensors")
     tuned = Prefix.load(folder / "prefix").fingerprint
     keys = [json.loads(path.read_text()) for path in (tmp_path / "cache" / "perplexity").glob("*/depends_on.json")]
-    assert len(keys) == 5
+    assert len(keys) == 6
     with_learned = [key for key in keys if "learned" in (key["quantizer"] or {})]
     assert [(key["prefix"], key["quantizer"]["learned"]) for key in with_learned] == [(tuned, learned.fingerprint)]
     assert sum(key["prefix"] == tuned and key["quantizer"] is None for key in keys) == 1
