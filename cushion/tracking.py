@@ -246,8 +246,9 @@ def _remove(folder: Path) -> None:
 
 
 def chosen(config: dict[str, Any]) -> dict[str, str]:
-    """What a user chose by name, for grouping and filtering: model, data, quantizer, search, tuning, eval."""
-    names = {group: str(config[group]["name"]) for group in ("data", "quantizer", "search", "tuning", "eval")}
+    """What a user chose by name, for grouping and filtering: the model, and the option of every group."""
+    groups = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
+    names = {group: str(config[group]["name"]) for group in groups}
     return {"model": ModelConfig(path=config["model"]["path"]).label, **names}
 
 

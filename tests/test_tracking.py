@@ -63,6 +63,7 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     assert run.exit_code == 0
     assert (run.group, run.job_type) == ("an_experiment", "tuning")
     assert run.tags == ["mine", "tiny_llama", "file", "per_tensor_static", "greedy_sampled", "short"]
+    assert run.config["reconstruction"] == "none", "what is not there is no tag"
     names = ("model", "data", "quantizer", "search", "tuning")
     assert [run.config[name] for name in names] == [*run.tags[1:]], "runs can be grouped by what was chosen"
     assert run.config["search/tau"] == 1.0
