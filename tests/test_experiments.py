@@ -53,8 +53,9 @@ def test_setting_a_value_is_composing_with_it() -> None:
 def test_every_value_of_a_sweep_is_valid_and_makes_another_run(path: Path) -> None:
     assert OmegaConf.load(path).hydra.mode == "MULTIRUN"
     for key, values in swept(path).items():
-        configs = [repr(at(path.stem, key, value)) for value in values]
-        assert len(set(configs)) == len(values) > 1, key
+        configs = [at(path.stem, key, value) for value in values]
+        assert len(set(map(repr, configs))) == len(values) > 1, key
+        assert all(config.eval.controls for config in configs), "its rows have ceilings, and so ratios"
 
 
 def test_the_command_for_the_embedded_model_works() -> None:
