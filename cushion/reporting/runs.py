@@ -15,7 +15,7 @@ from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, ove
 from cushion.reporting.settings import numbered, shared_settings
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
-_EVERY_SETTING = ("model", *_GROUPS, "device")
+_EVERY_SETTING = ("model", *_GROUPS, "device", "execution", "bos")
 
 
 def experiment_table(

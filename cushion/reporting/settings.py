@@ -15,14 +15,16 @@ Config = dict[str, Any]
 def shared_settings(runs: Sequence[Run], numbers: Mapping[Path, int]) -> list[str]:
     """One note: which runs, and the texts, the search, the tuning and the measurements that all have, or `varies`.
 
+    Whether texts begin with BOS is what the policy came to with the run's tokenizer, not the policy.
+
     A setting that does not apply to a run (the scoring of a run without a search) is not asked of it; one that applies
     to none, or that no configuration has, is left out. No note where nothing is left.
     """
-    configs = [run.config for run in runs]
+    read_off = {title: [read(run.config) for run in runs] for title, read in _SETTINGS.items()}
+    read_off["BOS before every text"] = [_bos(run) for run in runs]
     parts = []
-    for title, read in _SETTINGS.items():
-        found = dict.fromkeys(text for config in configs if (text := read(config)) is not None)
-        if found:
+    for title, texts in read_off.items():
+        if found := dict.fromkeys(text for text in texts if text is not None):
             parts.append(f"{title} {next(iter(found)) if len(found) == 1 else 'varies'}")
     return [f"{_spans(sorted(numbers[run.path] for run in runs))}: {'; '.join(parts)}."] if parts else []
 
@@ -135,6 +137,17 @@ def _limit(config: Config) -> str | None:
     return "none" if evaluation["limit"] is None else str(evaluation["limit"])
 
 
+def _bos(run: Run) -> str | None:
+    """Whether BOS stood before every text of a run; None where its result does not say, as of one that failed."""
+    found = (run.record.get("evaluation") or {}).get("bos")
+    return None if found is None else "yes" if found else "no"
+
+
+def _execution(config: Config) -> str | None:
+    found = config.get("execution")
+    return None if found is None else str(found)
+
+
 def _named(group: str, key: str) -> Callable[[Config], str | None]:
     def read(config: Config) -> str | None:
         value = _part(config, group).get(key)
@@ -154,6 +167,8 @@ _SETTINGS: dict[str, Callable[[Config], str | None]] = {
     "search budget": _of_search("budget_seconds", _budget),
     "tuning": _named("tuning", "name"),
     "tuning steps": _steps,
+    "reconstruction": _named("reconstruction", "name"),
+    "execution": _execution,
     "perplexity": _blocks,
     "tasks": _tasks,
     "eval.limit": _limit,

@@ -37,7 +37,10 @@ def record(
     model: str = "some/model", quantizer: str = "per_tensor_static", seed: int = 0, experiment: str = "default",
     rows: list[dict[str, Any]] | None = None, **others: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A completed result; `others` replaces parts of it, dotted names parts of its configuration."""
+    """A completed result; `others` replaces parts of it, dotted names parts of its configuration.
+
+    A key of no group is named as `config.bos`.
+    """
     config: dict[str, Any] = {
         "experiment": experiment, "seed": seed, "device": "auto", "model": {"path": model},
         "data": {"name": "wikitext2"},
@@ -48,7 +51,7 @@ def record(
     }  # fmt: skip
     for key in [key for key in others if "." in key]:
         group, _, name = key.partition(".")
-        config[group][name] = others.pop(key)
+        (config if group == "config" else config.setdefault(group, {}))[name] = others.pop(key)
     return {
         "schema_version": 2, "status": "completed", "config": config, "error": None,
         "environment": {"cushion": "0.1", "packages": {"torch": "2", "transformers": "5"}, "device": "cpu",

@@ -40,6 +40,13 @@ def test_other_configurations_stay_apart_and_what_tells_them_apart_has_a_column(
     assert column(table, "perplexity wikitext2") == [f"{10 * tau:.2f}" for tau in taus]
 
 
+def test_runs_that_differ_in_bos_or_execution_alone_are_told_apart(tmp_path: Path) -> None:
+    keys = {"config.bos": ("tokenizer", "never"), "config.execution": ("simulated", "int8")}
+    for key, values in keys.items():
+        runs = collect([write(tmp_path / key, *(record(**{key: value}) for value in values))])
+        assert column(experiment_table("default", runs), key.removeprefix("config.")) == list(values)
+
+
 def test_what_follows_from_the_option_is_not_named_beside_it(tmp_path: Path) -> None:
     records = [record(quantizer="w8"), record(quantizer="w4", **{"quantizer.weights": {"bits": 4}})]
     assert varying(collect([write(tmp_path, *records)])) == ["quantizer.name"]

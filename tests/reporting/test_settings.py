@@ -21,6 +21,8 @@ WHOLE: dict[str, Any] = {
     "search.budget_token_forwards": 1e6, "search.budget_seconds": None,
     "tuning.method": "prefix", "tuning.steps": 60, "tuning.epochs": None,
     "eval.block_length": 512, "eval.blocks": 16, "eval.tasks": ["piqa", "copa"], "eval.limit": 40,
+    "reconstruction.name": "none", "config.execution": "simulated", "config.bos": "tokenizer",
+    "evaluation": {"bos": False},
 }  # fmt: skip
 
 
@@ -39,7 +41,9 @@ def test_everything_shared_is_stated(tmp_path: Path) -> None:
         "evaluation text wikitext2 (test), news: c4 (validation)", "calibration text embedded",
         "calibration 16 x 512 tokens", "search text c4 (train)", "tuning text file mine.txt", "search greedy_sampled",
         "search.scoring pruned", "search budget 1e+06 token-forwards", "tuning short", "tuning steps 60",
+        "reconstruction none", "execution simulated",
         "perplexity 512 x 16 (block_length x blocks)", "tasks piqa, copa", "eval.limit 40",
+        "BOS before every text no",
     ]  # fmt: skip
 
 
@@ -52,6 +56,9 @@ def test_what_differs_varies_and_nothing_else_does(tmp_path: Path) -> None:
         "perplexity": {"eval.blocks": None},
         "tasks": {"eval.tasks": ["piqa"]},
         "eval.limit": {"eval.limit": None},
+        "reconstruction": {"reconstruction.name": "scales"},
+        "execution": {"config.execution": "int8"},
+        "BOS before every text": {"config.bos": "always", "evaluation": {"bos": True}},
     }
     for title, change in changes.items():
         _, what = parts(tmp_path / title, record(**WHOLE), record(**{**WHOLE, **change}))
@@ -62,7 +69,10 @@ def test_what_does_not_apply_to_a_run_is_not_asked_of_it(tmp_path: Path) -> None
     idle = {**WHOLE, "search.method": "none", "search.name": "none", "tuning.method": "none", "tuning.name": "none"}
     who, what = parts(tmp_path / "one", record(**{**idle, "eval.tasks": [], "eval.perplexity": False}))
     assert who == "Run 1"
-    assert what[-5:] == ["calibration 16 x 512 tokens", "search none", "tuning none", "perplexity none", "tasks none"]
+    assert what[-8:] == [
+        "calibration 16 x 512 tokens", "search none", "tuning none", "reconstruction none", "execution simulated",
+        "perplexity none", "tasks none", "BOS before every text no",
+    ]  # fmt: skip
     _, what = parts(tmp_path / "two", record(**WHOLE), record(**idle))
     assert [part for part in what if part.endswith(" varies")] == ["search varies", "tuning varies"]
     assert "search.scoring pruned" in what and "tuning steps 60" in what
