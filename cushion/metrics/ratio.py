@@ -81,9 +81,10 @@ def _values(measured: Measured) -> Values:
 def _interval(pairs: Sequence[tuple[Losses, Losses]]) -> Interval | None:
     """The ratio over one run, or over several of different seeds, each with the losses of its own full precision.
 
-    None with fewer than two blocks, where runs were measured on different numbers of blocks, or if it overflows.
+    None with fewer than two blocks, if it overflows, or where blocks of different runs predict different numbers of
+    tokens: they are then not of the same text (as with `eval.prefix_in_block` and prefixes of different lengths).
     """
-    if len({len(losses.nats) for pair in pairs for losses in pair}) != 1:
+    if len({tuple(losses.tokens) for pair in pairs for losses in pair}) != 1:
         return None
     found = over_blocks([linearized(mine.nats, ceiling.nats, mine.tokens) for mine, ceiling in pairs])
     return None if found is None else found.exponentiated()
