@@ -148,7 +148,11 @@ def resampled_means(differences: Sequence[float], name: str, seed: int = 0) -> A
 
 
 def percentiles(value: float, means: Sequence[tuple[float, Array]]) -> Interval:
-    """The percentile bootstrap interval of a weighted sum of means, with the p-value of a normal error.
+    """The percentile bootstrap interval of a weighted sum of means, with the p-value of the same resamples.
+
+    The p-value is twice the share of the resamples on the rarer side of zero, those at zero counted on both, and at
+    least one of the resamples (Efron and Tibshirani, section 15.4: the level at which the interval just reaches zero).
+    It is at most 5 % where the interval does not hold zero, and at least 5 % where it does.
 
     Args:
         value: the sum itself.
@@ -159,8 +163,9 @@ def percentiles(value: float, means: Sequence[tuple[float, Array]]) -> Interval:
 
     resampled = numpy.sum([weight * of for weight, of in means], axis=0)
     low, high = numpy.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    stderr = float(resampled.std(ddof=1))
-    return Interval(value, stderr, float(low), float(high), student(value, stderr, math.inf).p)
+    tail = min(int((resampled <= 0.0).sum()), int((resampled >= 0.0).sum()))
+    p = min(max(2 * tail, 1) / len(resampled), 1.0)
+    return Interval(value, float(resampled.std(ddof=1)), float(low), float(high), p)
 
 
 def holm(p_values: Sequence[float]) -> list[bool]:

@@ -105,6 +105,26 @@ def test_the_bootstrap_of_counts_is_that_of_records(generator: numpy.random.Gene
     assert (resampled_means([1.0, 0.0], "task") != resampled_means([1.0, 0.0], "other")).any()
 
 
+def test_the_p_value_of_a_bootstrap_agrees_with_its_interval(generator: numpy.random.Generator) -> None:
+    """Also on skewed differences near the 5 % level, where a normal error says otherwise."""
+    verdicts, contradicted = set(), 0
+    for losses in range(1, 16):
+        differences = [-1.0] * losses + [1.0] * 3 + [0.0] * 100
+        found = percentiles(float(numpy.mean(differences)), [(1.0, resampled_means(differences, "task"))])
+        holds = found.low <= 0 <= found.high
+        assert found.p >= 0.05 if holds else found.p <= 0.05
+        assert holm([found.p]) == [not holds]
+        verdicts.add(holds)
+        contradicted += holds is not (student(found.value, found.stderr, math.inf).p > 0.05)
+    assert verdicts == {True, False} and contradicted
+    weights = numpy.array([0.25, 0.75])
+    means = [generator.normal(0.02, 0.01, 10_000) for _ in weights]
+    both = percentiles(0.02, list(zip(weights, means, strict=True)))
+    assert both.p == 2 * min((weights @ means <= 0).mean(), (weights @ means >= 0).mean())
+    for plain, p in (([0.0, 0.0], 1.0), ([1.0, 1.0], 1e-4)):
+        assert percentiles(plain[0], [(1.0, resampled_means(plain, "task"))]).p == p
+
+
 def test_means_of_two_tasks_err_independently(generator: numpy.random.Generator) -> None:
     tasks = {name: generator.choice([-1.0, 0.0, 1.0], 200).tolist() for name in ("one", "two")}
     weighted = [(0.5, resampled_means(differences, name)) for name, differences in tasks.items()]

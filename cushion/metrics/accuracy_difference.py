@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ _NOTE = (
     "accuracy less that of full precision with the same prefix, in points, with its 95 % interval (paired bootstrap "
     "over the records); within error: the interval holds 0"
 )
-_ENDS = ("_stderr", "_low", "_high")
+_ENDS = ("_stderr", "_low", "_high", "_p")
 _PLACES = frozenset({Place.FURTHER, Place.TRACKER_TABLE, Place.TRACKER_ROW, Place.RUN})
 
 
@@ -93,17 +94,20 @@ def _mean_of(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _over_seeds(task: str, rows: Sequence[tuple[Result, Row]]) -> Interval | None:
-    """Of rows with their results: the mean of the differences over the seeds; of one the bootstrap's own interval."""
+    """Of rows with their results: the mean of the differences over the seeds; of one the bootstrap's own interval.
+
+    An older result has no p-value of its bootstrap: its interval then has that of a normal error.
+    """
     values = [row["values"].get(_key("", task)) for _, row in rows]
     errors = [row["values"].get(_key("_stderr", task)) for _, row in rows]
     if None in values or None in errors:
         return None
     if len(rows) > 1:
         return over_runs(values, errors)
-    low, high = (rows[0][1]["values"].get(_key(end, task)) for end in ("_low", "_high"))
+    low, high, p = (rows[0][1]["values"].get(_key(end, task)) for end in ("_low", "_high", "_p"))
     if low is None or high is None:
         return None
-    return replace(student(values[0], errors[0], float("inf")), low=low, high=high)
+    return Interval(values[0], errors[0], low, high, student(values[0], errors[0], math.inf).p if p is None else p)
 
 
 register(Metric(KEY, _columns, _values, order=25))

@@ -44,7 +44,8 @@ def comparison(interval: Interval, neutral: float, written: Callable[[float], st
 def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]:
     """The lines of a table with its comparisons corrected together, and a note on them; none without comparisons.
 
-    What stands in several lines, as the row without a prefix does in a sweep over prefixes, is one comparison.
+    What stands in several lines, as the row without a prefix does in a sweep over prefixes, is one comparison. A table
+    with a single one has nothing to correct: the interval alone says whether it is within its error.
     """
     distinct = list(
         dict.fromkeys(
@@ -53,7 +54,8 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     )
     if not distinct:
         return [list(line) for line in body], []
-    together = dict(zip(distinct, holm([p for *_, p in distinct]), strict=True))
+    found = holm([p for *_, p in distinct]) if len(distinct) > 1 else [True]
+    together = dict(zip(distinct, found, strict=True))
     lines = [
         [
             _marked(cell) if cell.verdict == DIFFERENT and not together[_measured(column, cell)] else cell

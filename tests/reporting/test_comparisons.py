@@ -179,6 +179,8 @@ def test_many_comparisons_are_corrected_together_and_each_once() -> None:
     assert first[1].text == "1.10 [1.01, 1.20], within error by Holm" and "Comparisons in this table: 3." in notes[0]
     alone, _ = judged([[weak]])
     assert alone[0][0].verdict == DIFFERENT
+    unlike = cell(0.06, 1.01, 1.2)  # of an older result, whose p-value is not of its interval
+    assert judged([[unlike], [unlike]])[0][0][0].verdict == DIFFERENT, "one comparison, in two lines"
     assert judged([[Cell("1.0", value=1.0)]]) == ([[Cell("1.0", value=1.0)]], [])
 
 
@@ -195,6 +197,29 @@ def test_accuracy_differences_over_seeds_are_in_points(tmp_path: Path) -> None:
     assert found.value == pytest.approx(-3.0)
     assert found.error == pytest.approx(100 * math.sqrt(0.01**2 / 3 + 0.01**2))
     assert found.text.startswith("-3.0 [") and found.verdict == DIFFERENT
+
+
+def test_the_p_value_of_one_seed_is_that_of_its_bootstrap(tmp_path: Path) -> None:
+    for name, kept in {"now": {"_p": 0.04}, "before": {}}.items():
+        ends = {"": -0.02, "_stderr": 0.02, "_low": -0.05, "_high": -0.001} | kept
+        values = {f"accuracy_difference{what}/mean": value for what, value in ends.items()}
+        one = record(rows=[row("quantized", 20.0, **values)])
+        table = experiment_table("default", collect([write(tmp_path / name, one)]))
+        (found,) = [cell for line in table.body for cell in line if cell.p is not None]
+        assert found.p == pytest.approx(kept.get("_p", 2 * stats.norm.sf(1.0)))
+        assert found.verdict == DIFFERENT
+
+
+def test_seeds_whose_blocks_are_of_different_text_have_no_interval(tmp_path: Path) -> None:
+    """As many blocks each, of other numbers of tokens: what `eval.prefix_in_block` gives prefixes of other lengths."""
+    runs = [planted_run(seed, 1.1) for seed in range(3)]
+    for of in runs[2]["evaluation"]["losses"].values():
+        of["wikitext2"]["tokens"] = [30] * 8
+    for name, those, has_interval in (("same", runs[:2], True), ("different", runs, False)):
+        table = experiment_table("default", collect([write(tmp_path / name, *those)]))
+        found = table.body[1][table.headings().index(RATIO)]
+        assert (found.p is not None) is has_interval
+        assert ("±" in found.text) is not has_interval
 
 
 def test_results_without_losses_report_as_they_did(tmp_path: Path) -> None:
