@@ -9,6 +9,7 @@ from functools import partial
 
 from cushion.intervals import Interval, over_runs, percentiles, resampled_means, student
 from cushion.metrics.columns import Column, Measured, Metric, Place, Result, Row, Values, parts, register
+from cushion.metrics.tasks import MEAN as ACCURACY_MEAN
 
 KEY = "accuracy_difference"
 TITLE = "accuracy less full precision with the same prefix"
@@ -53,8 +54,9 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     for task in tasks:
         column = _column(task)
         if task == MEAN:
-            titles = {**column.titles, Place.REPORT: f"{TITLE}, %"}
-            column = replace(column, places=_PLACES | {Place.REPORT}, titles=titles)
+            titles = {**column.titles, Place.REPORT: f"{TITLE}, %", Place.PUBLISHED: "less full precision"}
+            places = _PLACES | {Place.REPORT, Place.PUBLISHED}
+            column = replace(column, places=places, titles=titles, compares=ACCURACY_MEAN.key)
         ends = (Column(_key(end, task), f"{KEY}{end} {task}", places=frozenset({Place.RUN})) for end in _ENDS)
         found += [column, *ends]
     return found

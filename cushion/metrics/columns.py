@@ -47,8 +47,11 @@ class Place(Enum):
     RUN = auto()
     """The run's own numbers: those of its last row in `metrics` of result.json, and in a tracker as `<key>`."""
 
+    PUBLISHED = auto()
+    """A published table, beside our number that the column compares with full precision."""
 
-EVERYWHERE = frozenset(Place) - {Place.FURTHER}
+
+EVERYWHERE = frozenset(Place) - {Place.FURTHER, Place.PUBLISHED}
 
 
 def ordinary(value: float) -> str:
@@ -66,7 +69,8 @@ class Column:
 
     A column that compares a row with its baseline has the value of no difference as `neutral`, the keys of the ends of
     its 95 % interval as `interval`, and in `over_seeds` the same over the rows of results that differ in their seed
-    alone (or of one result), in the unit of `values`; None where they do not hold what it takes.
+    alone (or of one result), in the unit of `values`; None where they do not hold what it takes. `compares` is the key
+    of the column that it compares: with the place `PUBLISHED` it stands beside that one in published tables.
     """
 
     key: str
@@ -80,6 +84,7 @@ class Column:
     """The first heading of the further table that it stands in."""
     titles: Mapping[Place, str] = field(default_factory=dict)
     formats: Mapping[Place, Callable[[float], str]] = field(default_factory=dict)
+    compares: str | None = None
     neutral: float | None = None
     interval: tuple[str, str] | None = None
     over_seeds: Callable[[Sequence[tuple[Result, Row]]], Interval | None] | None = None
@@ -221,6 +226,11 @@ def register(metric: Metric) -> None:
 def metrics() -> list[Metric]:
     """Every metric, in order."""
     return sorted((metric for _, metric in METRICS.items()), key=lambda metric: (metric.order, metric.name))
+
+
+def comparing(row: Row, key: str) -> Column | None:
+    """The column that compares what a row has under a key with full precision, for a published table; None without."""
+    return next((column for column in columns([row], Place.PUBLISHED) if column.compares == key), None)
 
 
 def columns(rows: Sequence[Row], place: Place) -> list[Column]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cushion.intervals import Interval, linearized, over_blocks
 from cushion.metrics.columns import (
+    EVERYWHERE,
     Column,
     Losses,
     Measured,
@@ -20,6 +21,7 @@ from cushion.metrics.columns import (
     parts,
     register,
 )
+from cushion.metrics.perplexity import key_of as perplexity_of
 
 KEY = "ratio"
 TITLE = "ratio to full precision with the same prefix"
@@ -45,7 +47,9 @@ def _column(corpus: str) -> Column:
         format=_written,
         lower_is_better=True,
         error=_key("_stderr", corpus),
-        titles={Place.COMPARISON: f"{KEY} {corpus}", Place.TRACKER_TABLE: f"{KEY} {corpus}"},
+        places=EVERYWHERE | {Place.PUBLISHED},
+        titles={Place.COMPARISON: f"{KEY} {corpus}", Place.TRACKER_TABLE: f"{KEY} {corpus}", Place.PUBLISHED: KEY},
+        compares=perplexity_of(corpus),
         neutral=1.0,
         interval=(_key("_low", corpus), _key("_high", corpus)),
         over_seeds=partial(_over_seeds, corpus),

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cushion.intervals import Interval, holm
-from cushion.reporting.grid import Cell
+from cushion.metrics.columns import Row
+from cushion.reporting.collect import Run
+from cushion.reporting.grid import NONE, Cell
+from cushion.reporting.measures import Measure, over_seeds
 
 WITHIN = "within error"
 WITHIN_TOGETHER = "within error by Holm"
@@ -41,6 +44,22 @@ def comparison(interval: Interval, neutral: float, written: Callable[[float], st
     )
 
 
+def measured(measure: Measure, rows: Sequence[tuple[Run, Row]], asked: int) -> Cell:
+    """A measure of the same row of runs that differ in their seed, of how many that were asked for.
+
+    A comparison has its interval; what has none is mean and deviation, or the value of one seed with its error.
+    """
+    there = [(run, row) for run, row in rows if measure.read(run, row) is not None]
+    if not there:
+        return Cell(NONE)
+    if measure.over_seeds is not None and measure.neutral is not None:
+        interval = measure.over_seeds(there)
+        if interval is not None:
+            return comparison(interval, measure.neutral, measure.format, len(there), asked)
+    values = [value for run, row in there if (value := measure.read(run, row)) is not None]
+    return over_seeds(values, measure.format, measure.error(*there[0]), asked)
+
+
 def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]:
     """The lines of a table with its comparisons corrected together, and a note on them; none without comparisons.
 
@@ -49,7 +68,7 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     """
     distinct = list(
         dict.fromkeys(
-            _measured(column, cell) for line in body for column, cell in enumerate(line) if cell.p is not None
+            _distinct(column, cell) for line in body for column, cell in enumerate(line) if cell.p is not None
         )
     )
     if not distinct:
@@ -58,7 +77,7 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     together = dict(zip(distinct, found, strict=True))
     lines = [
         [
-            _marked(cell) if cell.verdict == DIFFERENT and not together[_measured(column, cell)] else cell
+            _marked(cell) if cell.verdict == DIFFERENT and not together[_distinct(column, cell)] else cell
             for column, cell in enumerate(line)
         ]
         for line in body
@@ -72,7 +91,7 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     return lines, [note]
 
 
-def _measured(column: int, cell: Cell) -> tuple[int, float | None, float | None, float | None, float]:
+def _distinct(column: int, cell: Cell) -> tuple[int, float | None, float | None, float | None, float]:
     assert cell.p is not None
     return column, cell.value, cell.low, cell.high, cell.p
 

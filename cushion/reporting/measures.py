@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cushion.intervals import Interval
-from cushion.metrics.columns import Column, Place, Row, metrics, parts
+from cushion.metrics.columns import Column, Place, Row, comparing, metrics, parts
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Cell
 
@@ -31,6 +31,8 @@ class Measure:
     """Of a comparison: reads it with its interval off the same row of runs that differ in their seed, in its unit."""
     neutral: float | None = None
     """Of a comparison: the value of no difference."""
+    comparison: Callable[[Row], Column | None] = lambda row: None
+    """The column that compares the number with full precision with the same prefix; None in a row without."""
 
 
 def measure_of(column: Column) -> Measure:
@@ -60,14 +62,22 @@ def _comparison_of(column: Column) -> Callable[[Sequence[tuple[Run, Row]]], Inte
 def of_part(column: Column, part: str | None) -> Measure:
     """What a published table names: the column, or the one below its key for `part`; by default the only one there."""
 
-    def read(_: Run, row: Row) -> float | None:
+    def key_in(row: Row) -> str | None:
         if column.key in row["values"]:
-            return column.shown(row)
+            return column.key
         there = parts(row, column.key)
         known = part if part in there else next(iter(there)) if len(there) == 1 else None
-        return None if known is None else replace(column, key=f"{column.key}/{known}").shown(row)
+        return None if known is None else f"{column.key}/{known}"
 
-    return replace(measure_of(column), read=read)
+    def read(_: Run, row: Row) -> float | None:
+        key = key_in(row)
+        return None if key is None else replace(column, key=key).shown(row)
+
+    def comparison(row: Row) -> Column | None:
+        key = key_in(row)
+        return None if key is None else comparing(row, key)
+
+    return replace(measure_of(column), read=read, comparison=comparison)
 
 
 def _hours(*sections: str) -> Callable[[Run, Row], float | None]:

@@ -1,4 +1,4 @@
-"""Published tables as data, and ours in their layout: published value, ours, difference.
+"""Published tables as data, and ours in their layout: published value, ours, difference, and ours to full precision.
 
 `experiments/<name>/published.csv` holds the numbers, `table.yaml` beside it says what they are and which row of which
 run is the same thing (docs/reports.md describes the keys). A table is filled from the runs of the experiment of the
@@ -18,21 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cushion.errors import ArtifactError, did_you_mean
-from cushion.flat import flatten
-from cushion.metrics.perplexity import KEY as PERPLEXITY
-from cushion.metrics.perplexity import corpora as corpora_of
-from cushion.metrics.tasks import ACCURACY
 from cushion.reporting.collect import Run
+from cushion.reporting.comparisons import judged
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, spread_notes
+from cushion.reporting.measures import measures, spread_notes
 from cushion.reporting.published_notes import SETTING, check_setting, notes_of
+from cushion.reporting.published_ours import Seen, ours
 from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
 from cushion.schema import NO_PREFIX, STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
-SAME = 1e-3
-"""Relative difference up to which a number that several runs measured counts as one number."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
 _KEYS = _NEEDED | {"index", "measure", "corpus", "select", SETTING, "tasks", "titles", "notes"}
 
@@ -215,36 +211,39 @@ def compare(
     columns = _combinations(table, specification["columns"], others)
     if "model" in specification["columns"]:
         columns.sort(key=lambda column: labels[column["model"]] not in ran)
-    corpora: set[str] = set()
-    scored: set[tuple[str, ...]] = set()
+    seen = Seen()
 
-    def triple(at: Coordinates) -> list[Cell]:
+    def cells(at: Coordinates) -> list[Cell]:
         there = published.get(_position(at))
         model = at["model"]
         known = model not in others
         plain = _plain(at, there) if known else Cell(NONE)
         if labels[model] not in ran:
-            return [plain, Cell(NONE) if "model" in specification["columns"] else NOT_RUN, Cell(NONE)]
+            return [plain, Cell(NONE) if "model" in specification["columns"] else NOT_RUN, Cell(NONE), Cell(NONE)]
         if known and _position(at) not in published:
-            return [Cell(NONE), Cell(NONE), Cell(NONE)]
+            return [Cell(NONE)] * 4
         of_model = [run for run in runs if run.model == labels[model]]
         seeds = {run.seed for run in of_model} | _planned_seeds(missing, labels[model])
-        ours = _ours(table, at, of_model, len(seeds), corpora, scored)
-        return [plain, ours, _difference(ours, there)]
+        number, compared = ours(specification, at, of_model, len(seeds), seen)
+        return [plain, number, _difference(number, there), compared]
 
     fixed = _fixed(table)
-    grid = _told_apart([[triple(fixed | row | column) for column in columns] for row in rows])
+    grid = _told_apart([[cells(fixed | row | column) for column in columns] for row in rows])
     kept = [_kept([line[number] for line in grid]) for number in range(len(columns))]
-    head = _head(table, columns, kept)
+    headings = [_headings(seen, [(fixed | row | column)["measure"] for row in rows]) for column in columns]
+    head = _head(table, columns, [[of[part] for part in parts] for of, parts in zip(headings, kept, strict=True)])
     body = [
         [*(Cell(table.title(d, row[d])) for d in specification["rows"]),
          *(line[number][part] for number in range(len(columns)) for part in kept[number])]
         for row, line in zip(rows, grid, strict=True)
     ]  # fmt: skip
+    body, comparisons = judged(body)
     titles = {labels[model]: table.title("model", model) for model in table.keys("model")}
     notes = [
-        *notes_of(specification, titles, runs, corpora, scored),
+        *notes_of(specification, titles, runs, seen.corpora, seen.scored),
         *spread_notes(body),
+        *seen.notes(),
+        *comparisons,
         *shared_settings(runs, numbered(runs) if numbers is None else numbers),
     ]
     return Table(table.name, str(specification["title"]), head, body, len(specification["rows"]), notes)
@@ -281,69 +280,14 @@ def _planned_seeds(missing: Sequence[RunState], model: str) -> set[int]:
 
 def _told_apart(grid: list[list[list[Cell]]]) -> list[list[list[Cell]]]:
     """In a table with deviations and standard errors, of which no column says what it is, the latter say it."""
-    cells = [cell for line in grid for triple in line for cell in triple]
-    if not any(cell.deviation is not None for cell in cells):
+    if not any(cell.deviation is not None for line in grid for cells in line for cell in cells):
         return grid
-    return [
-        [
-            [
-                replace(cell, text=f"{cell.text} (one seed)") if cell.error is not None and not cell.seeds else cell
-                for cell in triple
-            ]
-            for triple in line
-        ]
-        for line in grid
-    ]
+    return [[[_of_one_seed(cell) for cell in cells] for cells in line] for line in grid]
 
 
-def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, corpora: set[str],
-          scored: set[tuple[str, ...]]) -> Cell:  # fmt: skip
-    """Our number for one published one: mean and deviation over seeds of the rows that fit, of how many of `seeds`."""
-    select: dict[str, dict[str, Any]] = table.specification.get("select", {})
-    wanted: dict[str, Any] = {}
-    for dimension, selections in select.items():
-        wanted |= selections.get(at[dimension], {})
-    fitting = [run for run in runs if _fits(run, wanted)]
-    done = [run for run in fitting if run.completed]
-    if not done:
-        return FAILED if fitting else MISSING
-    measure = measures(table.specification.get("corpus"))[at["measure"]]
-    stage, quantized = wanted.get("stage"), wanted.get("quantized")
-    by_seed: dict[int, list[float]] = {}
-    error: float | None = None
-    for run in done:
-        for row in run.record["rows"]:
-            if row.get("reconstructed", False):  # the papers' tables are of frozen models
-                continue
-            if stage not in (None, row["stage"]) or quantized not in (None, row["quantized"]):
-                continue
-            value = measure.read(run, row)
-            if value is not None:
-                by_seed.setdefault(run.seed, []).append(value)
-                error = measure.error(run, row) if error is None else error
-                if at["measure"] == PERPLEXITY:
-                    measured = corpora_of([row])
-                    corpora |= set(measured) if len(measured) == 1 else set()
-                if at["measure"] == ACCURACY and row.get("tasks"):
-                    scored.add(tuple(task for task, score in row["tasks"].items() if score["metric"] is not None))
-    if not by_seed:
-        return Cell("not measured", kind="missing")
-    for values in by_seed.values():
-        if max(values) - min(values) > SAME * max(abs(value) for value in values):
-            different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
-            return Cell(f"conflict: {different}", kind="conflict")
-    return over_seeds([values[0] for values in by_seed.values()], measure.format, error, seeds)
-
-
-def _fits(run: Run, wanted: dict[str, Any]) -> bool:
-    """Whether a run's configuration has all the values asked for; of a list, one of them."""
-    config = flatten(run.config, "config")
-    for key, value in wanted.items():
-        if key.startswith("config."):
-            allowed = value if isinstance(value, list) else [value]
-            if config.get(key) not in allowed:
-                return False
-    return True
+def _of_one_seed(cell: Cell) -> Cell:
+    is_it = cell.error is not None and not cell.seeds and not cell.verdict  # a comparison has an interval
+    return replace(cell, text=f"{cell.text} (one seed)") if is_it else cell
 
 
 def _difference(ours: Cell, published: float | None) -> Cell:
@@ -355,18 +299,25 @@ def _difference(ours: Cell, published: float | None) -> Cell:
 
 
 def _kept(cells: list[list[Cell]]) -> list[int]:
-    """Which of published, ours and difference a column shows: those that say something in any line."""
-    return [part for part in range(3) if any(cell[part].text != NONE for cell in cells)] or [1]
+    """Which of published, ours, difference and comparison a column shows: those that say something in any line."""
+    return [part for part in range(4) if any(cell[part].text != NONE for cell in cells)] or [1]
 
 
-def _head(table: PublishedTable, columns: list[Coordinates], kept: list[list[int]]) -> list[list[Cell]]:
+def _headings(seen: Seen, measured: list[str]) -> list[str]:
+    """What the parts of a column of these measures are called."""
+    compared = dict.fromkeys(seen.headings[name] for name in measured if name in seen.headings)
+    return ["published", "ours", "difference", " or ".join(compared)]
+
+
+def _head(table: PublishedTable, columns: list[Coordinates], shown: list[list[str]]) -> list[list[Cell]]:
+    """The lines of headings; `shown` are those of the parts of each column."""
     specification = table.specification
     labels = len(specification["rows"])
     lines = []
     for dimension in specification["columns"]:
         line = [Cell("") for _ in range(labels)]
         previous = None
-        for column, parts in zip(columns, kept, strict=True):
+        for column, parts in zip(columns, shown, strict=True):
             key = column[dimension]
             if key == previous and dimension == specification["columns"][0]:
                 line[-1] = Cell(line[-1].text, line[-1].span + len(parts))
@@ -375,5 +326,5 @@ def _head(table: PublishedTable, columns: list[Coordinates], kept: list[list[int
             previous = key
         lines.append(line)
     last = [Cell(str(dimension)) for dimension in specification["rows"]]
-    last += [Cell(("published", "ours", "difference")[part]) for parts in kept for part in parts]
+    last += [Cell(part) for parts in shown for part in parts]
     return [*lines, last]

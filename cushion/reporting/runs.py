@@ -9,9 +9,9 @@ from typing import Any
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.collect import Run
-from cushion.reporting.comparisons import comparison, judged
+from cushion.reporting.comparisons import judged, measured
 from cushion.reporting.grid import NONE, Cell, Table
-from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, over_seeds, spread_notes
+from cushion.reporting.measures import FAILED, MISSING, measure_of, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
@@ -44,7 +44,7 @@ def experiment_table(
             same = [(run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"]]
             asked = len({run.seed for run in group})
             number = Cell(", ".join(str(numbers[run.path]) for run, _ in same))
-            body.append([number, *front, *_words(row, same, asked), *(_measured(m, same) for m in measures)])
+            body.append([number, *front, *_words(row, same, asked), *(measured(m, same, len(same)) for m in measures)])
         for run in failed:
             words = [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(f"seed {run.seed}")]
             body.append([Cell(str(numbers[run.path])), *front, *words, *(FAILED for _ in measures)])
@@ -63,18 +63,6 @@ def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], aske
     seeds = len({run.seed for run, _ in same})
     count = Cell(str(seeds), value=float(seeds)) if seeds == asked else Cell(f"{seeds} of {asked}")
     return [Cell(row["label"]), Cell(", ".join(prefixes)), count]
-
-
-def _measured(measure: Measure, same: Sequence[tuple[Run, dict[str, Any]]]) -> Cell:
-    read = [(value, measure.error(run, row)) for run, row in same if (value := measure.read(run, row)) is not None]
-    if not read:
-        return Cell(NONE)
-    if measure.over_seeds is not None and measure.neutral is not None:
-        there = [(run, row) for run, row in same if measure.read(run, row) is not None]
-        interval = measure.over_seeds(there)
-        if interval is not None:
-            return comparison(interval, measure.neutral, measure.format, len(there), len(same))
-    return over_seeds([value for value, _ in read], measure.format, read[0][1], len(same))
 
 
 def varying(runs: Iterable[Run]) -> list[str]:

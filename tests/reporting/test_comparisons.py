@@ -18,6 +18,7 @@ from cushion.reporting.cli import write_report
 from cushion.reporting.collect import collect
 from cushion.reporting.comparisons import DIFFERENT, WITHIN, WITHIN_TOGETHER, comparison, judged
 from cushion.reporting.grid import Cell
+from cushion.reporting.published import compare, load_published, published_folder
 from cushion.reporting.runs import experiment_table
 from cushion.reporting.tables import comparison_table, further_tables
 from cushion.schema import current
@@ -35,7 +36,7 @@ def measured(of: Losses, ceiling: Measured | None = None, **others: Any) -> Meas
                     losses={"wikitext2": of}, ceiling=ceiling, **others)  # fmt: skip
 
 
-def planted_run(seed: int, ratio: float, noise: float = 0.01) -> dict[str, Any]:
+def planted_run(seed: int, ratio: float, noise: float = 0.01, **others: Any) -> dict[str, Any]:
     """A result whose quantized row is so many times its full precision; each block has its own difference."""
     generator = numpy.random.default_rng(seed)
     full = losses(3.0, generator)
@@ -48,7 +49,7 @@ def planted_run(seed: int, ratio: float, noise: float = 0.01) -> dict[str, Any]:
     kept = {name: {"wikitext2": {"nats": list(of.losses["wikitext2"].nats), "tokens": TOKENS}}
             for name, of in (("full_precision", ceiling), ("quantized", mine))}  # fmt: skip
     evaluation = {"losses": kept, "ceilings": {"full_precision": None, "quantized": "full_precision"}}
-    return record(seed=seed, rows=rows, evaluation=evaluation)
+    return record(seed=seed, rows=rows, evaluation=evaluation, **others)
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -220,6 +221,53 @@ def test_seeds_whose_blocks_are_of_different_text_have_no_interval(tmp_path: Pat
         found = table.body[1][table.headings().index(RATIO)]
         assert (found.p is not None) is has_interval
         assert ("±" in found.text) is not has_interval
+
+
+# ---- published tables -----------------------------------------------------------------------------------------------
+
+
+def published(folder: Path, name: str, *records: dict[str, Any]) -> tuple[list[dict[str, Cell]], list[str]]:
+    """The lines of a published table by its headings, without the models, and its notes."""
+    table = compare(load_published(published_folder(), name), collect([write(folder, *records)]))
+    titles = [title.removeprefix("model ") for title in table.headings()]
+    return [dict(zip(titles, line, strict=True)) for line in table.body], table.notes
+
+
+def of_scheme(lines: list[dict[str, Cell]], scheme: str) -> dict[str, Cell]:
+    found = [line for line in lines if (line["scheme"].text, line["prefix"].text) == (scheme, "none")]
+    return found[-1]  # the group of our own quantizers
+
+
+def test_a_published_table_has_the_ratio_of_the_table_of_runs_beside_ours(tmp_path: Path) -> None:
+    runs = [planted_run(seed, ratio) for seed, ratio in enumerate((1.10, 1.15, 1.30))]
+    old = record(quantizer="smoothquant_o3")
+    lines, notes = published(tmp_path / "both", "cushioncache_table1", *runs, old)
+    whole = experiment_table("default", collect([write(tmp_path / "runs", *runs)]))
+    naive = of_scheme(lines, "Per-tensor static")
+    assert naive["ratio"] == whole.body[1][whole.headings().index(RATIO)] and naive["ratio"].low is not None
+    assert [line["ratio"].text for line in lines if line["scheme"].text == "FP16"] == ["-"], "it is the ceiling"
+    dash = of_scheme(lines, "SmoothQuant-O3")
+    assert (dash["ours"].text, dash["ratio"].text) == ("20.00 (1 of 3 seeds)", "-")
+    assert f"ratio: {RATIO}." in notes and any("Comparisons in this table: 1." in note for note in notes)
+    uncompared = "not compared with full precision with the same prefix: "
+    assert [note.partition(uncompared)[2][:2] for note in notes if uncompared in note] == ["1."]
+    lines, notes = published(tmp_path / "old", "cushioncache_table1", old)
+    assert "ratio" not in lines[0] and sum(uncompared in note for note in notes) == 1
+    _, notes = published(tmp_path / "now", "cushioncache_table1", *runs)
+    assert not any(uncompared in note for note in notes)
+
+
+def test_a_published_table_has_the_difference_of_the_mean_accuracy(tmp_path: Path) -> None:
+    ends = {"": -0.02, "_stderr": 0.02, "_low": -0.05, "_high": -0.001, "_p": 0.04}
+    values = {f"accuracy_difference{what}/mean": value for what, value in ends.items()}
+    one = record(rows=[row("quantized", 20.0, accuracy=0.5, accuracy_stderr=0.03, **values)])
+    two = [record(model="some/other", seed=seed, rows=[row("quantized", 20.0, accuracy=0.5)]) for seed in (0, 1)]
+    lines, notes = published(tmp_path, "cushioncache_table2", one, *two)
+    found = of_scheme(lines, "Per-tensor static")
+    assert found["less full precision"].text == "-2.0 [-5.0, -0.1]"
+    assert found["ours"].text == "50.00 ± 3.00 (one seed)"
+    assert "other less full precision" not in found
+    assert "less full precision: accuracy less full precision with the same prefix, %." in notes
 
 
 def test_results_without_losses_report_as_they_did(tmp_path: Path) -> None:
