@@ -197,8 +197,11 @@ def _draw_texts(
             reconstruction_texts = _led(lm, bos, drawn)
     method = METHODS[search.method]
     if method.texts is not None:
-        drawn = corpora["search"].samples(encode, search.text_length, method.texts(search, start_length), seed)
-        search_texts = _led(lm, bos and not method.leads_texts, drawn)
+        places = list(range(method.texts(search, start_length)))
+        if method.places is not None:
+            places = method.places(search, start_length)
+        drawn = corpora["search"].samples(encode, search.text_length, max(places) + 1, seed)
+        search_texts = _led(lm, bos and not method.leads_texts, drawn[places])
     if tuning.method != "none":
         numbers = tuning.sequences, tuning.held_out_sequences
         split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed)

@@ -88,6 +88,8 @@ class SearchMethod:
             starts with, or consists of; None for none.
         reads: the keys of `search` that have an effect with it, beside those that always have.
         texts: how many texts of `search.text_length` tokens it reads, by the number of start tokens; None for no text.
+        places: which ones these are, places in the seeded order of all texts, from 0 on, by the number of start tokens;
+            None for the first ones.
         longest: the length of the longest prefix that it may give, by the number of start tokens.
         needs_bos: whether it puts a BOS token into the prefix by itself.
         leads_texts: whether it puts BOS before its texts by itself: it gets them without, whatever the key `bos` says.
@@ -104,6 +106,7 @@ class SearchMethod:
     start: str | None = None
     reads: tuple[str, ...] = ()
     texts: Callable[[SearchConfig, int], int] | None = None
+    places: Callable[[SearchConfig, int], list[int]] | None = None
     longest: Callable[[SearchConfig, int], int] = _as_started
     needs_bos: bool = False
     leads_texts: bool = False
