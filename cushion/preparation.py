@@ -11,7 +11,7 @@ from torch import Tensor
 from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
-from cushion.evaluation.perplexity import check_evaluation
+from cushion.evaluation.perplexity import check_evaluation, named_in_front
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.execution.registry import load_execution
@@ -159,16 +159,16 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     check_tasks(lm, config.eval, tasks, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     searched = bos and method.texts is not None and not method.leads_texts  # without BOS the method has checked it
-    for key, used, length in (
-        ("search.text_length", searched, config.search.text_length),
-        ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length),
-        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length),
+    read_behind = longest if method.behind_prefix else 0
+    for key, used, length, behind in (
+        ("search.text_length", searched, config.search.text_length, read_behind),
+        ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length, longest),
+        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length, longest),
     ):
-        if used and lm.context_length is not None and longest + length + bos > lm.context_length:
+        if used and lm.context_length is not None and behind + length + bos > lm.context_length:
             raise ConfigError(
-                f"{key}={length}{' behind BOS' if bos else ''} and a prefix of up to {longest} tokens do not fit the "
-                f"{lm.context_length} positions "
-                f"of {lm.label}: shorten the texts or the prefix"
+                f"{key}={length}{named_in_front(bos, behind)} does not fit the {lm.context_length} positions of "
+                f"{lm.label}: shorten the {'texts or the prefix' if behind else 'text'}"
             )
 
 
@@ -197,8 +197,11 @@ def _draw_texts(
             reconstruction_texts = _led(lm, bos, drawn)
     method = METHODS[search.method]
     if method.texts is not None:
-        drawn = corpora["search"].samples(encode, search.text_length, method.texts(search, start_length), seed)
-        search_texts = _led(lm, bos and not method.leads_texts, drawn)
+        places = list(range(method.texts(search, start_length)))
+        if method.places is not None:
+            places = method.places(search, start_length)
+        drawn = corpora["search"].samples(encode, search.text_length, max(places) + 1, seed)
+        search_texts = _led(lm, bos and not method.leads_texts, drawn[places])
     if tuning.method != "none":
         numbers = tuning.sequences, tuning.held_out_sequences
         split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed)

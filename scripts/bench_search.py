@@ -119,6 +119,7 @@ def bench(options: argparse.Namespace) -> None:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     common = [
+        "search.verify_texts=0",  # every search judges by the same text; an override goes for all of them
         *options.overrides, "tracking=none", "tuning=none", f"paths.output_dir={output}",
         f"search.text_length={options.length}", "eval.controls=false",
     ]  # fmt: skip

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from cushion.config import RunConfig
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_search.py"
 ROWS = ["none", "pruned", "sampled", "qfep", "prefixquant", "exhaustive", "exact"]
 
@@ -43,9 +45,9 @@ def test_every_row_is_measured_and_kept_at_once(
 ) -> None:
     monkeypatch.setattr(sys, "argv", arguments(text_file, tmp_path))
     monkeypatch.setattr(script, "LARGE", {"cpu": 256})
-    run, calls = script.pipeline.run, []
+    run, calls = script.pipeline.run, list[RunConfig]()
 
-    def run_three(config: object) -> object:
+    def run_three(config: RunConfig) -> object:
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(config)
@@ -57,6 +59,7 @@ def test_every_row_is_measured_and_kept_at_once(
     assert [words.split()[0] for words in capsys.readouterr().out.splitlines()] == ["search", *ROWS[:3]]
     kept = json.loads((tmp_path / "bench_search.json").read_text(encoding="utf-8"))
     assert [row["search"] for row in kept["rows"]] == ROWS[:3]
+    assert [config.search.verify_texts for config in calls] == [0, 0, 0], "all searches judge by one text"
 
     monkeypatch.setattr(script.pipeline, "run", run)
     script.main()

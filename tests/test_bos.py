@@ -19,7 +19,9 @@ from cushion import pipeline
 from cushion.cli import one_line
 from cushion.config import EvalConfig, ModelConfig, PathsConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
+from cushion.evaluation.harness import PrefixedModel
 from cushion.models import LanguageModel, load_language_model
+from cushion.prefix import Prefix
 from cushion.preparation import Prepared, begins_with_bos, prepare
 
 BOS = 256
@@ -137,12 +139,61 @@ def test_qfep_puts_its_own_bos_before_its_texts(text_file: Path, tmp_path: Path,
     assert (texts["prefixquant"][:, 0] == BOS).all()
 
 
+class WrittenInPython:
+    """A tokenizer whose special tokens are not those of the library `tokenizers`."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.bos_token_id = own, own.bos_token_id
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self.own(text, **options)
+
+
+def test_tasks_have_bos_alone_also_of_a_tokenizer_that_puts_eos_behind(with_bos: Path) -> None:
+    """EOS behind a text would be scored as its answer, and the answer's first token taken for its context."""
+    lm = model(with_bos)
+    assert lm.tokenizer("ab")["input_ids"][-1] == 257
+    python: Any = WrittenInPython(lm.tokenizer)
+    with pytest.raises(ConfigError, match=r"eval\.tasks cannot have BOS alone: .* use bos=never"):
+        PrefixedModel(replace(lm, tokenizer=python), Prefix.empty(), 2, bos=True)
+    asked = PrefixedModel(lm, Prefix.empty(), 2, bos=True)
+    whole, answer = lm.encode("ab cd").tolist(), lm.encode(" cd").tolist()
+    assert asked._encode_pair("ab", " cd") == ([BOS, *whole[: -len(answer)]], answer)
+    assert lm.tokenizer("ab")["input_ids"][-1] == 257, "the model's own tokenizer stays as it is"
+
+
 def test_a_search_text_that_fits_only_without_bos_is_refused(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
     config = whole_run(text_file, tmp_path, with_bos, "never")
     config.search = replace(config.search, text_length=254, verify_texts=0, max_length=2)
     prepare(config, "cpu")
     with pytest.raises(ConfigError, match=r"search\.text_length=254 behind BOS and a prefix of up to 2 tokens"):
         prepare(replace(config, bos="tokenizer"), "cpu")
+
+
+def test_a_text_that_is_run_alone_needs_no_room_for_a_prefix(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
+    """PrefixQuant's rule reads its texts in front of no prefix; all 256 positions are theirs and BOS's."""
+    config = replace(small_config(text_file, tmp_path), model=ModelConfig(path=str(with_bos)))
+    config.search = SearchConfig(name="prefixquant", method="prefixquant", texts=1, text_length=255, max_length=8)
+    texts = prepare(config, "cpu").texts.search
+    assert texts is not None and texts.shape == (1, 256)
+    config.search.text_length = 256
+    with pytest.raises(ConfigError, match=r"search\.text_length=256 behind BOS does not fit the 256 positions .*text$"):
+        prepare(config, "cpu")
+
+
+def test_blocks_that_fit_only_without_bos_are_refused_with_it_named(tmp_path: Path, text_file: Path) -> None:
+    config = replace(small_config(text_file, tmp_path), bos="always")
+    config.eval.block_length, config.eval.blocks, config.eval.activation_blocks = 256, 1, 1
+    with pytest.raises(ConfigError, match=r"eval\.block_length=256 behind BOS needs 257 positions"):
+        prepare(config, "cpu")
+    config.search = SearchConfig(name="t", method="tokens", token_ids=[5, 6])
+    with pytest.raises(
+        ConfigError, match=r"=256 behind BOS and a prefix of up to 2 tokens needs 259 positions.*prefix"
+    ):
+        prepare(config, "cpu")
+    config.bos = "never"
+    with pytest.raises(ConfigError, match=r"eval\.block_length=256 behind a prefix of up to 2 tokens needs 258 pos"):
+        prepare(config, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,19 @@ def test_an_experiment_is_the_published_setting_and_its_cut_names_what_is_not(na
     assert set(re.findall(r"(\w+(?:\.\w+)+)=", named)) == differing(name, composed(f"experiment=smollm2/{name}"))
 
 
+def test_an_experiment_whose_notes_say_no_bos_has_none() -> None:
+    """So its table says where a run has one, and a model whose tokenizer adds BOS gets none."""
+    said = [
+        name for name in NAMED if "no BOS" in str(load_published(published_folder(), name).specification.get("notes"))
+    ]
+    assert {f"cushioncache_table{number}" for number in range(1, 7)} <= set(said)
+    for name in said:
+        assert (SETTINGS[name] or {}).get("bos") == "never", name
+    without = [path.stem for path in FILES if path.stem.startswith(("cushioncache_", "ablation_"))]
+    for name in (*said, *without, "methods_grid", "ranges_grid"):
+        assert OmegaConf.load(EXPERIMENTS / f"{name}.yaml").bos == "never", name
+
+
 def test_every_table_of_cushioncache_has_a_setting() -> None:
     assert {f"cushioncache_table{number}" for number in range(1, 7)} <= set(WITH_SETTING)
 

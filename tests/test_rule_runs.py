@@ -232,7 +232,7 @@ def test_room_is_kept_for_the_longest_prefix_that_a_rule_may_find(text_file: Pat
     config.search = QFEP
     assert prepare(config, "cpu").texts.search is not None
     config.tuning.sequence_length = 254
-    with pytest.raises(ConfigError, match=r"tuning\.sequence_length=254 and a prefix of up to 3 tokens"):
+    with pytest.raises(ConfigError, match=r"tuning\.sequence_length=254 behind a prefix of up to 3 tokens"):
         prepare(config, "cpu")
     config.search = PREFIXQUANT
     with pytest.raises(ConfigError, match="a prefix of up to 8 tokens"):

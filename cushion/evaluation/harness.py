@@ -21,7 +21,7 @@ import numpy
 import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from tokenizers.processors import Sequence, TemplateProcessing
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -56,8 +56,8 @@ class PrefixedModel(HFLM):
 
     def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, bos: bool = False) -> None:
         tokenizer = copy.deepcopy(lm.tokenizer)  # its padding is set and changed
-        if bos and not lm.adds_bos:
-            _add_bos(tokenizer, lm)
+        if bos:
+            _put_bos_alone(tokenizer, lm)
         with silenced("lm_eval.models.huggingface"):  # it warns that a loaded model's options are taken as they are
             super().__init__(
                 pretrained=lm.model,
@@ -131,24 +131,32 @@ class PrefixedModel(HFLM):
         return generated[:, length:]
 
 
-def _add_bos(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> None:
-    """Let a tokenizer put BOS in front of a text by itself, where it is asked for special tokens.
+def _put_bos_alone(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> None:
+    """Let a tokenizer put BOS in front of a text, and nothing else around it, where it is asked for special tokens.
+
+    An EOS behind the text would be scored as a part of every answer.
 
     Raises:
-        ConfigError: it is not one of the library `tokenizers`.
+        ConfigError: it is not one of the library `tokenizers`, and does something else by itself.
 
     """
+    assert lm.bos_token_id is not None, "checked by preparation"
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ConfigError(
-            f"bos=always does not reach eval.tasks: the tokenizer of {lm.label}, written in Python, puts no BOS before "
-            "a text by itself; use bos=tokenizer"
-        )
-    assert lm.bos_token_id is not None, "checked by preparation"
+        if not lm.adds_bos:
+            raise ConfigError(
+                f"bos=always does not reach eval.tasks: the tokenizer of {lm.label}, written in Python, puts no BOS "
+                "before a text by itself; use bos=tokenizer"
+            )
+        if tokenizer("a")["input_ids"] != [lm.bos_token_id, *lm.encode("a").tolist()]:
+            raise ConfigError(
+                f"eval.tasks cannot have BOS alone: the tokenizer of {lm.label}, written in Python, puts other tokens "
+                "around a text too, which would be scored; use bos=never"
+            )
+        return
     bos = str(tokenizer.convert_ids_to_tokens(lm.bos_token_id))
     lead = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, lm.bos_token_id)])
-    own = backend.post_processor
-    backend.post_processor = lead if own is None else Sequence([own, lead])
+    backend.post_processor = lead  # what it had besides, such as trimmed offsets, changes no token
 
 
 def run_task(

@@ -106,9 +106,16 @@ def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int, 
             f"eval.attention_first={config.attention_first} leaves no other token of the {measured} on which attention "
             "is measured: lower it, or set eval.attention_texts=0"
         )
-    needed = (0 if config.prefix_in_block else prefix_length) + config.block_length + bos
+    behind = 0 if config.prefix_in_block else prefix_length
+    needed = behind + config.block_length + bos
     if lm.context_length is not None and needed > lm.context_length:
         raise ConfigError(
-            f"eval.block_length={config.block_length} with a prefix of up to {prefix_length} tokens needs {needed} "
-            f"positions, but {lm.label} has {lm.context_length}: shorten the blocks or the prefix"
+            f"eval.block_length={config.block_length}{named_in_front(bos, behind)} needs {needed} positions, but "
+            f"{lm.label} has {lm.context_length}: shorten the blocks{' or the prefix' if behind else ''}"
         )
+
+
+def named_in_front(bos: bool, prefix: int) -> str:
+    """What stands in front of a text, in words: ` behind BOS and a prefix of up to 8 tokens`; empty for nothing."""
+    found = ["BOS"] * bos + ([f"a prefix of up to {prefix} tokens"] if prefix else [])
+    return f" behind {' and '.join(found)}" if found else ""

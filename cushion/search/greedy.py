@@ -10,7 +10,7 @@
 The keys and values of p are computed once per step and shared by all candidates, and lm_head is never run. How the
 argmin is found is `search.scoring`: `full` judges every candidate, `pruned` judges by rounds of successive halving and
 verifies what is left, `exact` does so too and then sweeps over all others, dropping each at the block at which its
-partial objective exceeds the best one.
+partial objective exceeds the best one (with further texts, the worst of as many as are judged on them).
 
 With `search.verify_texts` above 0 the best candidates are judged on further texts before one is taken, and what tau
 bounds is the mean over all these texts of the ratio of the two objectives (`cushion.search.finalists`).
@@ -18,6 +18,7 @@ bounds is the mean over all these texts of the ratio of the two objectives (`cus
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Iterator
@@ -161,6 +162,16 @@ class _Step:
         scores = zip(self._pool(), self.step.scores, strict=False)
         return [(position, score) for position, score in scores if score is not None]
 
+    def _bound(self) -> float:
+        """What no candidate of the sweep may exceed: the highest of the best objectives known, as many as are taken.
+
+        Without further texts one is taken, with them all finalists are. Of the candidates whose objective is among the
+        lowest none exceeds it, however many are known yet, so that the outcome does not depend on the batches.
+        """
+        taken = self.config.verify_candidates if self.further else 1
+        lowest = heapq.nsmallest(taken, (score for _, score in self.step.verified + self._scored()))
+        return lowest[-1] * (1 + 2 * TIE) if len(lowest) == taken else math.inf
+
     def _score(self, stage: Stage, stages: int) -> Iterator[Scored]:
         """Score the pool of one stage, batch by batch."""
         step, pool = self.step, self._pool()
@@ -173,9 +184,7 @@ class _Step:
         while len(step.scores) < len(pool):
             start, size = len(step.scores), len(self.replicas) * self.sizer.size(stage.text.numel() + 1)
             batch = pool[start : start + min(size, self._afford(row_cost))]
-            bound = math.inf
-            if stage.kind == "sweep" and (known := step.verified + self._scored()):
-                bound = min(score for _, score in known) * (1 + 2 * TIE)
+            bound = self._bound() if stage.kind == "sweep" else math.inf
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
             self.sizer.begin()
             try:

@@ -43,17 +43,22 @@ class SearchStep:
     replicas: int = 1
     """GPUs (or copies of the model) that worked on it at the end."""
     ratio: float | None = None
-    """The chosen token's mean ratio over search and further texts, which tau bounds; None without further texts."""
+    """The chosen token's mean ratio over search and further texts, which tau bounds; None without further texts, or
+    where it is infinite."""
     further_before: list[float] = field(default_factory=list)
     """L_q(t | p) for each further text."""
     finalists: list[Finalist] = field(default_factory=list)
     """The candidates that were judged on the further texts, by their place among the candidates."""
 
     def is_accepted(self, tau: float) -> bool:
-        """Whether the token lowers the objective to `tau` of what it was, or less."""
-        if self.ratio is None:
-            return self.objective_after <= tau * self.objective_before
-        return self.ratio <= tau
+        """Whether the token lowers the objective to `tau` of what it was, or less.
+
+        With further texts that is the mean over all texts; a token without one, which has an infinite ratio on some
+        text, is rejected.
+        """
+        if self.further_before:
+            return self.ratio is not None and self.ratio <= tau
+        return self.objective_after <= tau * self.objective_before
 
     def point(self) -> dict[str, Any]:
         """The scalars of the record, as a point of a series."""

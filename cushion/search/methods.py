@@ -88,9 +88,12 @@ class SearchMethod:
             starts with, or consists of; None for none.
         reads: the keys of `search` that have an effect with it, beside those that always have.
         texts: how many texts of `search.text_length` tokens it reads, by the number of start tokens; None for no text.
+        places: which ones these are, places in the seeded order of all texts, from 0 on, by the number of start tokens;
+            None for the first ones.
         longest: the length of the longest prefix that it may give, by the number of start tokens.
         needs_bos: whether it puts a BOS token into the prefix by itself.
         leads_texts: whether it puts BOS before its texts by itself: it gets them without, whatever the key `bos` says.
+        behind_prefix: whether its texts are run behind the prefix as far as it is found, and need room for the longest.
         check: raises `ConfigError` on values that cannot work.
         check_model: raises `ConfigError` where the model cannot do what is asked for, by the number of start tokens.
         check_texts: raises `ConfigError` where the texts that were drawn are too many.
@@ -104,9 +107,11 @@ class SearchMethod:
     start: str | None = None
     reads: tuple[str, ...] = ()
     texts: Callable[[SearchConfig, int], int] | None = None
+    places: Callable[[SearchConfig, int], list[int]] | None = None
     longest: Callable[[SearchConfig, int], int] = _as_started
     needs_bos: bool = False
     leads_texts: bool = False
+    behind_prefix: bool = True
     check: Callable[[SearchConfig], None] = _accept
     check_model: Callable[[SearchConfig, LanguageModel, int], None] = _accept
     check_texts: Callable[[SearchConfig, Tensor], None] = _accept

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_texts
 from searching import assert_it_goes_on_after_any_event, comparable
+from tiny_run import searching_config
 from torch import Tensor
 
-from cushion.config import SearchConfig
+from cushion.config import SearchConfig, SearchRound
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.preparation import prepare
 from cushion.search.finalists import best, finalists, mean_ratio, scores
 from cushion.search.greedy import greedy_search
 from cushion.search.greedy_prefix import split_texts
 from cushion.search.greedy_state import SearchState, SearchStep
+from cushion.search.greedy_steps import GreedyStep
 from cushion.search.methods import METHODS
 from cushion.search.objective import Objective
 from cushion.search.rounds import rows_of
@@ -115,6 +119,50 @@ def test_the_choice_is_the_mean_over_texts_computed_once_more(tiny: Tiny, scorin
     assert moved, "somewhere the search text alone would have chosen another token"
 
 
+def test_exact_scoring_has_the_finalists_of_full_whatever_the_batch(tiny: Tiny) -> None:
+    lm = tiny()
+    texts, further = fooled_and_not(lm)
+    rounds = [SearchRound(0.34, 4, 1, "start")]
+    pool = [*range(2, 64, 2), SINK, FOOLER]
+    full = search(lm, texts, further, pool, verify_candidates=4).steps[0]
+    for batch_size in (1, 5):
+        options: dict[str, Any] = {"scoring": "exact", "rounds": rounds, "batch_size": batch_size}
+        exact = search(lm, texts, further, pool, verify_candidates=4, **options).steps[0]
+        assert [finalist.token_id for finalist in exact.finalists] == [finalist.token_id for finalist in full.finalists]
+        assert exact.token_id == full.token_id
+        assert exact.verified < full.verified == len(pool), "some are dropped on the way"
+
+
+def test_further_texts_move_neither_with_the_length_nor_with_the_start(text_file: Path, tmp_path: Path) -> None:
+    """The first step of a longer search is that of a shorter one, to its key; and no text is used twice."""
+    config = searching_config(text_file, tmp_path)
+    places = METHODS["greedy"].places
+    assert places is not None
+    keys, outcomes, others = [], [], []
+    for max_length, start in ((1, "empty"), (8, "empty"), (3, "bos")):
+        own = replace(config.search, max_length=max_length, start=start, verify_texts=3)
+        prepared = prepare(replace(config, search=own), "cpu")
+        assert prepared.texts.search is not None
+        steps, further = split_texts(own, prepared.texts.search)
+        assert len(steps) == max_length - (start == "bos")
+        context: Any = None  # a key asks it for nothing
+        keys.append(GreedyStep(own, steps[0], CANDIDATES, [], [], further).key(context))
+        state = SearchState([])
+        next(step for step in greedy_search(prepared.lm, own, steps, CANDIDATES, state, further) if step in state.steps)
+        outcomes.append(replace(state.steps[0], seconds=0.0))
+        others.append(steps)
+    assert keys[0] == keys[1] == keys[2]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    none = prepare(replace(config, search=replace(config.search, max_length=8)), "cpu").texts.search
+    assert none is not None and torch.equal(none, others[1]), "the steps' texts are those without further ones"
+    for max_length, started in ((1, 0), (8, 0), (12, 0), (12, 2), (2, 5)):
+        own = replace(config.search, max_length=max_length, verify_texts=3)
+        found = places(own, started)
+        assert found[-3:] == [8, 9, 10]
+        assert len(set(found)) == len(found) == max(1, max_length - started) + 3
+        assert places(replace(own, verify_texts=0), started) == list(range(max(1, max_length - started)))
+
+
 def test_tau_bounds_the_mean_ratio(tiny: Tiny) -> None:
     lm = tiny()
     texts, further = fooled_and_not(lm)
@@ -182,12 +230,12 @@ def test_pieces_by_hand() -> None:
     assert finalists([(4, 3.0), (1, 2.0), (9, 1.0), (7, 2.0)], 3) == [1, 7, 9]
     assert best([(9, 1.0), (4, 1.0 + 1e-8), (1, 2.0)]) == (4, 1.0 + 1e-8)
     assert best([]) is None
+    step = SearchStep(0, 5, "a", 4.0, 1.0, False, 9, 90.0, 0.1, ratio=None, further_before=[0.0])
+    assert not step.is_accepted(1.0), "an infinite ratio on a further text"
+    assert replace(step, ratio=0.5).is_accepted(0.5) and not replace(step, ratio=0.5).is_accepted(0.4)
+    assert replace(step, further_before=[]).is_accepted(0.25), "without further texts the search text decides"
     idle = METHODS["greedy"].idle(SearchConfig(verify_candidates=3))
     assert "search.verify_candidates=3 has no effect with search.verify_texts=0" in idle
     config = SearchConfig(max_length=3, verify_texts=4)
-    number = METHODS["greedy"].texts
-    assert number is not None
-    drawn = random_texts(number(config, 0), 5)
-    steps, further = split_texts(config, drawn)
+    steps, further = split_texts(config, random_texts(7, 5))
     assert (len(steps), len(further)) == (3, 4)
-    assert torch.equal(torch.cat([steps, further]), drawn)

@@ -15,9 +15,23 @@ if TYPE_CHECKING:
     from cushion.models import LanguageModel
 
 
+FURTHER_TEXTS_AT = 8
+"""Place of the first further text in the seeded order of all texts. It does not depend on how many steps there may be,
+so that the first steps of a longer search are those of a shorter one."""
+
+
+def _places(search: SearchConfig, started: int) -> list[int]:
+    """One text for each step, in order, then those that the best candidates of all steps are verified on.
+
+    The steps leave out the places of the further texts: no text is both.
+    """
+    steps, further = max(1, search.max_length - started), search.verify_texts
+    of_steps = [place if place < FURTHER_TEXTS_AT else place + further for place in range(steps)]
+    return of_steps + list(range(FURTHER_TEXTS_AT, FURTHER_TEXTS_AT + further))
+
+
 def _texts(search: SearchConfig, started: int) -> int:
-    """One for each step, and those that the best candidates of all steps are verified on."""
-    return max(1, search.max_length - started) + search.verify_texts
+    return len(_places(search, started))
 
 
 def _longest(search: SearchConfig, started: int) -> int:
@@ -99,6 +113,7 @@ register(
             "user_tokens",
         ),
         texts=_texts,
+        places=_places,
         longest=_longest,
         check_model=_check_model,
         check_texts=_check_texts,

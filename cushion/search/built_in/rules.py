@@ -43,6 +43,7 @@ register(
         longest=lambda search, started: 3,
         needs_bos=True,
         leads_texts=True,
+        behind_prefix=False,
         check_model=_with_room_for(1),  # BOS
     )
 )
@@ -55,6 +56,7 @@ register(
         texts=_texts,
         longest=lambda search, started: search.max_length,
         needs_bos=True,
+        behind_prefix=False,
         check_model=_with_room_for(0),
     )
 )
