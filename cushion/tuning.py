@@ -61,7 +61,7 @@ def tune_prefix(
 
     """
     under = TunedUnder(lm, config, fitted, calibration_texts)
-    loss_of = TuningLoss(lm, config, objective, under.without_quantizer)
+    loss_of = TuningLoss(lm, config, objective, found, under.without_quantizer)
     with under:
         if state is None:
             state = _initial_state(under, loss_of, found, held_out, config)
