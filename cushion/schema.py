@@ -13,7 +13,7 @@ from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
 LEARNED = "learned.safetensors"
-"""The ranges that were learned with the tuned prefix, beside it."""
+"""What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""
 
 SCHEMA_VERSION = 2
 STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")

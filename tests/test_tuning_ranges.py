@@ -30,7 +30,7 @@ from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import InputStatisticsStep, fitted_behind
 from cushion.quantization.learned import Learned
 from cushion.step import Context, compute
-from cushion.tuning import tune_prefix
+from cushion.tuning import _optimizer, tune_prefix
 from cushion.tuning_loss import TuningLoss
 from cushion.tuning_ranges import TunedUnder, check_tuning
 from cushion.tuning_state import TuningState
@@ -101,6 +101,16 @@ def test_ranges_that_learn_lower_the_loss_of_a_model_with_spikes(tiny: Tiny) -> 
     state = last(tuning(lm, config, texts=texts, held_out=texts, calibration=calibration))
     assert state.best_loss < 0.9 * state.initial_loss
     assert state.best_learned is not None and state.best_learned.ranges.keys() == lm.linears().keys()
+
+
+def test_small_gradients_of_ranges_are_not_held_back() -> None:
+    values, ranges = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    optimizer = _optimizer(settings(ranges="learned", scale_learning_rate=0.5), [values], [ranges])
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"]
+    values.grad, ranges.grad = torch.ones(1), torch.full((1,), 1e-10)
+    optimizer.step()
+    assert (values.item(), ranges.item()) == (pytest.approx(-1e-2), pytest.approx(-0.5, rel=1e-3))
 
 
 def test_static_ranges_follow_the_prefix_as_often_as_asked(tiny: Tiny) -> None:
