@@ -25,7 +25,7 @@ from cushion.config import ActivationConfig, AttentionConfig, QuantizerConfig, S
 from cushion.errors import ConfigError, TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.quantization.calibration import CalibrationStep
+from cushion.quantization.calibration import Calibration, CalibrationStep
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import InputStatisticsStep, fitted_behind
 from cushion.quantization.learned import Learned
@@ -34,6 +34,7 @@ from cushion.tuning import _optimizer, tune_prefix
 from cushion.tuning_loss import TuningLoss
 from cushion.tuning_ranges import TunedUnder, check_tuning
 from cushion.tuning_state import TuningState
+from cushion.tuning_step import TuningRun
 
 Tiny = Callable[..., LanguageModel]
 TOKENS = [256, 10]
@@ -256,6 +257,37 @@ def test_an_error_that_is_zero_has_no_share(tiny: Tiny) -> None:
     lm.model.get_input_embeddings().weight.zero_()
     with pytest.raises(TuningError, match=r"L_q before tuning is 0\.0.*tuning\.reduction=relative"):
         next(tuning(lm, settings(reduction="relative", lambda_q=0.1)))
+
+
+# ---- the key ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ({}, {"loss": "kl"}),
+        ({}, {"ranges": "static"}),
+        ({"ranges": "static"}, {"ranges": "learned"}),
+        ({"ranges": "static"}, {"ranges_every": 3}),
+        ({"ranges": "learned"}, {"scale_learning_rate": 0.5}),
+        ({"ranges": "static"}, {"calibration_texts": CALIBRATION[:2]}),
+    ],
+    ids=str,
+)
+def test_what_decides_the_outcome_is_in_the_key(tiny: Tiny, base: dict[str, Any], changes: dict[str, Any]) -> None:
+    lm = tiny()
+    context = Context(lm, ArtifactStore(Path()), lambda event: None)
+
+    def key(options: dict[str, Any]) -> dict[str, Any]:
+        texts = options.pop("calibration_texts", CALIBRATION)
+        found, search, config = Prefix.from_tokens(lm.model, TOKENS), SearchConfig(), settings(**options)
+        calibration = Calibration(None, "ranges", 0.0)
+        step = TuningRun(
+            found, config, COARSE, search, TEXTS, HELD_OUT, 0, Path(), calibration, calibration_texts=texts
+        )
+        return step.key(context)
+
+    assert key(base | changes) != key(dict(base)) == key(base | {"name": "mine"})
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
