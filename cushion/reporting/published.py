@@ -28,7 +28,7 @@ from cushion.reporting.measures import FAILED, MISSING, measures, over_seeds, sp
 from cushion.reporting.published_notes import SETTING, check_setting, notes_of
 from cushion.reporting.settings import numbered, shared_settings
 from cushion.reporting.status import RunState
-from cushion.schema import NO_PREFIX, STAGES
+from cushion.schema import NO_PREFIX, STAGES, is_frozen
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 SAME = 1e-3
@@ -313,7 +313,7 @@ def _ours(table: PublishedTable, at: Coordinates, runs: list[Run], seeds: int, c
     error: float | None = None
     for run in done:
         for row in run.record["rows"]:
-            if row.get("reconstructed", False):  # the papers' tables are of frozen models
+            if not is_frozen(row):  # the papers' tables are of frozen models
                 continue
             if stage not in (None, row["stage"]) or quantized not in (None, row["quantized"]):
                 continue
