@@ -31,7 +31,7 @@ from cushion.results import Row, RunResult, environment, finished_result
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import data_warnings, qfem_warnings, task_warnings, truncation_warning
-from cushion.schema import FOUND, LEARNED, NO_PREFIX, STAGES, TUNED
+from cushion.schema import FOUND, LEARNED, NO_PREFIX, RECONSTRUCTED, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
 from cushion.tuning_ranges import tuning_quantizer
@@ -98,6 +98,7 @@ class _Stage:
     Args:
         learned: ranges that were learned with the prefix, for the run's quantizer.
         fitted: the stage behind whose prefix the quantizer was fitted when they were learned.
+        chosen: the stage behind whose prefix QFeM chose what it keeps, where the prefix was tuned under that.
 
     """
 
@@ -107,6 +108,7 @@ class _Stage:
     seconds: float
     learned: Learned | None = None
     fitted: _Stage | None = None
+    chosen: _Stage | None = None
 
 
 class _Run:
@@ -231,7 +233,8 @@ class _Run:
         if tuned.record["best_step"] == 0:
             self._warn("tuning did not lower the held-out loss: the prefix is kept as it was found")
         seconds, basis = found.seconds + tuned.seconds, None if tuned.learned is None else found
-        return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis)
+        chosen = None if self.config.tuning.ranges == "dynamic" else found
+        return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis, chosen)
 
     def _keep(self, prefix: Prefix) -> None:
         prefix.save(self.folder / "prefix")
@@ -274,7 +277,10 @@ class _Run:
             label += f" + {stage.title}"
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
         fitted, learned = stage.fitted or stage, None if quantizer is None else stage.learned
-        keep, keep_seconds = self._keep_modules(fitted, quantizer)
+        has_learned_ranges = learned is not None
+        if has_learned_ranges:
+            label += " + learned ranges"
+        keep, keep_seconds = self._keep_modules(stage.chosen or stage, quantizer)
         learning_seconds = 0.0
         if reconstructs:
             assert quantizer is not None
@@ -329,6 +335,7 @@ class _Run:
             tokens=measured.tokens,
             tasks=tasks,
             reconstructed=reconstructs,
+            learned_ranges=has_learned_ranges,
         )
         self.emit(RowMeasured(len(self.result.rows), asdict(row)))
         return row
@@ -339,6 +346,7 @@ class _Run:
         found = self.steps.reconstruct(stage.prefix, quantizer, stage.title, keep, stage.learned, basis)
         self.result.reconstruction = {**(self.result.reconstruction or {}), stage.key: found.record}
         self.result.timings[f"reconstruction, {stage.title}"] = found.seconds
+        found.learned.save(self.folder / RECONSTRUCTED)  # of the run's own row in the end: that stage comes last
         lost = [str(block["block"]) for block in found.record["blocks"] if not block["kept"]]
         if lost and self.config.reconstruction.epochs > 0:
             self._warn(

@@ -30,7 +30,8 @@ class Row:
     `stage` says whose prefix it has (`cushion.schema.STAGES`); `values` holds its numbers by the key of their column
     (`cushion.metrics`), None where one was not measured; `tokens` by corpus the number of tokens that a perplexity was
     averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`. A row that is
-    `reconstructed` has ranges, and perhaps weights, that were learned for it: it is not one of the frozen model.
+    `reconstructed` has ranges, and perhaps weights, that were learned for it, one with `learned_ranges` those that were
+    learned with its prefix: neither is one of the frozen model (`cushion.schema.is_frozen`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     tokens: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     reconstructed: bool = False
+    learned_ranges: bool = False
 
     def under(self, key: str) -> dict[str, float | None]:
         """The values below a key by what follows it: `under("perplexity")` has one for each corpus."""

@@ -5,6 +5,7 @@ Light to import, unlike `cushion.results`, which writes the file: reports read i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
 LEARNED = "learned.safetensors"
-"""The ranges that were learned with the tuned prefix, beside it."""
+"""What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""
+
+RECONSTRUCTED = "reconstructed.safetensors"
+"""What the reconstruction behind the run's own prefix learned: ranges, and perhaps weights."""
 
 SCHEMA_VERSION = 2
 STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")
 """Whose prefix a row has: none, the one that was found or given, or that one tuned."""
+
+
+def is_frozen(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a result is of the frozen model: nothing of its quantizer was learned. Older rows all are."""
+    return not (row.get("reconstructed", False) or row.get("learned_ranges", False))
 
 
 def way_out(path: Path) -> str:

@@ -25,7 +25,7 @@ from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RowMeasured, RunFailed, RunFinished, RunStarted
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
-from cushion.schema import LEARNED
+from cushion.schema import LEARNED, RECONSTRUCTED
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +217,11 @@ class WandbTracker:
             learned = event.prefix.with_name(LEARNED)
             if learned.is_file():
                 artifact.add_file(str(learned))
+            self._run.log_artifact(artifact)
+        reconstructed = event.folder / RECONSTRUCTED
+        if reconstructed.is_file() and not result["config"]["reconstruction"]["weights"]:  # weights: of a model's size
+            artifact = wandb.Artifact(f"reconstruction-{self._run.id}", type="reconstruction")
+            artifact.add_file(str(reconstructed))
             self._run.log_artifact(artifact)
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,10 @@ from cushion.errors import CalibrationError, TuningError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.learned import HALF_PRECISION_SCALING, adam_group
 from cushion.tuning_loss import TuningLoss
 from cushion.tuning_ranges import TunedUnder
 from cushion.tuning_state import TuningState, TuningStep, optimizer_tensors, restore_optimizer
-
-HALF_PRECISION_SCALING = 2.0**10
-"""Factor on the loss of a float16 model during the backward pass, taken out of the gradients again."""
 
 _MEND = "lower tuning.learning_rate or set tuning.gradient_clip"
 
@@ -61,7 +60,7 @@ def tune_prefix(
 
     """
     under = TunedUnder(lm, config, fitted, calibration_texts)
-    loss_of = TuningLoss(lm, config, objective, under.without_quantizer)
+    loss_of = TuningLoss(lm, config, objective, found, under.without_quantizer)
     with under:
         if state is None:
             state = _initial_state(under, loss_of, found, held_out, config)
@@ -70,7 +69,7 @@ def tune_prefix(
         loss_of.error_unit = state.error_unit
         parameters = [t.detach().float().clone().requires_grad_() for t in (*state.prefix.keys, *state.prefix.values)]
         ranges = under.parameters()
-        # gradients of half precision underflow unless the loss is scaled up before the backward pass
+        # taken out of the gradients again
         scaling = HALF_PRECISION_SCALING if lm.model.dtype == torch.float16 else 1.0
         optimizer = _optimizer(config, parameters, ranges)
         restore_optimizer(optimizer, state.optimizer)
@@ -158,9 +157,9 @@ def _estimate(under: TunedUnder, behind: Prefix, step: int) -> None:
 
 def _optimizer(config: TuningConfig, parameters: list[Tensor], ranges: list[Tensor]) -> torch.optim.Optimizer:
     """Adam over keys and values, and over learned ranges at their own rate; `peak` is a group's rate after warm-up."""
-    groups = [{"params": parameters, "peak": config.learning_rate}]
+    groups: list[dict[str, Any]] = [{"params": parameters, "peak": config.learning_rate}]
     if ranges:
-        groups.append({"params": ranges, "peak": config.scale_learning_rate})
+        groups.append({**adam_group(ranges, config.scale_learning_rate), "peak": config.scale_learning_rate})
     return torch.optim.Adam(groups, lr=config.learning_rate)
 
 

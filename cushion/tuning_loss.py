@@ -1,7 +1,8 @@
 """The loss of prefix tuning, `L = L_pred + lambda * L_q` (CushionCache, section 4.2), on whatever model is there.
 
-L_pred is the next-token cross entropy behind the prefix, or the divergence from full precision behind the same prefix
-(`loss`). L_q is the quantization error of the following tokens, summed over sites. What the paper leaves open is a key:
+L_pred is the next-token cross entropy behind the prefix, or the divergence from full precision behind the found prefix
+(`loss`): behind the one that learns, full precision could come down to the quantized model instead. L_q is the
+quantization error of the following tokens, summed over sites. What the paper leaves open is a key:
 
 - `gradient`: with scale and offset held constant, a straight-through round makes the gradient of L_q exactly zero
   (`straight_through`), and no straight-through only pulls X to the nearest grid point (`nearest_grid_point`). The
@@ -62,6 +63,7 @@ class TuningLoss:
     Args:
         lm: the model, in full precision while this is made; the quantizer is put on it afterwards.
         objective: gives the grid of q, the same as in the search.
+        found: the prefix before tuning, behind which full precision says what is to be matched, with `loss: kl`.
         without_quantizer: the model in full precision for the length of a `with` block, where the loss needs it.
 
     Attributes:
@@ -74,9 +76,10 @@ class TuningLoss:
         lm: LanguageModel,
         config: TuningConfig,
         objective: SearchConfig,
+        found: Prefix,
         without_quantizer: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._lm, self._config, self._without_quantizer = lm, config, without_quantizer
+        self._lm, self._config, self._found, self._without_quantizer = lm, config, found, without_quantizer
         self._grid = Grid(objective.bits, objective.symmetric, objective.levels)
         self._linear_names = list(lm.linears())  # taken while they are still plain linears
         self.error_unit = 1.0
@@ -94,7 +97,7 @@ class TuningLoss:
             errors.append((error / (parts / groups)).mean())
 
         config = self._config
-        expected = self._full_precision(prefix, texts) if config.loss == "kl" else None
+        expected = self._full_precision(texts) if config.loss == "kl" else None
         with self._observed(observe):
             logits = self._logits(prefix, texts)
         prediction = _next_token(logits, texts) if expected is None else _divergence(logits, expected)
@@ -110,9 +113,9 @@ class TuningLoss:
         return logits
 
     @torch.no_grad()
-    def _full_precision(self, prefix: Prefix, texts: Tensor) -> Tensor:
+    def _full_precision(self, texts: Tensor) -> Tensor:
         with self._without_quantizer():
-            return self._logits(prefix, texts)
+            return self._logits(self._found, texts)
 
     def _observed(self, observe: Any) -> AbstractContextManager[None]:
         if self._config.lambda_q == 0:

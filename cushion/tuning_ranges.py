@@ -21,7 +21,7 @@ from cushion.prefix import Prefix
 from cushion.quantization.check import surrounds
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import fitted_behind
-from cushion.quantization.learned import LearnableQuantizer, Learned
+from cushion.quantization.learned import LearnableQuantizer, Learned, parameters_of
 from cushion.quantization.parts.registry import turned_off
 from cushion.quantization.replacements import Replacements
 
@@ -96,8 +96,7 @@ class TunedUnder:
 
     def parameters(self) -> list[Tensor]:
         """What the learned ranges are made of: float32 scalars that need a gradient, in a fixed order."""
-        distinct = dict.fromkeys(self._learnable.values())
-        return [parameter for quantizer in distinct for parameter in quantizer.learned]
+        return parameters_of(self._learnable.values())
 
     @torch.no_grad()
     def set_learned(self, values: list[Tensor]) -> None:

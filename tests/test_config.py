@@ -129,7 +129,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: RunConfig(search=GREEDY, tuning=replace(TUNED, loss="kl"), quantizer=NOTHING),
-        r"tuning\.loss=kl .*quantizes nothing: .*tuning\.loss=next_token",
+        r"tuning\.loss=kl .*rounds nothing: .*tuning\.loss=next_token",
+    ),
+    (
+        lambda: RunConfig(
+            search=GREEDY, tuning=replace(TUNED, loss="kl"), quantizer=replace(NOTHING, rotation="hadamard")
+        ),
+        r"tuning\.loss=kl .*rounds nothing: .*tuning\.loss=next_token",
     ),
 ]
 

@@ -34,6 +34,7 @@ from cushion.errors import ArtifactError, ConfigError, DataError
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
 from cushion.models import load_language_model
 from cushion.prefix import Prefix
+from cushion.quantization.learned import Learned
 from cushion.results import FILE_NAME, RunResult
 
 
@@ -543,13 +544,23 @@ def test_reconstruction_has_rows_of_its_own_behind_those_of_the_frozen_model(tex
     )
     assert [row.stage for row in result.rows[-2:]] == ["none", "tuned"]
     assert [row.reconstructed for row in result.rows] == [False] * len(TUNED_ROWS) + [True] * 2
+    assert without.rows[-1].label.endswith(" + tuned prefix + learned ranges")
     assert result.rows[-1].label == f"{without.rows[-1].label} + reconstruction"
+    assert [row.name for row in result.rows if row.learned_ranges] == ["quantized_tuned", result.rows[-1].name]
     assert result.rows[-1].values["perplexity/text"] != without.rows[-1].values["perplexity/text"]
     assert result.reconstruction is not None and without.reconstruction is None
     assert result.reconstruction.keys() == {"none", "tuned"}
     assert all(len(record["blocks"]) == 3 for record in result.reconstruction.values())
     assert pipeline.run_folder(config).parent.name == f"{pipeline.run_folder(frozen).parent.name}-weights"
     assert RunResult.read(pipeline.run_folder(config) / FILE_NAME) == result
+    kept = Learned.load(pipeline.run_folder(config) / "reconstructed.safetensors")
+    assert kept.ranges and kept.weights
+    keys = [json.loads(path.read_text()) for path in (tmp_path / "out/cache/perplexity").glob("*/depends_on.json")]
+    assert kept.fingerprint in [
+        key["quantizer"].get("learned")
+        for key in keys
+        if key["quantizer"] and result.prefix and key["prefix"] == result.prefix["fingerprint"]
+    ]
 
 
 def test_reconstruction_without_an_epoch_gives_the_frozen_row_once_more(text_file: Path, tmp_path: Path) -> None:

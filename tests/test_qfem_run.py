@@ -115,6 +115,17 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
     assert names == {"activation_curves.png", "activation_map.png", "attention_maps.png", "qfem_tradeoff.png"}
 
 
+def test_a_row_tuned_under_static_ranges_keeps_the_linears_it_was_tuned_with(text_file: Path, tmp_path: Path) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.quantizer = quantizer(QFeMConfig(alpha=1.3), activations=ActivationConfig(bits=4))
+    config.tuning = replace(config.tuning, ranges="static")
+    config.eval = replace(config.eval, controls=False)
+    result = pipeline.run(config)
+    assert result.qfem is not None and list(result.qfem) == ["found"]
+    (key,) = [json.loads(path.read_text()) for path in (tmp_path / "out/cache/perplexity").glob("*/depends_on.json")]
+    assert key["quantizer"]["keep"] == sorted(result.qfem["found"]["kept"]) != []
+
+
 def load_linears(config: RunConfig) -> list[tuple[str, Any]]:
     return list(load_language_model(config.model, config.paths).linears().items())
 

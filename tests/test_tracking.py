@@ -19,7 +19,7 @@ from tiny_run import processes, small_config, tuning_config
 
 from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
-from cushion.config import RunConfig, SearchConfig, TrackingConfig, to_dict
+from cushion.config import ReconstructionConfig, RunConfig, SearchConfig, TrackingConfig, to_dict
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
 from cushion.flat import flatten
 from cushion.metrics.columns import Measured, row_values
@@ -323,6 +323,24 @@ class FailingRun:
     def finish(self, exit_code: int) -> None:
         self.finished += 1
         self._call("finish")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_ranges_that_a_reconstruction_learned_are_an_artifact(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    run = FailingRun("nothing")
+    monkeypatch.setattr(run, "log_artifact", logged.append)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    config = small_config(text_file, tmp_path / "out")
+    config.reconstruction = ReconstructionConfig("scales", "blockwise", epochs=1)
+    config.eval.controls = False
+    config.tracking = OFFLINE
+    cli.execute(config)
+    assert [(one.type, list(one.manifest.entries)) for one in logged] == [
+        ("reconstruction", ["reconstructed.safetensors"])
+    ]
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -154,7 +154,8 @@ def test_loss_equals_the_formula_over_plain_tokens(tiny: Tiny, reduction: str, s
     lm, texts = tiny(), random_texts(3, 12)
     config = settings(lambda_q=0.5, reduction=reduction, error_site=site)
     with torch.no_grad():
-        actual = TuningLoss(lm, config, SearchConfig())(Prefix.from_tokens(lm.model, TOKENS), texts)
+        found = Prefix.from_tokens(lm.model, TOKENS)
+        actual = TuningLoss(lm, config, SearchConfig(), found)(found, texts)
     predictions, errors = [], []
     for text in texts:  # one at a time, as tokens, without a cache
         seen: list[Tensor] = []

@@ -30,6 +30,7 @@ from cushion.quantization.parts.activations import ActivationConfig as Activatio
 from cushion.quantization.parts.attention import AttentionConfig as AttentionConfig
 from cushion.quantization.parts.kv_cache import KvCacheConfig as KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig as QFeMConfig
+from cushion.quantization.parts.registry import rounds
 from cushion.quantization.parts.weights import WeightConfig as WeightConfig
 from cushion.quantization.quantizer import CalibrationConfig as CalibrationConfig
 from cushion.quantization.quantizer import QuantizerConfig as QuantizerConfig
@@ -118,10 +119,10 @@ class RunConfig:
                 f"quantizer.plugins.{quantizer.blockwise[0]} is fitted block by block, which takes too long for that: "
                 "use tuning.ranges=dynamic or learned"
             )
-        if tuning.loss == "kl" and quantizer.is_full_precision:
+        if tuning.loss == "kl" and not rounds(quantizer):
             raise ConfigError(
                 f"tuning.loss=kl compares the quantized model with full precision, and quantizer={quantizer.name} "
-                "quantizes nothing: choose a quantizer, or tuning.loss=next_token"
+                "rounds nothing: choose a quantizer, or tuning.loss=next_token"
             )
 
     @property

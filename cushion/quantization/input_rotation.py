@@ -1,6 +1,6 @@
 """Rotation of the inputs of linears while the model runs: QuaRot's online Hadamard transform.
 
-After QuaRot (arXiv 2404.00456, section 4, stage 1c): `x W^T = (x H) (W H)^T` with an orthogonal H. Behind the gate of
+After QuaRot (arXiv 2404.00456, section 4, stage 1b): `x W^T = (x H) (W H)^T` with an orthogonal H. Behind the gate of
 a feed-forward part nothing linear stands before the down projection into which H could be folded, so its input is
 multiplied while the model runs. A channel that is large is spread over all of them, which a scale per tensor needs.
 In real kernels this is a fast Hadamard transform of `n log n` additions; here it is a product in float32.

@@ -13,7 +13,7 @@ where rounding counts as the identity. Gradients of scale and offset are multipl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ from cushion.errors import ArtifactError
 from cushion.hashing import tensor_digest
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid, quantize
+
+HALF_PRECISION_SCALING = 2.0**10
+"""Factor on the loss of a float16 model during the backward pass: without it small gradients underflow."""
+
+RANGES_EPSILON = 1e-15
+"""Adam's epsilon for learned ranges: their gradients are small by the factor of LSQ, and 1e-8 would hold them back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +144,16 @@ class LearnableQuantizer(ActivationQuantizer):
             offset = offset.detach() + (low - low.detach())
         quantized: Tensor = _LearnedStep.apply(values, scale, offset, self.grid)
         return quantized
+
+
+def parameters_of(quantizers: Iterable[LearnableQuantizer]) -> list[Tensor]:
+    """What the ranges are made of, in order; linears that read the output of one norm have one quantizer."""
+    return [parameter for quantizer in dict.fromkeys(quantizers) for parameter in quantizer.learned]
+
+
+def adam_group(ranges: list[Tensor], rate: float) -> dict[str, Any]:
+    """The group of learned ranges for `torch.optim.Adam`, at a learning rate of its own."""
+    return {"params": ranges, "lr": rate, "eps": RANGES_EPSILON}
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -116,5 +116,6 @@ class QuantizerConfig:
 
     @property
     def scheme(self) -> str:
-        """`per_tensor_static W8A8`, the way the field writes it."""
-        return f"{self.name} {''.join(part.label(self) for part in parts())}"
+        """`per_tensor_static W8A8`, the way the field writes it; words of the parts stand behind the bits of all."""
+        bits, words = zip(*(part.label(self).partition(" ")[::2] for part in parts()), strict=True)
+        return " ".join([self.name + " " + "".join(bits), *(word for word in words if word)])

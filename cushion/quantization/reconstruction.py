@@ -24,13 +24,16 @@ from cushion.errors import CalibrationError
 from cushion.execution.registry import SIMULATED, load_execution
 from cushion.quantization.effect import Site, Turn
 from cushion.quantization.fitted import rounded
-from cushion.quantization.learned import LearnableQuantizer
+from cushion.quantization.learned import (
+    HALF_PRECISION_SCALING,
+    RANGES_EPSILON,
+    LearnableQuantizer,
+    adam_group,
+    parameters_of,
+)
 from cushion.quantization.linear import straight_through
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.weights import WEIGHTS
-
-HALF_PRECISION_SCALING = 2.0**10
-"""Of the loss, before gradients pass a model in float16."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,10 @@ def _learn(
     weights: _Weights | None,
     before: float,
 ) -> None:
-    distinct = {id(quantizer): quantizer for quantizer in learnable.values()}.values()
-    ranges = [parameter for quantizer in distinct for parameter in quantizer.learned]
-    groups: list[dict[str, Any]] = [{"params": ranges, "lr": config.scale_learning_rate}]
+    groups: list[dict[str, Any]] = [adam_group(parameters_of(learnable.values()), config.scale_learning_rate)]
     if weights is not None:
         groups.append({"params": list(weights.parameters.values()), "lr": config.weight_learning_rate})
-    # the gradients of scales are small by the factor of LSQ: Adam's usual epsilon would hold them back
-    optimizer = torch.optim.Adam(groups, eps=1e-15)
+    optimizer = torch.optim.Adam(groups, eps=RANGES_EPSILON)  # of the weights too
     rates = [float(group["lr"]) for group in groups]
     scaling = HALF_PRECISION_SCALING if turn.inputs.dtype == torch.float16 else 1.0
     steps = config.epochs * math.ceil(len(turn.texts) / config.batch_size)

@@ -20,6 +20,7 @@ from cushion.quantization.fitting import walk
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.learned import Learned
 from cushion.quantization.reconstruction import BlockRecord, reconstruct_block
+from cushion.schema import LEARNED
 from cushion.step import Context, Step
 
 
@@ -88,7 +89,7 @@ class ReconstructionStep(Step[Reconstructed]):
             if done > known and workspace.checkpoint.due():
                 state.seconds = time.perf_counter() - started
                 workspace.checkpoint.save(*state.to_checkpoint())
-        state.learned.save(workspace.folder / "learned.safetensors")
+        state.learned.save(workspace.folder / LEARNED)
         record = {"blocks": [asdict(block) for block in state.blocks], "seconds": time.perf_counter() - started}
         write_json(workspace.folder / "reconstruction.json", record)
 
@@ -96,7 +97,7 @@ class ReconstructionStep(Step[Reconstructed]):
         """What was learned, and the errors by block."""
         stored = read_json(folder / "reconstruction.json")
         record = {key: stored[key] for key in ("blocks", "seconds")}
-        return Reconstructed(Learned.load(folder / "learned.safetensors"), record, float(record["seconds"]))
+        return Reconstructed(Learned.load(folder / LEARNED), record, float(record["seconds"]))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from cushion.reporting.collect import Run
 from cushion.reporting.comparisons import measured
 from cushion.reporting.grid import NONE, Cell
 from cushion.reporting.measures import FAILED, MISSING, Measure, measure_of, measures, over_seeds
+from cushion.schema import is_frozen
 
 SAME = 1e-3
 """Relative difference up to which a number that several runs measured counts as one number."""
@@ -99,7 +100,7 @@ def _rows(runs: Sequence[Run], wanted: Mapping[str, Any]) -> list[tuple[Run, Row
         (run, row)
         for run in runs
         for row in run.record["rows"]
-        if not row.get("reconstructed", False)  # the papers' tables are of frozen models
+        if is_frozen(row)  # the papers' tables are of frozen models
         and stage in (None, row["stage"])
         and quantized in (None, row["quantized"])
     ]

@@ -15,7 +15,7 @@ from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
 from cushion.reporting.runs import varying
-from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED
+from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""
@@ -140,7 +140,7 @@ def _perplexity(run: Run, stage: str, corpus: str) -> float | None:
 
     A search that found nothing ended without a prefix, so that row counts as what it found.
     """
-    rows = [row for row in run.record["rows"] if not row.get("reconstructed", False)]
+    rows = [row for row in run.record["rows"] if is_frozen(row)]
     quantized = any(row["quantized"] for row in rows)
     if stage == FOUND and _found_nothing(run):
         stage = NO_PREFIX

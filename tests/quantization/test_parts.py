@@ -131,6 +131,20 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert unread(nothing) == SHARED
 
 
+@pytest.mark.parametrize(
+    ("name", "activations", "scheme"),
+    [
+        ("mine", ActivationConfig(), "mine W8A8KV4"),
+        ("mine", ActivationConfig(estimator="percentile"), "mine W8A8KV4 percentile"),
+        ("mine", ActivationConfig(estimator="mse", range="dynamic"), "mine W8A8KV4"),
+        ("mse_static", ActivationConfig(estimator="mse"), "mse_static W8A8KV4"),
+        ("mse_static", ActivationConfig(), "mse_static W8A8KV4 minmax"),
+    ],
+)
+def test_a_scheme_says_the_estimator_that_its_name_does_not(name: str, activations: Any, scheme: str) -> None:
+    assert QuantizerConfig(name, activations=activations, kv_cache=KvCacheConfig(4)).scheme == scheme
+
+
 def test_what_no_part_reads_has_no_effect() -> None:
     rotated = QuantizerConfig(
         "rotation", WeightConfig(bits=None), ActivationConfig(bits=None),

@@ -30,6 +30,7 @@ from cushion.quantization.calibration import Calibration
 from cushion.quantization.effect import Turn
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import fitted_behind
+from cushion.quantization.learned import Learned
 from cushion.quantization.reconstruction import BlockRecord, batches, learning_rate_factor
 from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
 from cushion.step import Context, compute
@@ -189,6 +190,8 @@ def test_what_decides_the_outcome_is_in_the_key(tiny: Tiny) -> None:
         replace(step, config=replace(CONFIG, epochs=5)),
         replace(step, config=replace(CONFIG, weights=True)),
         replace(step, behind=Prefix.from_tokens(lm.model, [256])),
+        replace(step, start=Learned({DOWN: (torch.tensor(-1.0), torch.tensor(1.0))})),
+        replace(step, calibration=replace(step.calibration, key="others")),
     ]
     keys = [str(one.key(context)) for one in (step, *others)]
     assert len(set(keys)) == len(keys)

@@ -88,6 +88,14 @@ def test_ours_stands_beside_the_published_number_with_the_difference(tmp_path: P
     assert any(note.startswith("Not run: LLaMA3-8B, ") for note in table.notes)
 
 
+@pytest.mark.parametrize("learned", ["reconstructed", "learned_ranges"])
+def test_rows_whose_quantizer_learned_are_not_in_a_papers_table(tmp_path: Path, learned: str) -> None:
+    rows = [row("quantized", 9.0), row("quantized_tuned", 5.9) | {learned: True}]
+    table = ours(tmp_path, "cushioncache_table1", record(model=LLAMA2, rows=rows, **PAPER))
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "9.00"
+    assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "CushionCache") == "not measured"
+
+
 def test_another_model_gets_a_column_of_its_own(tmp_path: Path) -> None:
     planted = record(model="embedded:smollm2-135m", rows=[row("quantized", 66.1)], **PAPER)
     table = ours(tmp_path, "cushioncache_table1", planted)

@@ -78,6 +78,15 @@ def test_the_points_drawn_are_those_of_the_results(tmp_path: Path, monkeypatch: 
     assert drawn[""] == (["linear"], ["log"]), "from 10 with a tuned prefix to 900 without"
 
 
+@pytest.mark.parametrize("learned", ["reconstructed", "learned_ranges"])
+def test_a_row_whose_quantizer_learned_is_not_drawn(tmp_path: Path, learned: str) -> None:
+    runs = tau_runs()
+    for one in runs:
+        one["rows"][-1][learned] = True
+    (only,) = found_in(tmp_path, *runs)
+    assert {stage for stage, _ in only.series} == {"none", "found"}
+
+
 def test_one_seed_has_no_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (only,) = found_in(tmp_path, *(one for one in tau_runs() if one["config"]["seed"] == 0))
     assert lines(only, tmp_path, monkeypatch)["found prefix"] == ([(0.25, 30.0), (0.5, 20.0), (0.9, 12.0)], [])

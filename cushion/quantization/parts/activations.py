@@ -108,8 +108,10 @@ class Activations(Part):
         return self.is_on(quantizer) and activations.range == "dynamic" and activations.granularity == "per_tensor"
 
     def label(self, quantizer: Quantizer) -> str:
-        """`A8`."""
-        return f"A{width(quantizer.activations)}"
+        """`A8`, and the estimator of a static range where it is not min-max, or not the one in the quantizer's name."""
+        own, named = quantizer.activations, [name for name, _ in ESTIMATORS.items() if name in quantizer.name]
+        is_said = not self.is_on(quantizer) or own.range != "static" or own.estimator == (named or ["minmax"])[0]
+        return f"A{width(own)}" + ("" if is_said else f" {own.estimator}")
 
 
 register(Activations())

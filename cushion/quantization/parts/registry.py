@@ -56,6 +56,11 @@ def turned_off(quantizer: Q, which: Callable[[Part], bool]) -> Q:
     return replace(quantizer, **{name: getattr(defaults, name) for name in unread(quantizer)})  # type: ignore[type-var]
 
 
+def rounds(quantizer: Any) -> bool:
+    """Whether a part that is on does more than rotation and smoothing, which keep the function."""
+    return any(part.is_on(quantizer) and not part.keeps_function for part in parts())
+
+
 def without_rounding(quantizer: Q) -> Q:
     """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
     return turned_off(quantizer, lambda part: not part.keeps_function)
