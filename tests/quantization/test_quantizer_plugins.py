@@ -68,7 +68,7 @@ def test_a_part_that_is_fitted_block_by_block_is_one_file(results: dict[str, dic
 def test_a_number_format_in_one_file_rounds_the_weights_and_stands_in_the_label(
     results: dict[str, dict[str, Any]],
 ) -> None:
-    assert results["powers_of_two"]["rows"][-1]["label"].startswith("powers_of_two W3 (powers_of_two) A8")
+    assert results["powers_of_two"]["rows"][-1]["label"].startswith("powers_of_two W3(powers_of_two)A8")
     assert values(results["powers_of_two"]) != values(results["per_tensor_static"])
 
 

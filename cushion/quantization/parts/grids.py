@@ -15,10 +15,10 @@ def check_bits(key: str, bits: int | None) -> None:
 
 
 def width(config: Any) -> str:
-    """The bits as they stand in the name of a scheme: 8, 16 where nothing is rounded, `8 (format)` for no integers."""
+    """The bits as they stand in the name of a scheme: 8, 16 where nothing is rounded, `8(format)` where it is not integers."""
     if config.bits is None:
         return "16"
-    return f"{config.bits}" if config.format == "int" else f"{config.bits} ({config.format}) "
+    return f"{config.bits}" if config.format == "int" else f"{config.bits}({config.format})"
 
 
 def grid_keys(symmetric: bool) -> frozenset[str]:
