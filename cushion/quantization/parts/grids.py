@@ -15,7 +15,7 @@ def check_bits(key: str, bits: int | None) -> None:
 
 
 def width(config: Any) -> str:
-    """The bits as they stand in the name of a scheme: 8, 16 where nothing is rounded, `8(format)` where it is not integers."""
+    """The bits as they stand in the name of a scheme: 8, 16 where nothing is rounded, `8(format)` for no integers."""
     if config.bits is None:
         return "16"
     return f"{config.bits}" if config.format == "int" else f"{config.bits}({config.format})"
