@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +18,17 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import calibrate
 from cushion.registry import Registry
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of `scripts/` as a module, imported anew, under its own name in `sys.modules`."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def random_texts(rows: int, length: int, seed: int = 0, below: int = 256) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import sys
@@ -12,20 +11,16 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import load_script
 
 from cushion.config import RunConfig
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_search.py"
 ROWS = ["none", "pruned", "sampled", "qfep", "prefixquant", "exhaustive", "exact"]
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_search", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_search")
 
 
 def arguments(text_file: Path, output: Path) -> list[str]:

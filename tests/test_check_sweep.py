@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -11,22 +10,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from helpers import SCRIPTS, load_script
 from programs import Program
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "check_sweep.py"
 
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "PYTHONPATH"):
         monkeypatch.setenv(name, "")  # the script sets them, and they are set back after the test
-    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])  # the folder of a script that is started
-    spec = importlib.util.spec_from_file_location("check_sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "check_sweep", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])  # the folder of a script that is started
+    monkeypatch.setitem(sys.modules, "check_sweep", ModuleType("check_sweep"))
+    return load_script("check_sweep")
 
 
 def test_a_sweep_that_is_killed_ends_with_the_same_results_each_step_computed_once(

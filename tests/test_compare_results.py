@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import sys
@@ -12,17 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from helpers import load_script
 
 
 @pytest.fixture
@@ -37,7 +26,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setitem(sys.modules, script, ModuleType(script))
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
-            load(script).main()
+            load_script(script).main()
         except SystemExit as end:
             assert isinstance(end.code, int)
             return end.code

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from helpers import calibrated, random_texts, random_values
+from helpers import calibrated, load_script, random_texts, random_values
 
 from cushion.config import QuantizerConfig, WeightConfig
 from cushion.models import LanguageModel
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "weight_sqnr.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("weight_sqnr", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("weight_sqnr")
 
 
 def test_the_ratio_is_that_of_the_formula(script: ModuleType) -> None:

@@ -8,7 +8,7 @@ In real kernels this is a fast Hadamard transform of `n log n` additions; here i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,9 @@ from cushion.quantization.effect import Effect, Work
 from cushion.quantization.hadamard import randomized_hadamard
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
+from cushion.quantization.rotation import Rotation, times
+
+Hook = Callable[..., Any]
 
 
 class _InputRotation(Effect):
@@ -36,17 +39,17 @@ class _InputRotation(Effect):
     def around(self, work: Work) -> Iterator[None]:
         """Weights multiplied by H, and inputs by a hook before each linear."""
         replacements, handles = Replacements(), []
-        matrices: dict[tuple[int, torch.device], Tensor] = {}
+        rotations: dict[tuple[int, torch.device], tuple[Tensor, Hook]] = {}
         try:
-            for linear in rotated_linears(work.lm, work.config).values():
-                size, weight = (linear.in_features, linear.weight.device), linear.weight.detach()
-                if size not in matrices:
-                    matrices[size] = randomized_hadamard(linear.in_features).to(linear.weight.device)
-                turned = (weight.double() @ matrices[size]).to(weight.dtype)
-                replacements.put(linear, "weight", nn.Parameter(turned, requires_grad=False))
-            hooks = {size: _hook(matrix.float()) for size, matrix in matrices.items()}
             for name, linear in rotated_linears(work.lm, work.config).items():
-                work.input_hooks[name] = hooks[linear.in_features, linear.weight.device]
+                weight = linear.weight.detach()
+                place = linear.in_features, weight.device
+                if place not in rotations:
+                    matrix = randomized_hadamard(linear.in_features)
+                    rotations[place] = matrix, _before(Rotation(matrix, weight.device))
+                matrix, work.input_hooks[name] = rotations[place]
+                turned = nn.Parameter(times(weight, matrix).to(weight.dtype), requires_grad=False)
+                replacements.put(linear, "weight", turned)
                 handles.append(linear.register_forward_pre_hook(work.input_hooks[name], with_kwargs=True))
             yield
         finally:
@@ -64,10 +67,12 @@ def rotated_linears(lm: LanguageModel, config: QuantizerConfig) -> dict[str, nn.
     return {name: linear for name, linear in linears.items() if name in down}
 
 
-def _hook(matrix: Tensor) -> Any:
+def _before(rotation: Rotation) -> Hook:
+    """The hook that lets a linear read what the rotation makes of its input."""
+
     def rotate(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         (values,) = args  # a linear has one input
-        return ((values.float() @ matrix).to(values.dtype),), kwargs
+        return (rotation(values),), kwargs
 
     return rotate
 

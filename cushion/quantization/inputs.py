@@ -10,8 +10,7 @@ from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
-from cushion.quantization.parts.activations import EXTREMES
-from cushion.quantization.parts.registry import mixes_channels
+from cushion.quantization.parts.activations import EXTREMES, range_from
 
 
 class _Inputs(Effect):
@@ -38,11 +37,12 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
         low, high = work.learned.ranges[name]
         return low.to(device), high.to(device)
     estimator, options = work.config.activations.estimation()
+    source = range_from(work.config)
     if estimator.statistic is not None:
-        observed = work.gathered(estimator.needed(options), name)
+        observed = work.gathered(source, name)
         low, high = estimator.range_of(observed, grid, options)
         return low.to(device), high.to(device)
-    if mixes_channels(work.config):
+    if source == EXTREMES:
         low, high = work.gathered(EXTREMES, name).range
         return low.to(device), high.to(device)
     low, high = work.ranges_of(name, device)

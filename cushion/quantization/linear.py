@@ -108,8 +108,7 @@ class ActivationQuantizer:
         if not self.straight_through:
             return quantized
         if self.parameters is None:
-            passed: Tensor = _StraightThrough.apply(values, quantized)
-            return passed
+            return straight_through(values, quantized)
         scale, offset = self.parameters
         low, high = (scale * bound + offset for bound in self.grid.bounds)
         clipped: Tensor = _Clipped.apply(values, quantized, low, high)

@@ -118,7 +118,7 @@ def _fold(lm: LanguageModel, seed: int, replacements: Replacements) -> None:
     else:
         for path in stream.embeddings:
             embedding = lm.model.get_submodule(path)
-            _put(embedding, "weight", _times(cast(Tensor, embedding.weight), into), replacements)
+            _put(embedding, "weight", times(cast(Tensor, embedding.weight), into), replacements)
     for block in lm.blocks:
         for norm_path, reader_paths in lm.architecture.smoothing:
             readers = _weights_of(block, reader_paths)
@@ -160,11 +160,11 @@ def _fold_norm(
     for owner, name in readers:
         old = cast(Tensor, getattr(owner, name))
         if bias is not None:
-            shift = _times(old, bias.detach().double()[:, None]).squeeze(-1)
+            shift = times(old, bias.detach().double()[:, None]).squeeze(-1)
             own = getattr(owner, "bias", None)
             replacements.put(owner, "bias", _parameter(shift if own is None else own.double() + shift, old))
         gain = 1.0 if weight is None else weight.detach().double().to(old.device) + offset
-        _put(owner, name, _times(old, back, gain), replacements)
+        _put(owner, name, times(old, back, gain), replacements)
     if isinstance(norm, nn.LayerNorm):
         like = readers[0][0].weight if weight is None else weight
         plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=like.device, dtype=like.dtype)
@@ -181,9 +181,9 @@ def _fold_writer(owner: nn.Module, name: str, into: Tensor, replacements: Replac
     """Rotate what a linear writes: weight (..., out_features, in_features) and bias (out_features,)."""
     weight = cast(Tensor, getattr(owner, name))
     bias = cast("Tensor | None", getattr(owner, "bias", None)) if name == "weight" else None
-    _put(owner, name, _times(weight.mT, into).mT.contiguous(), replacements)
+    _put(owner, name, times(weight.mT, into).mT.contiguous(), replacements)
     if bias is not None:
-        _put(owner, "bias", _times(bias[None], into)[0], replacements)
+        _put(owner, "bias", times(bias[None], into)[0], replacements)
 
 
 def _append(root: nn.Module, path: str, into: Tensor, replacements: Replacements) -> None:
@@ -194,7 +194,7 @@ def _append(root: nn.Module, path: str, into: Tensor, replacements: Replacements
     replacements.put(root.get_submodule(parent), leaf, appended)
 
 
-def _times(weight: Tensor, matrix: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+def times(weight: Tensor, matrix: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     """`(weight * gain) matrix` along the last dimension: computed in float64, some rows at a time, for any dtype."""
     matrix = matrix.to(weight.device)
     rows = weight.detach().reshape(-1, weight.shape[-1])

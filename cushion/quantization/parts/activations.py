@@ -54,6 +54,13 @@ class ActivationConfig:
         return estimator, estimator.values(self.estimator_options, "quantizer.activations.estimator_options")
 
 
+def range_from(quantizer: Quantizer) -> Needed:
+    """What the static range of a linear's input follows from: what its estimator needs, or `EXTREMES` for min-max."""
+    estimator, options = quantizer.activations.estimation()
+    needed = estimator.needed(options)
+    return EXTREMES if needed == RANGES and mixes_channels(quantizer) else needed
+
+
 class Activations(Part):
     """The inputs of the targeted linears."""
 
@@ -74,9 +81,7 @@ class Activations(Part):
         """What the estimator of static ranges needs."""
         if not (self.is_on(quantizer) and quantizer.activations.range == "static"):
             return NOTHING
-        estimator, options = quantizer.activations.estimation()
-        needed = estimator.needed(options)
-        return frozenset({EXTREMES if needed == RANGES and mixes_channels(quantizer) else needed})
+        return frozenset({range_from(quantizer)})
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """The grid, and the estimator of a static range."""

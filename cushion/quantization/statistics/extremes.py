@@ -7,14 +7,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cushion.quantization.statistics.base import Statistic
+from cushion.quantization.statistics.ranges import RangeStatistic
 
 
-class Extremes(Statistic):
+class Extremes(RangeStatistic):
     """Minimum and maximum over all texts."""
-
-    def __init__(self) -> None:
-        self._range: Tensor | None = None
 
     @staticmethod
     def reduced(values: Tensor) -> Tensor:
@@ -35,23 +32,13 @@ class Extremes(Statistic):
         assert self._range is not None, "nothing was added"
         return self._range[0], self._range[1]
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no text was added."""
-        return self._range is None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all values were finite."""
-        return self._range is None or bool(torch.isfinite(self._range).all())
-
     def tensors(self) -> dict[str, Tensor]:
         """The range, empty before the first text."""
-        return {"range": torch.zeros(0) if self._range is None else self._range}
+        return {"range": self._saved(torch.float32)}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Self:
         """The extremes that were saved."""
         new = cls()
-        new._range = tensors["range"].cpu() if len(tensors["range"]) else None
+        new._restore(tensors["range"])
         return new

@@ -8,10 +8,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cushion.quantization.statistics.base import Statistic
+from cushion.quantization.statistics.ranges import RangeStatistic
 
 
-class MovingRanges(Statistic):
+class MovingRanges(RangeStatistic):
     """Minimum and maximum of a text, in a running average: `r <- r + averaging * (new - r)`, from the first text on.
 
     It depends on the order of the texts: with 128 of them and 0.01 the first still weighs 0.99^127 = 0.28. It lies
@@ -23,8 +23,8 @@ class MovingRanges(Statistic):
     """
 
     def __init__(self, averaging: float = 0.01) -> None:
+        super().__init__()
         self.averaging = averaging
-        self._range: Tensor | None = None
 
     @staticmethod
     def reduced(values: Tensor) -> Tensor:
@@ -45,24 +45,14 @@ class MovingRanges(Statistic):
         """The running maximum."""
         return math.nan if self._range is None else float(self._range[1])
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no text was added."""
-        return self._range is None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all values were finite: a range that once was not stays so."""
-        return self._range is None or bool(torch.isfinite(self._range).all())
-
     def tensors(self) -> dict[str, Tensor]:
         """The range, empty before the first text, and the weight of a new one."""
-        found = torch.zeros(0, dtype=torch.float64) if self._range is None else self._range
-        return {"range": found, "averaging": torch.tensor(self.averaging, dtype=torch.float64)}
+        averaging = torch.tensor(self.averaging, dtype=torch.float64)
+        return {"range": self._saved(torch.float64), "averaging": averaging}
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> Self:
         """The ranges that were saved."""
         new = cls(float(tensors["averaging"]))
-        new._range = tensors["range"].cpu() if len(tensors["range"]) else None
+        new._restore(tensors["range"])
         return new
