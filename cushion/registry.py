@@ -153,11 +153,18 @@ def located(place: str) -> Any:
     """What `module:attribute` names; its module is imported now.
 
     Raises:
-        ConfigError: the module has no such attribute.
+        ConfigError: there is no such module, or it has no such attribute.
 
     """
     module, _, attribute = place.partition(":")
-    found = getattr(importlib.import_module(module), attribute, None)
+    if not module or not attribute:
+        raise ConfigError(f"{place!r} names nothing: it is written module:attribute")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports itself is not
+        raise ConfigError(f"{place!r} names nothing: there is no module {error.name}") from error
     if found is None:
         raise ConfigError(f"{place!r} names nothing: it is written module:attribute")
     return found

@@ -143,3 +143,15 @@ def test_a_place_is_a_module_and_its_attribute() -> None:
     for place in ("cushion.registry:Registri", "cushion.registry"):
         with pytest.raises(ConfigError, match=f"'{place}' names nothing: it is written module:attribute"):
             located(place)
+
+
+def test_a_misspelt_module_is_told_from_a_module_that_lacks_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, missing in (("cushion.registri:Registry", "cushion.registri"), ("cushon.registry:R", "cushon")):
+        with pytest.raises(ConfigError, match=f"'{place}' names nothing: there is no module {missing}$"):
+            located(place)
+    (tmp_path / "half_installed.py").write_text("import not_installed_here\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_here"):
+        located("half_installed:anything")
