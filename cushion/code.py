@@ -48,7 +48,7 @@ INFRASTRUCTURE = frozenset(
 )
 """Modules that are in no step's version, whoever imports them."""
 
-SHOWN = ("cli", "export", "launching", "preflight", "progress", "reporting", "tracking")
+SHOWN = ("cli", "composition", "export", "launching", "preflight", "progress", "reporting", "tracking")
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 

@@ -42,7 +42,7 @@ RANKS = (
     {"tracking"},
     {"export"},
     {"cli"},
-    {"preflight"},
+    {"preflight", "composition"},
 )
 """The packages, and the modules that stand in none, from the ground up: each imports only from ranks below its own."""
 

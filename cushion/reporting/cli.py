@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cushion.errors import ArtifactError, CushionError, did_you_mean
 from cushion.reporting.collect import Run, collect
+from cushion.reporting.frame import frame_of
 from cushion.reporting.grid import Table, comma_separated, escape_markdown, latex, markdown
 from cushion.reporting.page import html
 from cushion.reporting.plots import Drawing, draw_all
@@ -81,6 +82,7 @@ def _write(output: Path, title: str, published: Sequence[Table], tables: Sequenc
         "report.md": _markdown(title, published, tables, provenance, drawings),
         "report.tex": _latex([*published, *tables]),
         "provenance.csv": comma_separated(provenance),
+        "rows.csv": frame_of(runs).to_csv(index=False),
         **{f"published/{table.name}.csv": comma_separated(table) for table in published},
         **{f"runs/{table.name}.csv": comma_separated(table) for table in tables},
     }
