@@ -111,8 +111,8 @@ def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(te
         assert not any(s.startswith(("statistics", "alpha")) for s in stages(later)), "the ratios are shared"
 
     draw_figures(asdict(result), tmp_path / "drawn")
-    names = {path.name for path in (tmp_path / "drawn" / "figures").iterdir()}
-    assert names == {"activation_curves.png", "activation_map.png", "attention_maps.png", "qfem_tradeoff.png"}
+    names = {path.stem for path in (tmp_path / "drawn" / "figures").iterdir()}
+    assert names == {"activation_curves", "activation_map", "attention_maps", "qfem_tradeoff"}
 
 
 def test_a_row_tuned_under_static_ranges_keeps_the_linears_it_was_tuned_with(text_file: Path, tmp_path: Path) -> None:

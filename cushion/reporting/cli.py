@@ -20,7 +20,7 @@ from cushion.reporting.status import without_result
 
 WRITTEN = "files.txt"
 """In a report's folder: the files of which the next report there removes those that it does not write again."""
-_PER_REPORT = ("figures/*.png", "published/*.csv", "runs/*.csv")
+_PER_REPORT = ("figures/*.png", "figures/*.pdf", "published/*.csv", "runs/*.csv")
 
 
 def write_report(
@@ -90,7 +90,8 @@ def _write(output: Path, title: str, published: Sequence[Table], tables: Sequenc
         path = output / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    written = [output / name for name in contents] + [drawing.path for drawing in drawings]
+    written = [output / name for name in contents]
+    written += [file for drawing in drawings for file in (drawing.path, drawing.path.with_suffix(".pdf"))]
     names = sorted(path.relative_to(output).as_posix() for path in written)
     (output / WRITTEN).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return written

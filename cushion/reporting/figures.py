@@ -1,8 +1,8 @@
-"""Figures from result.json, as PNG files fit for a paper."""
+"""Figures from result.json, fit for a paper: a PNG file, and the same as PDF beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
 
     Args:
         result: the content of result.json.
-        path: the PNG file to write.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
         dpi: dots per inch.
 
     Returns:
@@ -67,10 +67,10 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
     """
     curves: dict[str, dict[str, list[float]]] = result["activations"]["curves"]
     titles = result["activations"]["titles"]
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.6 * len(curves), 3.1), sharey=True, squeeze=False)
+    figure, axes = _panels(len(curves), (3.6 * len(curves), 3.3))
     for axis, (stage, curve) in zip(axes[0], curves.items(), strict=True):
         _panel(axis, curve, titles[stage])
-    axes[0][0].set_ylabel("magnitude at block input")
+    axes[0][0].set_ylabel("magnitude at block input (log)")
     _describe(figure, axes[0], f"Activation magnitudes, {result['model']['label']}")
     return save(figure, path, dpi)
 
@@ -78,11 +78,13 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
 def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """Magnitudes over token positions and channels at one block's input, one panel per prefix (Figure 1).
 
-    All panels share one logarithmic colour scale; a magnitude of zero is blank.
+    All panels share one logarithmic colour scale, which starts at half the median of what is drawn: the few smaller
+    magnitudes have its lowest colour, and zero is blank. Each panel names its largest magnitude, with position and
+    channel.
 
     Args:
         result: the content of result.json, of a run that has a map.
-        path: the PNG file to write.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
 
     Returns:
         `path`.
@@ -91,19 +93,20 @@ def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     drawn, titles = result["activations"]["map"], result["activations"]["titles"]
     stages: dict[str, list[list[float]]] = drawn["values"]
     there = [value for rows in stages.values() for row in rows for value in row if value > 0]
-    scale = LogNorm(min(there), max(there)) if there else LogNorm(0.1, 1.0)
-    figure, axes = pyplot.subplots(
-        1, len(stages), figsize=(3.0 * len(stages) + 0.8, 3.3), sharey=True, squeeze=False, layout="constrained"
-    )
+    scale = LogNorm(float(numpy.median(there)) / 2, max(there)) if there else LogNorm(0.1, 1.0)
+    figure, axes = _panels(len(stages), (3.0 * len(stages) + 0.8, 3.5))
     for axis, (stage, rows) in zip(axes[0], stages.items(), strict=True):
         by_channel = numpy.ma.masked_less_equal(numpy.asarray(rows).T, 0)
         image = axis.imshow(by_channel, norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set_title(titles[stage], fontsize=9)
+        position, channel = numpy.unravel_index(int(numpy.argmax(rows)), (len(rows), len(drawn["channels"])))
+        largest = f"{rows[position][channel]:.4g} at position {position}, channel {drawn['channels'][channel]}"
+        axis.set_title(f"{titles[stage]}\nlargest {largest}", fontsize=8)
         axis.set_xlabel("token position")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_yticks(range(len(drawn["channels"])), [str(channel) for channel in drawn["channels"]], fontsize=7)
     axes[0][0].set_ylabel("channel")
-    figure.colorbar(image, ax=list(axes[0]), label="|X|")
+    beyond = "min" if there and min(there) < scale.vmin else "neither"
+    figure.colorbar(image, ax=list(axes[0]), label="|X| (log)", extend=beyond)
     tokens = "first token" if drawn["positions"] == 1 else f"first {drawn['positions']} tokens"
     where = f"Activations at the input of block {drawn['block']}, {result['model']['label']}"
     figure.suptitle(f"{where}\none text, {tokens}", fontsize=10)
@@ -115,14 +118,14 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
 
     Args:
         result: the content of result.json, of a run that searched alpha.
-        path: the PNG file to write.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
 
     Returns:
         `path`.
 
     """
     searches, titles = alpha_searches(result), result["activations"]["titles"]
-    figure, axes = pyplot.subplots(1, len(searches), figsize=(3.6 * len(searches), 3.1), sharey=True, squeeze=False)
+    figure, axes = _panels(len(searches), (3.6 * len(searches), 3.3))
     for axis, (stage, search) in zip(axes[0], searches.items(), strict=True):
         points = [point for point in search["points"] if point["perplexity"] is not None]
         kept, values = [point["kept_modules"] for point in points], [point["perplexity"] for point in points]
@@ -138,10 +141,10 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         axis.set_xlim(-0.15, 1.3 * max(kept, default=1))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_yscale("log")
-        axis.set_xlabel("linears in full precision")
+        axis.set_xlabel("linears in full precision (log)")
         axis.set_title(titles[stage], fontsize=9)
         tidy(axis)
-    axes[0][0].set_ylabel("perplexity, calibration text")
+    axes[0][0].set_ylabel("perplexity, calibration text (log)")
     _describe(figure, axes[0], f"QFeM, {result['model']['label']}")
     return save(figure, path, dpi)
 
@@ -162,13 +165,21 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     tidy(axis)
 
 
-def _describe(figure: Figure, axes: Iterable[Axes], title: str) -> None:
-    """A title above the panels, and below them one legend of what is in any of them."""
+def _panels(number: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """A figure of panels side by side on one vertical scale, and its axes, (1, number); nothing in it is cut off."""
+    return pyplot.subplots(1, number, figsize=size, sharey=True, squeeze=False, layout="constrained")
+
+
+def _describe(figure: Figure, axes: Sequence[Axes], title: str) -> None:
+    """A title above the panels, and below them one legend of what is in any of them: of one panel in two lines."""
     parts = [axis.get_legend_handles_labels() for axis in axes]
     labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
-    figure.legend(list(labels.values()), list(labels), loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
+    lines = 2 if len(axes) == 1 else 1
+    columns = -(-len(labels) // lines)
+    figure.legend(
+        list(labels.values()), list(labels), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
 
 
 def tidy(axis: Axes) -> None:
@@ -183,7 +194,7 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
 
     Args:
         result: the content of result.json, of a run that measured attention.
-        path: the PNG file to write.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
 
     Returns:
         `path`.
@@ -195,7 +206,7 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
               for stage, shares in attention["stages"].items()]  # fmt: skip
     panels += [(f"{titles[stage]}:\nthe prefix", shares["prefix"])
                for stage, shares in attention["stages"].items() if stage != NO_PREFIX]  # fmt: skip
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(2.4 * len(panels) + 0.6, 3.4), sharey=True, squeeze=False)
+    figure, axes = _panels(len(panels), (2.4 * len(panels) + 0.6, 3.4))
     for axis, (title, shares) in zip(axes[0], panels, strict=True):
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
         axis.set_title(title, fontsize=8)
@@ -203,8 +214,7 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("block")
     figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 0.93, 1))
-    figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.65)))
+    figure.colorbar(image, ax=list(axes[0]), label="share")
     return save(figure, path, dpi)
 
 
@@ -218,10 +228,20 @@ FIGURES = {
 
 
 def save(figure: Figure, path: Path, dpi: int) -> Path:
-    """Write a figure whole, so that a reader never finds half of one; returns `path`."""
+    """Write a figure in the format that the name ends with, and beside a PNG also a PDF; returns `path`.
+
+    A file appears whole, so that a reader never finds half of one; the PDF comes first, so that none is missing beside
+    a PNG.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=dpi, format="png")
-    temporary.replace(path)
+    beside = [path.with_suffix(".pdf")] if path.suffix == ".png" else []
+    for target in (*beside, path):
+        temporary = target.with_name(f".{target.name}")
+        figure.savefig(temporary, dpi=dpi, format=target.suffix.removeprefix("."), metadata=_UNDATED.get(target.suffix))
+        temporary.replace(target)
     pyplot.close(figure)
     return path
+
+
+_UNDATED = {".pdf": {"CreationDate": None}}
+"""The same figure is the same file."""

@@ -194,12 +194,13 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
                 at = (point.x, point.perplexity)
                 axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
     every = [point for points in tradeoff.series.values() for point in points]
-    if _is_wide([point.x for point in every]):
+    wide_x, wide_y = _is_wide([point.x for point in every]), _is_wide([point.perplexity for point in every])
+    if wide_x:
         axis.set_xscale("log")
-    if _is_wide([point.perplexity for point in every]):
+    if wide_y:
         axis.set_yscale("log")
-    axis.set_xlabel(tradeoff.axis)
-    axis.set_ylabel(f"perplexity {tradeoff.corpus}".replace("$", r"\$"))
+    axis.set_xlabel(f"{tradeoff.axis} (log)" if wide_x else tradeoff.axis)
+    axis.set_ylabel(f"perplexity {tradeoff.corpus}{' (log)' if wide_y else ''}".replace("$", r"\$"))
     tidy(axis)
     figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=2)
     return save(figure, path, dpi)

@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from cushion.reporting.figures import (
+    FIGURES,
     activation_curves,
     activation_map,
     attention_maps,
@@ -114,6 +115,39 @@ def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeyp
         pyplot.close(figure)
 
 
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize(("name", "stages"), [*((name, 3) for name in FIGURES), ("activation_curves", 1)])
+def test_nothing_in_a_figure_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stages: int
+) -> None:
+    record = result(stages)
+    names = list(record["activations"]["titles"])
+    record["activations"]["map"] = {
+        "block": 7, "channels": [2, 40, 1023], "positions": 2,
+        "values": {name: [[1.0, 22697.25, 0.1], [2.0, 0.5, 3.0]] for name in names},
+    }  # fmt: skip
+    record["qfem"] = {name: {"alpha_search": searched(2)} for name in names}
+    with monkeypatch.context() as patch:
+        patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
+        FIGURES[name](record, tmp_path / "drawn.png")
+    figure = pyplot.gcf()
+    try:
+        figure.draw_without_rendering()  # lays it out
+        drawn, whole = figure.get_tightbbox(), figure.bbox_inches
+        assert whole.xmin <= drawn.xmin and drawn.xmax <= whole.xmax
+        assert whole.ymin <= drawn.ymin and drawn.ymax <= whole.ymax
+    finally:
+        pyplot.close(figure)
+
+
+def test_a_pdf_stands_beside_a_png_and_alone_where_it_is_asked_for(tmp_path: Path) -> None:
+    activation_curves(result(1), tmp_path / "curves.png")
+    activation_curves(result(1), tmp_path / "alone.pdf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.pdf", "curves.pdf", "curves.png"]
+    pdf = (tmp_path / "alone.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and pdf == (tmp_path / "curves.pdf").read_bytes()
+
+
 # ---- the map of magnitudes ----------------------------------------------------------------------------------------
 
 
@@ -134,14 +168,17 @@ def test_the_map_has_a_panel_per_prefix_with_positions_across_and_one_colour_sca
     figure = pyplot.gcf()
     try:
         panels = [axis for axis in figure.axes if axis.images and axis.get_xlabel() == "token position"]
-        assert [axis.get_title() for axis in panels] == ["title of none", "title of found"]
+        assert [axis.get_title() for axis in panels] == [
+            "title of none\nlargest 900 at position 0, channel 40",
+            "title of found\nlargest 2 at position 0, channel 40",
+        ]
         for axis, rows in zip(panels, values.values(), strict=True):
             expected = [[row[channel] or None for row in rows] for channel in range(2)]
             assert axis.images[0].get_array().tolist() == expected, "zero is blank"
-            assert axis.images[0].get_clim() == (0.25, 900.0)
+            assert axis.images[0].get_clim() == (0.5, 900.0), "from half the median of 0.25, 0.5, 1, ..., 900"
             assert type(axis.images[0].norm).__name__ == "LogNorm"
         assert [label.get_text() for label in panels[0].get_yticklabels()] == ["2", "40"]
-        assert [axis.get_ylabel() for axis in figure.axes if axis not in panels] == ["|X|"]
+        assert [axis.get_ylabel() for axis in figure.axes if axis not in panels] == ["|X| (log)"]
         assert "block 7" in figure.get_suptitle() and figure.get_suptitle().endswith("\none text, first 3 tokens")
     finally:
         pyplot.close(figure)
@@ -157,7 +194,7 @@ def test_a_map_of_equal_magnitudes_is_drawn_all_the_same(tmp_path: Path, value: 
 def test_the_map_is_drawn_where_the_result_has_one(tmp_path: Path) -> None:
     drawn = {**with_map(none=[[1.0, 2.0]] * 3), "attention": None}
     draw_figures(drawn, tmp_path)
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"activation_curves.png", "activation_map.png"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"activation_curves", "activation_map"}
     del drawn["activations"]["map"]
     assert list(figures_of(drawn, tmp_path)) == ["activation_curves"], "as older results are"
 
@@ -206,7 +243,7 @@ def test_nothing_is_drawn_where_no_attention_was_measured(tmp_path: Path) -> Non
     without = {**result(2), "attention": None}
     draw_figures(without, tmp_path)
     assert list(figures_of(without, tmp_path)) == ["activation_curves"]
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["activation_curves.png"]
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"activation_curves"}
 
 
 @pytest.mark.usefixtures("blank_figures")

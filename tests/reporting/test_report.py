@@ -86,7 +86,7 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     assert any(piece.startswith("failed: DataError: ") for piece in page.texts)
     assert "http://" not in text and "https://" not in text
     assert "@media print" in text and 'name="viewport"' in text
-    assert {path.suffix for path in others} == {".md", ".tex", ".csv", ".png"}
+    assert {path.suffix for path in others} == {".md", ".tex", ".csv", ".png", ".pdf"}
     assert all(path.stat().st_size > 0 for path in others)
     source = (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
     for kind in ("begin", "end"):
