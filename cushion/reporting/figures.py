@@ -93,7 +93,8 @@ def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     drawn, titles = result["activations"]["map"], result["activations"]["titles"]
     stages: dict[str, list[list[float]]] = drawn["values"]
     there = [value for rows in stages.values() for row in rows for value in row if value > 0]
-    scale = LogNorm(float(numpy.median(there)) / 2, max(there)) if there else LogNorm(0.1, 1.0)
+    least, most = (float(numpy.median(there)) / 2, max(there)) if there else (0.1, 1.0)
+    scale = LogNorm(least, most)
     figure, axes = _panels(len(stages), (3.0 * len(stages) + 0.8, 3.5))
     for axis, (stage, rows) in zip(axes[0], stages.items(), strict=True):
         by_channel = numpy.ma.masked_less_equal(numpy.asarray(rows).T, 0)
@@ -105,7 +106,7 @@ def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_yticks(range(len(drawn["channels"])), [str(channel) for channel in drawn["channels"]], fontsize=7)
     axes[0][0].set_ylabel("channel")
-    beyond = "min" if there and min(there) < scale.vmin else "neither"
+    beyond = "min" if there and min(there) < least else "neither"
     figure.colorbar(image, ax=list(axes[0]), label="|X| (log)", extend=beyond)
     tokens = "first token" if drawn["positions"] == 1 else f"first {drawn['positions']} tokens"
     where = f"Activations at the input of block {drawn['block']}, {result['model']['label']}"
