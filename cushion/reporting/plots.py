@@ -23,6 +23,7 @@ from cushion.reporting.figures import (
     save,
     tidy,
 )
+from cushion.reporting.ratios import compared, draw_comparison
 from cushion.reporting.runs import varying
 from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, setting, tradeoffs
 
@@ -40,7 +41,10 @@ class Drawing:
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
-    """Draw every figure that the runs have numbers for into `folder`; equal ones once. Trade-offs come last."""
+    """Draw every figure that the runs have numbers for into `folder`; equal ones once.
+
+    Comparisons of methods and trade-offs come last.
+    """
     shared: dict[str, tuple[str, Callable[[dict[str, Any], Path], object], list[NumberedRun]]] = {}
     together: dict[tuple[str, str], list[NumberedRun]] = {}
     for number, run in enumerate(runs, start=1):
@@ -59,6 +63,12 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
                 title = f"{_title(kind, drawn)}, {first.model}; {_told_apart(drawn, together, keys)}"
                 drawings.append(Drawing(path, title, tuple(number for number, _ in drawn)))
     for (experiment, model), members in together.items():
+        if comparison := compared(members):
+            path = folder / f"ratios-{digest([experiment, model], 12)}.png"
+            draw_comparison(comparison, path, DPI)
+            drawn = [(number, run) for number, run in members if number in comparison.runs]
+            title = f"Methods compared: {comparison.title}, {model}"
+            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", comparison.runs))
         for tradeoff in tradeoffs(members):
             path = folder / f"{tradeoff.kind}-{digest([experiment, model, tradeoff.axis], 12)}.png"
             draw_tradeoff(tradeoff, path, DPI)

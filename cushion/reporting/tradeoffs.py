@@ -20,7 +20,7 @@ from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 NumberedRun = tuple[int, Run]
 """A run, and its number (from 1) in the table of runs."""
 
-_TITLES = {NO_PREFIX: "no prefix", FOUND: "found prefix", TUNED: "tuned prefix"}
+STAGE_TITLES = {NO_PREFIX: "no prefix", FOUND: "found prefix", TUNED: "tuned prefix"}
 _LINES = {NO_PREFIX: ":", FOUND: "--", TUNED: "-"}
 _LOGARITHMIC_FROM = 30.0
 _COLOURS = pyplot.get_cmap("tab10").colors  # type: ignore[attr-defined]
@@ -186,7 +186,7 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             markersize=4.5,
             linewidth=1.4,
             capsize=2.5,
-            label=", ".join(filter(None, (_TITLES[stage], apart))).replace("$", r"\$"),
+            label=", ".join(filter(None, (STAGE_TITLES[stage], apart))).replace("$", r"\$"),
         )
         for point in points:
             words = [point.label] if tradeoff.kind == "cost" else []
