@@ -20,7 +20,7 @@ from cushion.reporting.status import without_result
 
 WRITTEN = "files.txt"
 """In a report's folder: the files of which the next report there removes those that it does not write again."""
-_PER_REPORT = ("figures/*.png", "figures/*.pdf", "published/*.csv", "runs/*.csv")
+_PER_REPORT = ("figures/*.png", "figures/*.pdf", "published/*.csv", "runs/*.csv", "tables/*.tex")
 
 
 def write_report(
@@ -83,6 +83,7 @@ def _write(output: Path, title: str, published: Sequence[Table], tables: Sequenc
         "report.tex": _latex([*published, *tables]),
         "provenance.csv": comma_separated(provenance),
         "rows.csv": frame_of(runs).to_csv(index=False),
+        **{f"tables/{table.place()}.tex": latex(table) for table in [*published, *tables]},
         **{f"published/{table.name}.csv": comma_separated(table) for table in published},
         **{f"runs/{table.name}.csv": comma_separated(table) for table in tables},
     }
@@ -132,11 +133,20 @@ def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], p
 
 
 def _latex(tables: Sequence[Table]) -> str:
-    head = (
-        "% Each table is an environment of its own; the preamble needs \\usepackage{booktabs} and, for wide tables,\n"
-    )
-    head += "% \\usepackage{adjustbox}.\n"
-    return "\n".join([head, *map(latex, tables)])
+    """A document that compiles as it stands, on pages wide enough for wide tables."""
+    return "\n".join([_PREAMBLE, *map(latex, tables), r"\end{document}", ""])
+
+
+_PREAMBLE = r"""% pdflatex report.tex; each table alone, for a paper of your own, is a file of tables/:
+% \input{tables/...} with \usepackage{booktabs} and, for wide tables, \usepackage{adjustbox} in the preamble.
+\documentclass{article}
+\usepackage[a4paper,landscape,margin=15mm]{geometry}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage{booktabs}
+\usepackage{adjustbox}
+\begin{document}
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

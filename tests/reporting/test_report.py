@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -91,11 +93,25 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     source = (tmp_path / "report" / "report.tex").read_text(encoding="utf-8")
     for kind in ("begin", "end"):
         assert len(re.findall(rf"\\{kind}{{table\*?}}", source)) == source.count(r"\bottomrule") == 2
-    assert r"\usepackage{adjustbox}" in source
+    for table in sorted((tmp_path / "report" / "tables").iterdir()):
+        assert table.read_text(encoding="utf-8") in source, "a table alone is the same table"
+    _compile(tmp_path / "report" / "report.tex")
     assert 'loading="lazy"' not in text, "an image that was not scrolled to must be there in print"
     pictures = re.findall(r"\]\((figures/[^)]+)\)", (tmp_path / "report" / "report.md").read_text(encoding="utf-8"))
     assert len(pictures) == 6
     assert all((tmp_path / "report" / picture).is_file() for picture in pictures)
+
+
+def _compile(document: Path) -> None:
+    """Where LaTeX is installed: the document compiles as it stands, and nothing is wider than the page by a letter."""
+    if shutil.which("pdflatex") is None:
+        return
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", document.name]
+    done = subprocess.run(command, cwd=document.parent, capture_output=True, encoding="latin-1", check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert document.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    overfull = [float(width) for width in re.findall(r"Overfull \\hbox \((.*?)pt", done.stdout)]
+    assert not [width for width in overfull if width > 10]
 
 
 @pytest.mark.usefixtures("blank_figures")
