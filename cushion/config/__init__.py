@@ -116,7 +116,7 @@ class RunConfig:
         if tuning.ranges == "static" and quantizer.blockwise:
             raise ConfigError(
                 f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and "
-                f"quantizer.plugins.{quantizer.blockwise[0]} is fitted block by block, which takes too long for that: "
+                f"{quantizer.blockwise[0].key} is fitted block by block, which takes too long for that: "
                 "use tuning.ranges=dynamic or learned"
             )
         if tuning.loss == "kl" and not rounds(quantizer):

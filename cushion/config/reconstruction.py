@@ -64,6 +64,6 @@ class ReconstructionConfig:
             )
         if self.weights and quantizer.blockwise:
             raise ConfigError(
-                f"reconstruction.weights=true cannot be used with quantizer.plugins.{quantizer.blockwise[0]}, which "
+                f"reconstruction.weights=true cannot be used with {quantizer.blockwise[0].key}, which "
                 "was fitted to the weights as they are: set reconstruction.weights=false"
             )

@@ -17,6 +17,7 @@ from cushion.quantization.learned import Learned
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.base import Needed
+from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 
@@ -85,7 +86,7 @@ class Work:
         """
         if name not in self.fits.get(part, {}):
             raise CalibrationError(
-                f"quantizer.plugins.{part} found nothing for {name}: fit it to this model again, with more text "
+                f"{PARTS[part].key} found nothing for {name}: fit it to this model again, with more text "
                 "(quantizer.calibration.samples) if it belongs to an expert that no token was routed to"
             )
         return self.fits[part][name]

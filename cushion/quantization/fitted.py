@@ -137,9 +137,9 @@ class FittedQuantizer:
                 "were not given: gather them behind the prefix first (cushion.quantization.input_statistics)"
             )
         for part in config.blockwise:
-            if part not in self.fits:
+            if part.name not in self.fits:
                 raise CalibrationError(
-                    f"quantizer={config.name} has quantizer.plugins.{part}, which was not fitted: fit it block by "
+                    f"quantizer={config.name} has {part.key}, which was not fitted: fit it block by "
                     "block behind the prefix first (cushion.quantization.fitting)"
                 )
         if not config.needs_calibration:

@@ -82,7 +82,7 @@ class FittingStep(Step[Fitted]):
         return Fitted(self._fits(tensors), folder.name, seconds)
 
     def _fits(self, tensors: Mapping[str, Tensor]) -> Fits:
-        fits: Fits = {part: {} for part in self.quantizer.blockwise}
+        fits: Fits = {part.name: {} for part in self.quantizer.blockwise}
         for name, tensor in tensors.items():
             part, _, linear = name.partition("/")
             fits[part][linear] = tensor

@@ -9,7 +9,7 @@ from cushion.checks import at_least, one_of, require
 from cushion.errors import ConfigError
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
-from cushion.quantization.parts.base import RANGES, Needed
+from cushion.quantization.parts.base import RANGES, Needed, Part
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig
 from cushion.quantization.parts.registry import PARTS, parts
@@ -65,7 +65,7 @@ class QuantizerConfig:
             part.check(self)
         if self.blockwise and self.uses_qfem and self.qfem.search:
             raise ConfigError(
-                f"quantizer.qfem.search=true cannot be used with quantizer.plugins.{self.blockwise[0]}, which is "
+                f"quantizer.qfem.search=true cannot be used with {self.blockwise[0].key}, which is "
                 "fitted anew for every set of linears that is kept: give quantizer.qfem.alpha"
             )
 
@@ -95,9 +95,9 @@ class QuantizerConfig:
         return bool(PARTS["qfem"].off(self).statistics) or bool(self.blockwise)
 
     @property
-    def blockwise(self) -> list[str]:
-        """The parts that are on and must be fitted to one decoder block after another, by name."""
-        return [part.name for part in parts() if part.blockwise and part.is_on(self)]
+    def blockwise(self) -> list[Part]:
+        """The parts that are on and must be fitted to one decoder block after another, in order."""
+        return [part for part in parts() if part.blockwise and part.is_on(self)]
 
     @property
     def needs_calibration_text(self) -> bool:

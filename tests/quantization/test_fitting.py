@@ -1,8 +1,8 @@
-"""Fitting block by block: what a part is given, where its result goes, and GPTQ as a part in one file."""
+"""Fitting block by block: what a part is given, where its result goes, and GPTQ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import calibrated, random_texts, random_values
-from installed_plugins import PLUGINS
 from torch import Tensor
 
 from cushion.activations import observe_inputs, observe_outputs
@@ -28,13 +27,15 @@ from cushion.config import (
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization import gptq
 from cushion.quantization.calibration import Calibration
-from cushion.quantization.effect import Site, Turn
+from cushion.quantization.effect import Turn
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.fitting import fit_blocks, walk
 from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.numerics import Grid, quantize_weight
 from cushion.quantization.parts.registry import PARTS
+from cushion.quantization.parts.weights import COLUMN_ORDERS
 from cushion.quantization.rotation import rotated
 from cushion.step import Context, compute
 
@@ -47,18 +48,6 @@ KINDS = {
     "kv_cache": QuantizerConfig(weights=W4, kv_cache=KvCacheConfig(4), smoothing_alpha=0.5),
     "rotated": QuantizerConfig(weights=W4, rotation="hadamard"),
 }
-
-
-@pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The plugin's module, registered for one test."""
-    monkeypatch.setattr(PARTS, "_items", dict(PARTS.items()))
-    monkeypatch.syspath_prepend(str(PLUGINS))
-    import gptq
-
-    if "gptq" not in PARTS:  # imported by an earlier test
-        PARTS.register("gptq", gptq.Gptq())
-    return gptq
 
 
 def fitted_behind(lm: LanguageModel, prefix: Prefix, config: QuantizerConfig) -> FittedQuantizer:
@@ -96,7 +85,7 @@ def test_a_turn_has_the_streams_of_the_plain_and_of_the_quantized_model(tiny: Ti
 
 
 def with_gptq(config: QuantizerConfig, **options: Any) -> QuantizerConfig:
-    return replace(config, plugins={"gptq": options})
+    return replace(config, weights=replace(config.weights, method="gptq", **options))
 
 
 def inputs_of(lm: LanguageModel, prefix: Prefix) -> dict[str, Tensor]:
@@ -110,7 +99,7 @@ def inputs_of(lm: LanguageModel, prefix: Prefix) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_gptq_in_one_file_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: Tiny, gptq: Any) -> None:
+def test_gptq_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: Tiny) -> None:
     lm = tiny()
     prefix = Prefix.from_tokens(lm.model, START)
     config = with_gptq(QuantizerConfig(weights=W4, activations=ActivationConfig(bits=None)))
@@ -121,7 +110,7 @@ def test_gptq_in_one_file_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: 
     with fitted.on(lm):
         own = {name: lm.model.get_submodule(name).weight for name in weights}
         assert (block_outputs(lm, prefix)[-1] - plain[-1]).square().mean() > 0
-    with FittedQuantizer(replace(config, plugins={})).on(lm):
+    with FittedQuantizer(PARTS["gptq"].off(config)).on(lm):
         nearest = {name: lm.model.get_submodule(name).weight for name in weights}
     first = "model.layers.0."  # the inputs of the first block's first linears are those of the plain model
     inputs = inputs_of(lm, prefix)
@@ -132,21 +121,38 @@ def test_gptq_in_one_file_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: 
 
 
 @torch.no_grad()
-def test_gptq_gives_the_codes_of_repeated_least_squares(gptq: Any) -> None:
+@pytest.mark.parametrize("order", COLUMN_ORDERS)
+@pytest.mark.parametrize("groups", [None, 3])
+def test_gptq_gives_the_codes_of_repeated_least_squares(
+    monkeypatch: pytest.MonkeyPatch, order: str, groups: int | None
+) -> None:
     """Each column is rounded, and all that follow it become the least-squares fit to what is left of the output."""
-    linear = torch.nn.Linear(6, 5, bias=False).double()
+    monkeypatch.setattr(gptq, "COLUMNS", 4)  # 6 columns: one whole block and part of another
+    weight = random_values(5, 6, seed=2).double()
     inputs = random_values(200, 6).double() @ random_values(6, 6, seed=1).double()
     grid = Grid(3, True)
-    nearest = quantize_weight(linear.weight, grid, "per_channel")
-    config = with_gptq(QuantizerConfig(weights=WeightConfig(3, "per_channel")), damping=1e-12)
-    codes = gptq.codes_of(Site("name", linear, nearest, None), 2 * inputs.T @ inputs, config)
-    wanted, left = torch.empty(5, 6).double(), linear.weight @ inputs.T  # (out, tokens): what is not yet made
-    for column in range(6):
-        rest = torch.linalg.lstsq(inputs[:, column:], left.T).solution.T  # (out, columns that are left)
-        wanted[:, column] = (rest[:, 0] / nearest.scale[:, 0].double()).round().clamp(-3, 3)
-        left = left - (wanted[:, column] * nearest.scale[:, 0])[:, None] * inputs[:, column]
+    granularity = "per_channel" if groups is None else "per_group"
+    nearest = quantize_weight(weight, grid, granularity, groups or 128)
+    codes = gptq.gptq_codes(weight, nearest, 2 * inputs.T @ inputs, grid, 1e-12, order).reshape(5, 6)
+    scale = nearest.scale.double().expand(nearest.codes.shape).reshape(5, 6)
+    columns = list(range(6)) if order == "given" else inputs.square().sum(0).argsort(descending=True).tolist()
+    assert order == "given" or columns != list(range(6))
+    wanted, left = torch.empty(5, 6).double(), weight @ inputs.T  # (out, tokens): what is not yet made
+    for place, column in enumerate(columns):
+        rest = torch.linalg.lstsq(inputs[:, columns[place:]], left.T).solution.T  # (out, columns that are left)
+        wanted[:, column] = (rest[:, 0] / scale[:, column]).round().clamp(-3, 3)
+        left = left - (wanted[:, column] * scale[:, column])[:, None] * inputs[:, column]
     assert torch.equal(codes.double(), wanted)
-    assert not torch.equal(codes, nearest.codes)
+    assert not torch.equal(codes, nearest.codes.reshape(5, 6))
+
+
+def test_an_input_that_is_always_zero_has_the_nearest_codes_and_one_that_says_nothing_is_refused() -> None:
+    weight, grid = random_values(5, 6).double(), Grid(3, True)
+    nearest = quantize_weight(weight, grid, "per_channel")
+    codes = gptq.gptq_codes(weight, nearest, torch.zeros(6, 6).double(), grid, 0.01, "diagonal")
+    assert torch.equal(codes, nearest.codes)
+    with pytest.raises(CalibrationError, match=r"not positive definite with quantizer.weights.damping=1e-30"):
+        gptq.gptq_codes(weight, nearest, torch.ones(6, 6).double(), grid, 1e-30, "given")
 
 
 class KilledError(Exception):
@@ -154,7 +160,7 @@ class KilledError(Exception):
 
 
 def test_a_killed_fitting_goes_on_with_the_next_block(
-    tiny: Tiny, gptq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, config = tiny(), with_gptq(QuantizerConfig(weights=W4))
     calibration = Calibration(calibrated(lm, TEXTS), "ranges", 0.0)
@@ -181,18 +187,22 @@ def test_a_killed_fitting_goes_on_with_the_next_block(
     assert all(torch.equal(codes, again.fits["gptq"][name]) for name, codes in whole.fits["gptq"].items())
 
 
-def test_what_is_not_fitted_is_refused(tiny: Tiny, gptq: Any) -> None:
+def test_what_is_not_fitted_is_refused(tiny: Tiny) -> None:
     config = with_gptq(QuantizerConfig(weights=W4, activations=ActivationConfig(bits=None)))
-    message = r"quantizer.plugins.gptq, which was not fitted: fit it block by block"
+    message = r"quantizer.weights.method=gptq, which was not fitted: fit it block by block"
     with pytest.raises(CalibrationError, match=message), FittedQuantizer(config).on(tiny()):
         pass
-    message = r"quantizer.plugins.gptq found nothing for model.layers.0.self_attn.q_proj"
+    message = r"quantizer.weights.method=gptq found nothing for model.layers.0.self_attn.q_proj"
     with pytest.raises(CalibrationError, match=message), FittedQuantizer(config, fits={"gptq": {}}).on(tiny()):
         pass
     assert config.is_fitted and config.needs_calibration_text
-    with pytest.raises(ConfigError, match=r"quantizer.qfem.search=true cannot be used with quantizer.plugins.gptq"):
+    with pytest.raises(
+        ConfigError, match=r"quantizer.qfem.search=true cannot be used with quantizer.weights.method=gptq"
+    ):
         with_gptq(QuantizerConfig(weights=W4, qfem=QFeMConfig(search=True)))
-    with pytest.raises(ConfigError, match=r"quantizer.plugins.gptq is fitted block by block, which takes too long"):
+    with pytest.raises(
+        ConfigError, match=r"quantizer.weights.method=gptq is fitted block by block, which takes too long"
+    ):
         RunConfig(
             quantizer=with_gptq(QuantizerConfig(weights=W4)),
             search=SearchConfig(method="greedy"),

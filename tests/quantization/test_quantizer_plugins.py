@@ -14,7 +14,7 @@ from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.numerics import Grid
 from cushion.quantization.statistics.histogram import Histogram
 
-NAMES = ("percentile_999", "bias_correction", "powers_of_two", "gptq")
+NAMES = ("percentile_999", "bias_correction", "powers_of_two", "optq")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def test_a_part_in_one_file_changes_the_model_and_its_label(results: dict[str, d
 
 
 def test_a_part_that_is_fitted_block_by_block_is_one_file(results: dict[str, dict[str, Any]]) -> None:
-    assert values(results["gptq"]) != values(results["per_tensor_static"])
-    assert results["gptq"]["rows"][-1]["label"].startswith("gptq W3")
+    assert values(results["optq"]) != values(results["per_tensor_static"])
+    assert results["optq"]["rows"][-1]["label"].startswith("optq W3")
 
 
 def test_a_number_format_in_one_file_rounds_the_weights_and_stands_in_the_label(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cushion.checks import at_least, one_of, without_effect
+from cushion.checks import at_least, one_of, require, without_effect
 from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
@@ -13,13 +13,16 @@ from cushion.quantization.parts.registry import register
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 WEIGHT_ESTIMATORS = ("minmax", "mse")
+WEIGHT_METHODS = ("rtn", "gptq")
+COLUMN_ORDERS = ("given", "diagonal")
 
 
 @dataclass
 class WeightConfig:
     """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision.
 
-    `estimator` says how their ranges are found: `minmax`, or `mse`, those with the smallest squared error.
+    `estimator` says how their ranges are found: `minmax`, or `mse`, those with the smallest squared error; `method` how
+    the codes are: `rtn`, each the nearest, or `gptq`, with its `damping` and the order in which it takes the columns.
     """
 
     bits: int | None = 8
@@ -27,12 +30,22 @@ class WeightConfig:
     group_size: int = 128
     estimator: str = "minmax"
     format: str = "int"
+    method: str = "rtn"
+    damping: float = 0.01
+    column_order: str = "given"
 
     def __post_init__(self) -> None:
         check_format("quantizer.weights", self.format, self.bits)
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
         at_least("quantizer.weights.group_size", self.group_size, 1)
         one_of("quantizer.weights.estimator", self.estimator, WEIGHT_ESTIMATORS)
+        one_of("quantizer.weights.method", self.method, WEIGHT_METHODS)
+        require(self.damping > 0, "quantizer.weights.damping", self.damping, "a share above 0")
+        one_of("quantizer.weights.column_order", self.column_order, COLUMN_ORDERS)
+
+
+_OF_GPTQ = ("method", "damping", "column_order")
+"""What the part `gptq` answers for."""
 
 
 class Weights(Part):
@@ -59,7 +72,8 @@ class Weights(Part):
         """The grid; the size of groups where there are groups."""
         weights = quantizer.weights
         size = weights.group_size if weights.granularity == "per_group" else None
-        return {"weights": {**vars(weights), "group_size": size, "format": FORMATS[weights.format].identity()}}
+        own = {key: value for key, value in vars(weights).items() if key not in _OF_GPTQ}
+        return {"weights": {**own, "group_size": size, "format": FORMATS[weights.format].identity()}}
 
     def label(self, quantizer: Quantizer) -> str:
         """`W8`."""

@@ -1,4 +1,4 @@
-"""A part of a quantizer in one file: GPTQ (arXiv 2210.17323, section 3 and algorithm 1), for weights on any grid."""
+"""A part of a quantizer in one file: OPTQ, as GPTQ was published (ICLR 2023, section 3, algorithm 1), on any grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def codes_of(site: Site, hessian: Tensor, config: Quantizer) -> Tensor:
     """Codes of a weight, column by column: the error of each is made good by the columns that are to come."""
     nearest, rest = site.weight, site.linear.weight.double().clone()
     scale = nearest.scale.expand(nearest.codes.shape).reshape(rest.shape).double()
-    hessian.diagonal().add_(config.plugins["gptq"].damping * hessian.diagonal().mean())
+    hessian.diagonal().add_(config.plugins["optq"].damping * hessian.diagonal().mean())
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     codes, zero = torch.empty_like(rest), torch.zeros(())
     for i in range(rest.shape[1]):
@@ -29,7 +29,7 @@ def codes_of(site: Site, hessian: Tensor, config: Quantizer) -> Tensor:
     return codes.to(nearest.codes.dtype).reshape(nearest.codes.shape)
 
 
-class _Gptq(Effect):
+class _Optq(Effect):
     def fit(self, turn: Turn) -> dict[str, Tensor]:
         hessians: dict[str, Tensor] = {}
         for name, values in turn.linear_inputs():  # H = 2 X X^T, X being (in, tokens)
@@ -38,10 +38,10 @@ class _Gptq(Effect):
         return {name: codes_of(turn.sites[name], hessian, turn.work.config) for name, hessian in hessians.items()}
 
     def at(self, work: Work, site: Site) -> None:
-        site.weight = replace(site.weight, codes=work.fit_of("gptq", site.name))
+        site.weight = replace(site.weight, codes=work.fit_of("optq", site.name))
 
 
-GPTQ = _Gptq()
+OPTQ = _Optq()
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Options:
     damping: float = 0.01
 
 
-class Gptq(Part):
-    name, config, effect, blockwise = "gptq", Options, f"{__name__}:GPTQ", True
+class Optq(Part):
+    name, config, effect, blockwise = "optq", Options, f"{__name__}:OPTQ", True
 
     def check(self, quantizer: Quantizer) -> None:
         if self.is_on(quantizer) and quantizer.weights.bits is None:
-            raise ConfigError("quantizer.plugins.gptq has no weights to round with quantizer.weights.bits=null")
+            raise ConfigError("quantizer.plugins.optq has no weights to round with quantizer.weights.bits=null")
 
 
-register(Gptq())
+register(Optq())

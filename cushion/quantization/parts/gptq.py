@@ -1,0 +1,54 @@
+"""GPTQ, the second way of rounding weights. Its keys are `weights.method=gptq`, `weights.damping`, `.column_order`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from cushion.checks import without_effect
+from cushion.errors import ConfigError
+from cushion.quantization.parts.base import Part, Quantizer
+from cushion.quantization.parts.registry import register
+
+
+class Gptq(Part):
+    """The codes of the weights chosen block by block, on the grid that the weights have."""
+
+    name = "gptq"
+    order = 11
+    effect = "cushion.quantization.gptq:GPTQ"
+    key = "quantizer.weights.method=gptq"
+    blockwise = True
+
+    def is_on(self, quantizer: Quantizer) -> bool:
+        """Whether the weights are rounded this way."""
+        return bool(quantizer.weights.method == "gptq")
+
+    def off(self, quantizer: Quantizer) -> Quantizer:
+        """Weights rounded to nearest."""
+        weights = replace(quantizer.weights, method="rtn", damping=0.01, column_order="given")
+        return replace(quantizer, weights=weights)
+
+    def check(self, quantizer: Quantizer) -> None:
+        """There are weights to round, on a grid without offset."""
+        if self.is_on(quantizer) and quantizer.weights.bits is None:
+            raise ConfigError(f"{self.key} has no weights to round with quantizer.weights.bits=null: use rtn")
+
+    def identity(self, quantizer: Quantizer) -> dict[str, Any]:
+        """Damping and order; scales and grid are those of the weights."""
+        weights = quantizer.weights
+        return {"gptq": {"damping": weights.damping, "column_order": weights.column_order}}
+
+    def label(self, quantizer: Quantizer) -> str:
+        """` GPTQ`."""
+        return " GPTQ" if self.is_on(quantizer) else ""
+
+    def warnings(self, quantizer: Quantizer) -> list[str]:
+        """Damping and order without GPTQ."""
+        if self.is_on(quantizer):
+            return []
+        why = f"with quantizer.weights.method={quantizer.weights.method}"
+        return without_effect("quantizer.weights", quantizer.weights, ("damping", "column_order"), why)
+
+
+register(Gptq())
