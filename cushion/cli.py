@@ -10,11 +10,12 @@ import errno
 import gc
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cushion.config import RunConfig
-from cushion.errors import CushionError, did_you_mean
+from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.launching import gpu_of_its_own, share_threads
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -48,12 +49,37 @@ def to_run_config(config: DictConfig) -> RunConfig:
     """The typed configuration; every check of every group runs here.
 
     Raises:
-        ConfigError: a value is out of range, or two keys contradict each other.
+        ConfigError: a key is not one of the schema, a value is out of range, or two keys contradict each other.
 
     """
+    for key, known in unknown_keys(config):
+        last = key.rpartition(".")[2]
+        raise ConfigError(
+            f"{key} is not a key of the configuration{did_you_mean(last, known)} (+ and ++ add nothing to it: "
+            "cushion --cfg job prints every key there is)"
+        )
     run_config = OmegaConf.to_object(config)
     assert isinstance(run_config, RunConfig)
     return run_config
+
+
+def unknown_keys(config: DictConfig, above: str = "") -> Iterator[tuple[str, list[str]]]:
+    """The keys that the schema does not have, each with those that it has there.
+
+    `+key=value` puts them into a configuration, and making the typed one of it would leave them out without a word.
+    What a user may name freely, as `quantizer.plugins`, is checked where it is read.
+    """
+    kind = OmegaConf.get_type(config)
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return
+    known = [field.name for field in fields(kind)]
+    for name in map(str, config):
+        if name not in known:
+            yield f"{above}{name}", known
+            continue
+        below = None if OmegaConf.is_missing(config, name) else config[name]
+        if isinstance(below, DictConfig):
+            yield from unknown_keys(below, f"{above}{name}.")
 
 
 def execute(config: RunConfig) -> Path:
@@ -200,6 +226,9 @@ MOVED = {
 }
 """Keys of former versions, and what took their place."""
 
+_HINT = re.compile(r" ?To append to your (?:config|default list) use \+\S*| ?Or add a second \+ to add or override.*")
+"""Hydra's advice to add what is not there: nothing can be added to this configuration."""
+
 _NOISE = ("reference_type=", "object_type=", "full_key:", "Config search path", "provider=")
 
 
@@ -209,7 +238,7 @@ def one_line(error: BaseException) -> str:
     link: BaseException | None = error
     while link is not None:
         lines = [line.strip() for line in str(link).splitlines()]
-        text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
+        text = _HINT.sub("", " ".join(line for line in lines if line and not line.startswith(_NOISE))).strip()
         if text and not any(text in part for part in parts):
             parts.append(text)
         link = link.__cause__ if isinstance(error, HydraException) else None

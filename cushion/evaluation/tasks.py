@@ -7,7 +7,6 @@ tasks of `LOCAL_SETS` take their records from `<data_dir>/<folder>/<file>` inste
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +16,7 @@ from typing import Any
 
 from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import ConfigError, DataError
+from cushion.evaluation.lasting import lasting
 from cushion.evaluation.local_tasks import LOCAL_SETS, MMLU, LocalSet, local_task
 from cushion.hashing import digest
 
@@ -198,12 +198,13 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: b
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEW_SHOT_SEED)
-    definition = {key: value for key, value in task.dump_config().items() if key not in ("metadata", "custom_dataset")}
+    definition = task.config.to_dict(keep_callable=True)
+    definition = {key: value for key, value in definition.items() if key not in ("metadata", "custom_dataset")}
     records = list(task.eval_docs)[: config.limit]
     wanted = int(task.get_config("num_fewshot"))
     examples = list(task.fewshot_docs()) if wanted else []
     if wanted > len(examples):
         raise ConfigError(f"eval.shots={wanted} is more than the {len(examples)} examples that {name} has: lower it")
     own = [] if config.include_path is None else [_text(path) for path in own_task_files(config)]
-    identity = digest(json.loads(json.dumps([definition, task.VERSION, records, examples, own], default=str)))
+    identity = digest(lasting([definition, task.VERSION, records, examples, own], name))
     return EvaluationTask(name, task, identity, origin, prepared)
