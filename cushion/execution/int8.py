@@ -20,6 +20,10 @@ from cushion.execution.int8_matmul import check_int8_matmul, int8_matmul, padded
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight
+from cushion.quantization.parts.activations import ActivationConfig
+from cushion.quantization.parts.grids import DynamicGrid
+from cushion.quantization.parts.registry import parts
+from cushion.quantization.parts.weights import WeightConfig
 from cushion.quantization.quantizer import QuantizerConfig
 
 BITS = 8
@@ -33,26 +37,33 @@ SLOW = 1.0
 
 def unsupported(quantizer: QuantizerConfig) -> str | None:
     """Why a quantizer cannot be executed on 8-bit codes, with the way out; None where it can."""
-    weights, activations = quantizer.weights, quantizer.activations
     simulated = "or use execution=simulated"
     if quantizer.is_full_precision:
         return f"quantizer={quantizer.name} quantizes nothing: choose one that does, {simulated}"
-    for key, own in (("weights", weights), ("activations", activations)):
-        if own.bits != BITS:
-            bits = "null" if own.bits is None else own.bits
-            return f"quantizer.{key}.bits={bits}, and both sides of a product are 8-bit codes: set it to 8, {simulated}"
-        if own.format != "int":
-            return f"quantizer.{key}.format={own.format}, and codes are integers: set it to int, {simulated}"
-    if weights.granularity == "per_group":
+    reason = _no_codes("quantizer.weights", quantizer.weights)
+    reason = reason or _no_codes("quantizer.activations", quantizer.activations)
+    if reason is not None:
+        return f"{reason}, {simulated}"
+    if quantizer.weights.granularity == "per_group":
         return (
             "quantizer.weights.granularity=per_group has several scales within one sum: set it to per_channel or "
             f"per_tensor, {simulated}"
         )
-    if not activations.symmetric and quantizer.zero_point == "real":
+    if not quantizer.activations.symmetric and quantizer.zero_point == "real":
         return (
             "quantizer.zero_point=real is an offset that no integer stands for (quantizer.activations.symmetric=false):"
             f" set it to integer, or use symmetric activations, {simulated}"
         )
+    return None
+
+
+def _no_codes(section: str, own: WeightConfig | ActivationConfig) -> str | None:
+    """Why one side of a product is not made of 8-bit integers, with the way out; None where it is."""
+    if own.bits != BITS:
+        bits = "null" if own.bits is None else own.bits
+        return f"{section}.bits={bits}, and both sides of a product are 8-bit codes: set it to 8"
+    if own.format != "int":
+        return f"{section}.format={own.format}, and codes are integers: set it to int"
     return None
 
 
@@ -138,9 +149,9 @@ class Int8(Execution):
                 f"this processor multiplies int8 {factor:.1f} times slower than float32: figures of speed mean nothing "
                 "here (execution=int8)"
             )
-        simulated = [key for key in ("kv_cache", "attention") if getattr(quantizer, key).bits is not None]
+        simulated = [part.name for part in parts() if isinstance(part, DynamicGrid) and part.is_on(quantizer)]
         if simulated:
-            keys = " and ".join(f"quantizer.{key}" for key in simulated)
+            keys = " and ".join(f"quantizer.{name}" for name in simulated)
             found.append(f"execution=int8 runs linears on 8-bit codes; {keys} stays simulated")
         return found
 
