@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from composing import composed
+from omegaconf import OmegaConf
 
+from cushion.checks import structured
 from cushion.cli import config_folder
+from cushion.config import QuantizerConfig
 from cushion.execution.int8 import MOST_INPUTS, unsupported
 
 PAGE = Path(__file__).parents[2] / "docs" / "execution.md"
@@ -22,7 +24,8 @@ def test_every_option_of_the_quantizer_is_run_or_refused_as_the_page_says() -> N
     }
     assert said.keys() == {path.stem for path in (config_folder() / "quantizer").glob("*.yaml")}
     for option, verdict in said.items():
-        reason = unsupported(composed(f"quantizer={option}").quantizer)
+        file = config_folder() / "quantizer" / f"{option}.yaml"
+        reason = unsupported(structured(QuantizerConfig, OmegaConf.load(file), "quantizer"))
         assert (reason is None) == (verdict == "runs"), option
         assert reason is None or reason.startswith(verdict.removeprefix("refused: ").strip("`")), (option, reason)
     assert f"a linear of more than {MOST_INPUTS:,} inputs" in text
