@@ -37,6 +37,9 @@ def options_without_effect(config: RunConfig) -> list[str]:
                 f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
                 "its share where another purpose names the same source"
             )
+    if not config.eval.latency.is_on:
+        keys, why = ("prompt_lengths", "new_tokens", "repeats", "warmup"), "with eval.latency.batch_sizes=[]"
+        changed("eval.latency", config.eval.latency, keys, why)
     if tuning.method == "none":
         keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
         changed("tuning", tuning, keys, "with tuning.method=none")

@@ -11,6 +11,7 @@ from torch import Tensor
 from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
+from cushion.evaluation.latency import check_latency
 from cushion.evaluation.perplexity import check_evaluation, named_in_front
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
@@ -157,6 +158,7 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     longest = method.longest(config.search, started)
     check_evaluation(lm, config.eval, longest, bos)
     check_tasks(lm, config.eval, tasks, config.quantizer, longest)
+    check_latency(lm, config.eval.latency, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     searched = bos and method.texts is not None and not method.leads_texts  # without BOS the method has checked it
     read_behind = longest if method.behind_prefix else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cushion.checks import at_least, one_of, require
+from cushion.config.latency import LatencyConfig
 
 ACCURACIES = ("acc", "acc_norm")
 
@@ -34,6 +35,7 @@ class EvalConfig:
     attention_texts: int = 1
     attention_first: int = 4
     controls: bool = True
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
 
     def __post_init__(self) -> None:
         at_least("eval.block_length", self.block_length, 2)
@@ -44,6 +46,7 @@ class EvalConfig:
         at_least("eval.attention_texts", self.attention_texts, 0)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"
-        require(self.perplexity or len(self.tasks) > 0, "eval.perplexity", self.perplexity, reason)
+        is_measured = self.perplexity or len(self.tasks) > 0 or self.latency.is_on
+        require(is_measured, "eval.perplexity", self.perplexity, reason)
         twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
         require(not twice, "eval.tasks", self.tasks, f"{', '.join(twice)} stands there more than once")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ class _Inputs(Effect):
         assert activations.bits is not None
         make = FORMATS[activations.format].make
         grid = make(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
+        if not activations.narrow_range:
+            grid = replace(grid, narrow_range=False)
         fixed = None
         if activations.range == "static":
             fixed = _static_range(work, site.name, grid, site.linear.weight.device)

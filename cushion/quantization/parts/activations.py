@@ -24,6 +24,7 @@ class ActivationConfig:
     """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision.
 
     `estimator` says how a static range follows from calibration text, `estimator_options` has what it reads.
+    `narrow_range: false` lets static symmetric codes reach -2^(N-1), as integer kernels do.
     """
 
     bits: int | None = 8
@@ -33,9 +34,12 @@ class ActivationConfig:
     estimator: str = "minmax"
     estimator_options: dict[str, Any] = field(default_factory=dict)
     format: str = "int"
+    narrow_range: bool = True
 
     def __post_init__(self) -> None:
         check_format("quantizer.activations", self.format, self.bits, self.symmetric)
+        reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
+        require(self.narrow_range or self.format == "int", "quantizer.activations.narrow_range", False, reason)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
         self.estimation()
@@ -52,6 +56,11 @@ class ActivationConfig:
         """
         estimator = ESTIMATORS[self.estimator]
         return estimator, estimator.values(self.estimator_options, "quantizer.activations.estimator_options")
+
+
+def _reaches_lowest(activations: ActivationConfig) -> bool:
+    """Whether a symmetric code can be below -(2^(N-1) - 1) at all: only where a fixed range can be exceeded."""
+    return activations.symmetric and activations.range == "static"
 
 
 def range_from(quantizer: Quantizer) -> Needed:
@@ -87,6 +96,8 @@ class Activations(Part):
         """The grid, and the estimator of a static range."""
         own = dict(vars(quantizer.activations))
         del own["estimator"], own["estimator_options"]
+        if own["narrow_range"] or not _reaches_lowest(quantizer.activations):  # keys of before there was a choice
+            del own["narrow_range"]
         if own["range"] == "static":
             estimator, options = quantizer.activations.estimation()
             own["estimator"] = estimator.identity(options)
@@ -97,8 +108,9 @@ class Activations(Part):
         """The estimator of static ranges without such ranges."""
         key, activations = "quantizer.activations", quantizer.activations
         if self.is_on(quantizer) and activations.range == "static":
-            return []
-        keys = ("estimator", "estimator_options")
+            why = f"with {key}.symmetric=false"
+            return [] if activations.symmetric else without_effect(key, activations, ("narrow_range",), why)
+        keys = ("estimator", "estimator_options", "narrow_range")
         if self.is_on(quantizer):
             return without_effect(key, activations, keys, f"with {key}.range=dynamic")
         return without_effect(key, activations, (*keys, "format"), f"with {key}.bits=null")
