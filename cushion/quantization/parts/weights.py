@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cushion.checks import at_least, one_of, without_effect
+from cushion.checks import at_least, one_of, require, without_effect
 from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
 from cushion.quantization.parts.registry import register
 
-WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_block")
 WEIGHT_ESTIMATORS = ("minmax", "mse")
 
 
@@ -29,10 +29,13 @@ class WeightConfig:
     format: str = "int"
 
     def __post_init__(self) -> None:
-        check_format("quantizer.weights", self.format, self.bits)
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
+        check_format("quantizer.weights", self.format, self.bits, granularity=self.granularity)
         at_least("quantizer.weights.group_size", self.group_size, 1)
         one_of("quantizer.weights.estimator", self.estimator, WEIGHT_ESTIMATORS)
+        if self.bits is not None and FORMATS[self.format].block is not None:
+            reason = f"minmax, because quantizer.weights.format={self.format} says what scale a block has"
+            require(self.estimator == "minmax", "quantizer.weights.estimator", self.estimator, reason)
 
 
 class Weights(Part):
@@ -52,8 +55,8 @@ class Weights(Part):
         return replace(quantizer, weights=WeightConfig(bits=None))
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
-        """The targets, and the levels of the grid."""
-        return grid_keys(symmetric=True) | {"targets"} if self.is_on(quantizer) else NOTHING
+        """The targets, and the keys of the grid."""
+        return grid_keys(quantizer.weights.format, symmetric=True) | {"targets"} if self.is_on(quantizer) else NOTHING
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """The grid; the size of groups where there are groups."""
