@@ -38,8 +38,8 @@ def on_scales(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         X as (texts, 1, values of a text), or (texts, tokens, blocks, values of a block); scales and offsets,
-        broadcastable to it. Gradients pass from a scale to the extremes that it follows from; where it is a number of few bits,
-        rounding it counts as the identity.
+        broadcastable to it. Gradients pass from a scale to the extremes that it follows from; where it is a number of
+        few bits, rounding it counts as the identity.
 
     """
     if not isinstance(grid, BlockGrid):
