@@ -21,6 +21,7 @@ from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
 from cushion.config.model import ModelConfig as ModelConfig
 from cushion.config.reconstruction import ReconstructionConfig as ReconstructionConfig
+from cushion.config.reconstruction import check_learns
 from cushion.config.search import SearchConfig as SearchConfig
 from cushion.config.search import SearchRound as SearchRound
 from cushion.config.tracking import TrackingConfig as TrackingConfig
@@ -113,6 +114,8 @@ class RunConfig:
                     f"{quantizer.name} has quantizer.activations.{key}={wanted}: choose one that has, for example "
                     "quantizer=per_tensor_static, or tuning.ranges=dynamic"
                 )
+        if tuning.ranges == "learned":
+            check_learns("tuning.ranges=learned", quantizer, "use tuning.ranges=dynamic or static")
         if tuning.ranges == "static" and quantizer.blockwise:
             raise ConfigError(
                 f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and "

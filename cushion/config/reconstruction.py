@@ -6,9 +6,20 @@ from dataclasses import dataclass
 
 from cushion.checks import at_least, one_of, require
 from cushion.errors import ConfigError
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.quantizer import QuantizerConfig
 
 RECONSTRUCTION_METHODS = ("none", "blockwise")
+
+
+def check_learns(what: str, quantizer: QuantizerConfig, way_out: str) -> None:
+    """Raise `ConfigError` where the static range of a format is not the range of single values, which could learn."""
+    form = FORMATS[quantizer.activations.format]
+    if quantizer.activations.bits is not None and form.block is not None:
+        raise ConfigError(
+            f"{what} learns one scale for each input, and quantizer.activations.format={form.name} has scales for "
+            f"blocks: {way_out}"
+        )
 
 
 @dataclass
@@ -57,6 +68,7 @@ class ReconstructionConfig:
                 f"reconstruction={self.name} learns static ranges, and quantizer={quantizer.name} has none "
                 f"(quantizer.activations.range={activations.range}): choose quantizer=per_tensor_static, {way_out}"
             )
+        check_learns(f"reconstruction={self.name}", quantizer, "choose another format, or reconstruction=none")
         if self.weights and quantizer.weights.bits is None:
             raise ConfigError(
                 f"reconstruction.weights=true learns quantized weights, and quantizer={quantizer.name} has none "

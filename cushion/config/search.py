@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from cushion.checks import at_least, one_of, require
+from cushion.quantization.formats.registry import check_format
 from cushion.quantization.quantizer import LEVELS
 from cushion.registry import SEARCH_METHODS
 
@@ -50,8 +51,9 @@ def default_rounds() -> list[SearchRound]:
 class SearchConfig:
     """Group `search`: how the prefix is found: CushionCache's Algorithm 1 (section 4.1), QFeP, or PrefixQuant's rule.
 
-    `bits`, `symmetric` and `levels` are the grid of q in the objective L_q: per tensor, with the range of the following
-    tokens themselves. They are separate from the quantizer under test, so that every row of a table shares one search.
+    `bits`, `symmetric`, `levels` and `format` are the grid of q in the objective L_q: per tensor, or per block where
+    the format has blocks, with the range of the following tokens themselves. They are separate from the quantizer under
+    test, so that every row of a table shares one search.
     """
 
     name: str = "none"
@@ -71,6 +73,7 @@ class SearchConfig:
     bits: int = 8
     symmetric: bool = False
     levels: str = "full"
+    format: str = "int"
     batch_size: int | None = None
     replicas: int | None = 1
     texts: int = 64
@@ -92,7 +95,10 @@ class SearchConfig:
         one_of("search.start", self.start, STARTS)
         one_of("search.levels", self.levels, LEVELS)
         require(0 < self.tau <= 1, "search.tau", self.tau, "above 0, at most 1")
-        require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
+        if self.format == "int":
+            require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
+        else:
+            check_format("search", self.format, self.bits, self.symmetric)
         at_least("search.candidates", self.candidates, 1)
         at_least("search.frequent", self.frequent, 0)
         at_least("search.length", self.length, 1)

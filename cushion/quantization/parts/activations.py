@@ -37,15 +37,34 @@ class ActivationConfig:
     narrow_range: bool = True
 
     def __post_init__(self) -> None:
-        check_format("quantizer.activations", self.format, self.bits, self.symmetric)
         reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
         require(self.narrow_range or self.format == "int", "quantizer.activations.narrow_range", False, reason)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
+        check_format("quantizer.activations", self.format, self.bits, self.symmetric, self.granularity)
         self.estimation()
+        if self.bits is not None and self.range == "static":
+            self._check_static()
         if self.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(self.range == "dynamic", "quantizer.activations.range", self.range, reason)
+
+    def _check_static(self) -> None:
+        """Refuse static ranges that the format cannot have, and estimators that cannot work for it."""
+        form = FORMATS[self.format]
+        has_range = form.block is None or form.tensor_scale
+        reason = (
+            f"quantizer.activations.format={self.format} computes every scale on the fly: set "
+            "quantizer.activations.range=dynamic"
+        )
+        require(has_range, "quantizer.activations.range", self.range, reason)
+        works = [
+            name
+            for name, other in ESTIMATORS.items()
+            if (form.equal_steps or not other.equal_steps) and (form.block is None or not other.rounds)
+        ]
+        reason = f"with quantizer.activations.format={self.format} choose one of {', '.join(works)}"
+        require(self.estimator in works, "quantizer.activations.estimator", self.estimator, reason)
 
     def estimation(self) -> tuple[Estimator, dict[str, Any]]:
         """The estimator of a static range, and all of its options.
@@ -117,12 +136,15 @@ class Activations(Part):
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""
-        return grid_keys(quantizer.activations.symmetric) | {"targets"} if self.is_on(quantizer) else NOTHING
+        activations = quantizer.activations
+        keys = grid_keys(activations.format, activations.symmetric) | {"targets"}
+        return keys if self.is_on(quantizer) else NOTHING
 
     def spans_batch(self, quantizer: Quantizer) -> bool:
-        """One dynamic range per tensor."""
+        """One dynamic range per tensor, or a dynamic scale for the tensor that blocks are a part of."""
         activations = quantizer.activations
-        return self.is_on(quantizer) and activations.range == "dynamic" and activations.granularity == "per_tensor"
+        spans = activations.granularity == "per_tensor" or FORMATS[activations.format].tensor_scale
+        return self.is_on(quantizer) and activations.range == "dynamic" and spans
 
     def label(self, quantizer: Quantizer) -> str:
         """`A8`, and the estimator of a static range where it is not min-max, or not the one in the quantizer's name."""
