@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cushion.chats import chat_text
 from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
@@ -121,9 +123,16 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     check_replicas(config.search, device)
     check_model(config.model)
     measured = measured_corpora(config)
-    corpora = load_corpora(config.data, config.paths, _needed(config, measured))
+
+    @cache
+    def model() -> LanguageModel:  # what is wrong with plain texts is told before it is loaded
+        return load_language_model(config.model, config.paths, device)
+
+    corpora = load_corpora(
+        config.data, config.paths, _needed(config, measured), lambda messages: chat_text(model(), messages)
+    )
     tasks = load_tasks(config.eval, config.paths)
-    lm = load_language_model(config.model, config.paths, device)
+    lm = model()
     method = METHODS[config.search.method]
     start_tokens = method.start_tokens(lm, config)
     bos = begins_with_bos(lm, config.bos)

@@ -155,7 +155,7 @@ MISTAKES = {
     "tau 2": (["search.tau=2"], "search.tau=2.0 is not allowed", "at most 1"),
     "misspelt value": (["search.objective=quantisation_error"], "search.objective", "mean 'quantization_error'?"),
     "nothing to tune": (["tuning=short"], "tuning=short has no prefix to tune", "search=greedy_pruned"),
-    "tokens not named": (["search=tokens"], "search.tokens=None", "needs search.tokens or search.token_ids"),
+    "tokens not named": (["search=tokens"], "search.tokens=null", "needs search.tokens or search.token_ids"),
     "missing model folder": (["model.path=/nowhere/model"], "model.path='/nowhere/model'", "check the path"),
     "missing model folder, relative": (["model.path=./nowhere"], "model.path='./nowhere'", "check the path"),
     "model not on the hub": (["model.path=some/model"], "model.path='some/model'", "check the id or folder"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import EXPERIMENT_BYTES, at_least, check_name, check_values, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
@@ -76,6 +76,7 @@ class RunConfig:
     bos: str = "tokenizer"
 
     def __post_init__(self) -> None:
+        check_values("", self)
         EXECUTIONS[self.execution]  # refuses a name that there is not
         at_least("seed", self.seed, 0)
         one_of("bos", self.bos, BOS_POLICIES)
@@ -84,6 +85,7 @@ class RunConfig:
         require(before or not first, "eval.predict_first", first, reason)
         safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
         require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
+        check_name("experiment", self.experiment, EXPERIMENT_BYTES)
         method = SEARCH_METHODS[self.search.method]
         if self.tuning.method != "none" and method.find is None:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
 from cushion.config.latency import LatencyConfig
 
 ACCURACIES = ("acc", "acc_norm")
@@ -38,6 +38,7 @@ class EvalConfig:
     latency: LatencyConfig = field(default_factory=LatencyConfig)
 
     def __post_init__(self) -> None:
+        check_values("eval", self)
         at_least("eval.block_length", self.block_length, 2)
         at_least("eval.activation_blocks", self.activation_blocks, 1)
         for key in ("blocks", "batch_size", "limit", "task_batch_size", "attention_first"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_rate, check_values, one_of
 from cushion.errors import ConfigError
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.quantizer import QuantizerConfig
@@ -39,13 +39,13 @@ class ReconstructionConfig:
     weight_learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_values("reconstruction", self)
         one_of("reconstruction.method", self.method, RECONSTRUCTION_METHODS)
         at_least("reconstruction.samples", self.samples, 1)
         at_least("reconstruction.epochs", self.epochs, 0)
         at_least("reconstruction.batch_size", self.batch_size, 1)
         for key in ("scale_learning_rate", "weight_learning_rate"):
-            rate = getattr(self, key)
-            require(0 < rate < 1e38, f"reconstruction.{key}", rate, "it must be positive and finite")
+            check_rate(f"reconstruction.{key}", getattr(self, key))
 
     @property
     def is_on(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
 from cushion.quantization.formats.registry import check_format
 from cushion.quantization.quantizer import LEVELS
 from cushion.registry import SEARCH_METHODS
@@ -27,13 +26,14 @@ class SearchRound:
     text: str = "spikes"
 
     def __post_init__(self) -> None:
+        check_values("search.rounds", self)
         require(0 < self.depth <= 1, "search.rounds.depth", self.depth, "a share of the blocks, above 0, at most 1")
         one_of("search.rounds.text", self.text, ROUND_TEXTS)
         if self.text == "first":
             require(self.tokens == 1, "search.rounds.tokens", self.tokens, "1, because text=first is one token")
         else:
             at_least("search.rounds.tokens", self.tokens, 2)
-        fits = 0 < self.keep < 1 or (self.keep >= 1 and self.keep == int(self.keep))
+        fits = 0 < self.keep < 1 or (self.keep >= 1 and float(self.keep).is_integer())
         require(fits, "search.rounds.keep", self.keep, "a number of candidates, or a share of them below 1")
 
 
@@ -89,6 +89,7 @@ class SearchConfig:
     user_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
+        check_values("search", self)
         method = SEARCH_METHODS[self.method]
         one_of("search.proposal", self.proposal, PROPOSALS)
         one_of("search.objective", self.objective, OBJECTIVES)
@@ -111,8 +112,7 @@ class SearchConfig:
         at_least("search.replicas", self.replicas, 1)
         for key in ("texts", "contexts", "outlier_tokens"):
             at_least(f"search.{key}", getattr(self, key), 1)
-        reason = "it must be finite and at least 1"
-        require(1 <= self.eta < math.inf, "search.eta", self.eta, reason)
+        at_least("search.eta", self.eta, 1)
         one_of("search.scoring", self.scoring, SCORINGS)
         for key in ("budget_token_forwards", "budget_seconds"):
             value = getattr(self, key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
 from cushion.errors import ConfigError
 from cushion.quantization.formats.base import SHARED_EXPONENTS
 from cushion.quantization.parts.activations import ActivationConfig
@@ -58,6 +58,7 @@ class QuantizerConfig:
     plugins: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_values("quantizer", self)
         named = {name: own for name, own in self.plugins.items() if own is not None}
         self.plugins = {name: PARTS[name].configured(own) for name, own in named.items()}
         one_of("quantizer.levels", self.levels, LEVELS)
