@@ -7,7 +7,8 @@ positions never reach a quantized linear, a scale or a statistic.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cushion.artifacts import write_json
-from cushion.errors import ArtifactError
+from cushion.errors import ArtifactError, ConfigError
 from cushion.hashing import tensor_digest
 from cushion.models.architectures import ARCHITECTURES, cache_shape, find_architecture
 
@@ -27,9 +28,25 @@ FORMAT = "cushion-prefix-1"
 
 
 class PrefixCache(DynamicCache):
-    """A cache that knows how many of its first positions are a prefix's, which stay in full precision."""
+    """A cache that knows how many of its first positions are a prefix's, which stay in full precision.
+
+    While it holds nothing else, all of its rows are the same: it then takes the number of rows that the first pass has,
+    such as those of several beams or returned sequences.
+    """
 
     prefix_length: int = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (batch, heads, tokens, head size), to those of a layer; returns all of them."""
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        rows, length = key_states.shape[0], self.prefix_length
+        if length and layer is not None and layer.is_initialized and layer.get_seq_length() == length:
+            layer.keys = layer.keys[:1].expand(rows, -1, -1, -1)
+            layer.values = layer.values[:1].expand(rows, -1, -1, -1)
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +119,36 @@ class Prefix:
             layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
             layer.values = layer.values.expand(batch_size, -1, -1, -1)
         return cache
+
+    @contextmanager
+    def kept(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within it, every call of `model` must bring the prefix in its cache: `generate` of some families drops it.
+
+        Phi-3 drops the cache where the text grows beyond `original_max_position_embeddings`, and computes it again
+        from the token ids. Keys and values that were tuned would be lost without a word.
+
+        Raises:
+            ConfigError: within it, by a call of the model without the prefix in its cache.
+
+        """
+
+        def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, PrefixCache) and cache.get_seq_length() >= cache.prefix_length == len(self):
+                return
+            limit = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
+            at = "" if limit is None else f" (it does so beyond original_max_position_embeddings={limit} tokens)"
+            raise ConfigError(
+                f"generate of {model.config.model_type!r} dropped the cache that holds the prefix of {len(self)} "
+                f"tokens{at}: generate fewer tokens, shorten the context, or go without a prefix"
+            )
+
+        hook = model.register_forward_pre_hook(check, with_kwargs=True) if len(self) else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _check_model(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()

@@ -23,6 +23,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from cushion.errors import ConfigError, NotFiniteError
@@ -65,6 +66,8 @@ class PrefixedModel(HFLM):
                 batch_size=batch_size,
                 add_bos_token=bos,
             )
+        self._check_embedded = lm.check_embedded
+        self._check_embedded([self.tokenizer.pad_token_id])
         self._prefix = prefix
         self.begins_with_bos = bos
         self.truncated = 0
@@ -78,6 +81,8 @@ class PrefixedModel(HFLM):
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score requests, each the tokens of a context and of its continuation; the last one is never an input."""
+        for _, context, continuation in requests:
+            self._check_embedded((*context, *continuation))
         room = self.max_length
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > room:
@@ -103,6 +108,7 @@ class PrefixedModel(HFLM):
             _, whole = super().tok_batch_encode(strings, padding_side, None, truncation)
             self.truncated += int((whole.sum(1) > left_truncate_len).sum())
         encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        self._check_embedded(encoded[0].unique().tolist())
         return encoded
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -114,20 +120,43 @@ class PrefixedModel(HFLM):
             return self.model(input_ids=inps, past_key_values=cache, use_cache=True).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """Continue `context`, (requests, tokens), padded on the left; the prefix is not part of what is returned."""
+        """Continue `context`, (requests, tokens), padded on the left; the prefix is not part of what is returned.
+
+        Padding stands between the prefix and the text. A sliding window would count it and reach less of the prefix, so
+        that an answer would depend on the other requests: models with windows get padded requests one by one.
+
+        Raises:
+            ConfigError: the task asks for several sequences a request, or the model drops the prefix on the way.
+
+        """
+        returned = int(generation_kwargs.get("num_return_sequences") or 1)
+        if returned > 1:
+            raise ConfigError(
+                f"eval.tasks has a task with num_return_sequences={returned}, of which lm-eval would take the answers "
+                "for those of other requests: ask for several answers by the task's `repeats`"
+            )
         length = len(self._prefix)
         if length == 0:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask = generation_kwargs.pop("attention_mask", None)
+        layers: list[Any] = self._prefix.cache(self.model).layers
+        if mask is not None and not bool(mask.all()) and any(layer.is_sliding for layer in layers):
+            rows = []
+            for row, seen in zip(context, mask.bool(), strict=True):
+                padding = len(row) - int(seen.sum())
+                own = self._model_generate(row[None, padding:], max_length - padding, stop, **generation_kwargs)
+                rows.append(torch.cat([row[:padding], own[0]]))
+            return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask})
-        generated = super()._model_generate(
-            inputs["input_ids"],
-            max_length + length,
-            stop,
-            attention_mask=inputs["attention_mask"],
-            past_key_values=self._prefix.cache(self.model, len(context)),
-            **generation_kwargs,
-        )
+        with self._prefix.kept(self.model):
+            generated = super()._model_generate(
+                inputs["input_ids"],
+                max_length + length,
+                stop,
+                attention_mask=inputs["attention_mask"],
+                past_key_values=self._prefix.cache(self.model, len(context)),
+                **generation_kwargs,
+            )
         return generated[:, length:]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -158,7 +158,23 @@ class LanguageModel:
     def encode(self, text: str) -> Tensor:
         """Token ids of `text` without special tokens: a vector of shape (number of tokens,)."""
         ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        self.check_embedded(ids)
         return torch.tensor(ids, dtype=torch.long)
+
+    def check_embedded(self, token_ids: Iterable[int]) -> None:
+        """Refuse tokens that the table of embeddings has no row for: those added to a tokenizer, and not to the model.
+
+        Raises:
+            UnsupportedModelError: naming the token with the largest id, where that is too large.
+
+        """
+        rows, last = self.embeddings.shape[0], max(token_ids, default=-1)
+        if last >= rows:
+            raise UnsupportedModelError(
+                f"the tokenizer of {self.label} has the token {self.tokenizer.convert_ids_to_tokens(int(last))!r} with "
+                f"the id {last}, and the model's table of embeddings has {rows} rows (ids 0 to {rows - 1}): enlarge it "
+                "with `model.resize_token_embeddings(len(tokenizer))` and save the model, or leave the token out"
+            )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -167,6 +183,7 @@ class LanguageModel:
     def with_bos(self, tokens: Tensor) -> Tensor:
         """`tokens`, (texts, tokens), with BOS in front of every text; the caller has checked that there is one."""
         assert self.bos_token_id is not None
+        self.check_embedded([self.bos_token_id])
         return torch.cat([torch.full_like(tokens[:, :1], self.bos_token_id), tokens], dim=1)
 
     def check_token_ids(self, token_ids: list[int], key: str) -> None:

@@ -23,7 +23,7 @@ from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, ranges_
 from untouched import assert_untouched, snapshot
 
 from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
-from cushion.errors import ConfigError
+from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.evaluation import tasks as tasks_module
 from cushion.evaluation.harness import BOOTSTRAP, PrefixedModel, run_task
 from cushion.evaluation.task_scores import (
@@ -683,3 +683,65 @@ def test_a_file_of_the_users_is_written_back_nowhere(tmp_path: Path, include_pat
     task = our_task(include_path, tmp_path, "hellaswag")
     task.task.build_all_requests(limit=None, rank=0, world_size=1)
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral", "gemma2"])
+def test_beams_go_on_from_the_prefix_as_from_its_text(tiny: Tiny, family: str) -> None:
+    lm = tiny(family)
+    prompts = ["ab", "cd"] if family in FAMILIES else ["ab"]
+    glued = [GLUE + prompt for prompt in prompts]
+    beams: dict[str, Any] = {"num_beams": 3, "max_gen_toks": 5, "until": ["no such text"]}
+    assert generate(PrefixedModel(lm, behind(lm), 2), prompts, **beams) == generate(plain(lm, 2), glued, **beams)
+
+
+def test_several_sequences_are_returned_behind_the_prefix(tiny: Tiny) -> None:
+    lm = tiny("llama")
+    prefix, inputs = behind(lm), {"input_ids": lm.encode("one")[None]}
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 4, "do_sample": False}
+    whole = prefix.prepend(inputs)
+    expected = lm.model.generate(**whole, **options)
+    with prefix.kept(lm.model):
+        found = lm.model.generate(**whole, past_key_values=prefix.cache(lm.model), **options)
+    assert torch.equal(found, expected)
+    with pytest.raises(ConfigError, match=r"num_return_sequences=2.*`repeats`"):
+        generate(PrefixedModel(lm, prefix, 1), ["one"], num_return_sequences=2, num_beams=2)
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "gemma2", "gemma3_text"])
+def test_windows_count_no_padding_between_prefix_and_text(tiny: Tiny, family: str) -> None:
+    lm = tiny(family)
+    prompts = ["a", "bcdefg", "hij", "klm"]
+    model = PrefixedModel(lm, behind(lm), 4)
+    options: dict[str, Any] = {"max_gen_toks": 4, "until": ["no such text"]}
+    expected = [generate(plain(lm), [GLUE + prompt], **options)[0] for prompt in prompts]
+    assert [generate(model, [prompt], **options)[0] for prompt in prompts] == expected
+    assert generate(model, prompts, **options) == expected
+
+
+def test_a_prefix_that_the_library_drops_on_the_way_is_missed(tiny: Tiny) -> None:
+    lm = tiny("phi3")
+    lm.model.config.original_max_position_embeddings = 16
+    model = PrefixedModel(lm, behind(lm), 1)
+    generate(model, ["one"], max_gen_toks=4, until=["no such text"])
+    for context, tokens in (("one", 20), ("a context beyond sixteen", 2)):
+        with pytest.raises(ConfigError, match=r"'phi3' dropped the cache .* prefix of 4 tokens .*embeddings=16"):
+            generate(model, [context], max_gen_toks=tokens, until=["no such text"])
+    lm.model(input_ids=lm.encode("free again")[None])
+
+
+def test_tokens_without_an_embedding_are_named(tiny: Tiny) -> None:
+    lm = tiny("llama")
+    lm.tokenizer.add_tokens(["<new>"])
+    rows = lm.embeddings.shape[0]
+    told = rf"'<new>' with the id {rows}, .* {rows} rows .*resize_token_embeddings"
+    with pytest.raises(UnsupportedModelError, match=told):
+        lm.encode("a <new> token")
+    model = PrefixedModel(lm, behind(lm), 1)
+    with pytest.raises(UnsupportedModelError, match=told):
+        model.loglikelihood(asked("loglikelihood", ("a <new>", " b")))
+    with pytest.raises(UnsupportedModelError, match=told):
+        generate(model, ["a <new>"])
+    lm.tokenizer.pad_token = "<new>"
+    with pytest.raises(UnsupportedModelError, match=told):
+        PrefixedModel(lm, behind(lm), 1)
+    assert lm.encode("a token").tolist(), "other texts go on"
