@@ -1,7 +1,9 @@
 """A content-addressed cache of expensive steps: the same inputs, the same folder, computed once.
 
 The key of an artifact is a hash of everything it depends on (model fingerprint, configuration of the step, hash of the
-text, version of the step's code), and those dependencies are written beside it. A file lock keeps two processes from
+text, version of the step's code), and those dependencies are written beside it, with a digest of every file. What does
+not fit its key or its digests, because it was damaged, changed or put into the wrong place, is set aside with a warning
+and made again. A file lock keeps two processes from
 computing the same thing; a folder appears whole or not at all; a step under way keeps a checkpoint, so that a killed
 run loses at most a few seconds.
 """
@@ -27,9 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cushion.errors import ArtifactError
-from cushion.hashing import digest
+from cushion.hashing import digest, file_digest
 
 logger = logging.getLogger(__name__)
+
+DEPENDENCIES, MADE = "depends_on.json", "made.json"
+SET_ASIDE = "set_aside"
+"""The folder below the root of a store that artifacts go to which do not fit."""
 
 CHECKPOINT_SECONDS = 10.0
 """How much work, in seconds, a kill may cost at most."""
@@ -112,19 +118,26 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What was saved last, or None. A checkpoint that cannot be read is an `ArtifactError`."""
-        if not self._path.is_file():
+        """What was saved last, or None. Of one that is not as it was saved nothing is used, and a warning says so."""
+        if not os.path.lexists(self._path):
             return None
-        record = read_json(self._path)
-        tensors: dict[str, Tensor] = {}
-        if record["tensors"] is not None:
-            try:
-                tensors = load_file(self._path.with_name(record["tensors"]))
-            except (OSError, SafetensorError) as error:
-                raise ArtifactError(
-                    f"the checkpoint {self._path} is damaged ({error}): delete the folder {self._path.parent}"
-                ) from error
-        return record["state"], tensors
+        try:
+            record = read_json(self._path)
+            file = None if record["tensors"] is None else self._path.with_name(record["tensors"])
+            if record["digest"] != _saved(record["state"], file):
+                raise ArtifactError("it was changed after it was saved")
+            return record["state"], {} if file is None else load_file(file)
+        except (ArtifactError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            logger.warning("the checkpoint %s is damaged (%s): this step starts over", self._path, error)
+            self._drop()
+            return None
+
+    def _drop(self) -> None:
+        """Leave nothing where the next save writes."""
+        if self._path.is_dir() and not self._path.is_symlink():
+            shutil.rmtree(self._path)
+        else:
+            self._path.unlink(missing_ok=True)
 
     def due(self) -> bool:
         """Whether enough time has passed since the last save."""
@@ -133,16 +146,22 @@ class Checkpoint:
     def save(self, state: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
         """Replace what was saved. The tensors are written under a new name first, so a kill leaves a matching pair."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        name = None
+        name, file = None, None
         if tensors is not None:
             name = f"{self._path.stem}-{time.time_ns()}.safetensors"
             copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-            save_file(copies, self._path.with_name(name))
-        write_json(self._path, {"state": state, "tensors": name})
+            file = self._path.with_name(name)
+            save_file(copies, file)
+        write_json(self._path, {"state": state, "tensors": name, "digest": _saved(state, file)})
         for old in self._path.parent.glob(f"{self._path.stem}-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
         self._last = time.monotonic()
+
+
+def _saved(state: Any, tensors: Path | None) -> str:
+    """A digest of a state and of the file of its tensors."""
+    return digest([json.loads(json.dumps(state)), None if tensors is None else file_digest(tensors)])
 
 
 class Workspace:
@@ -164,7 +183,7 @@ class ArtifactStore:
         return self.root / step / digest({"step": step, **depends_on})
 
     def get_or_make(self, step: str, depends_on: dict[str, Any], make: Callable[[Workspace], None]) -> Path:
-        """The folder of an artifact, made now by `make` if it does not exist yet.
+        """The folder of an artifact, made now by `make` if it does not exist yet, or is not what it should be.
 
         Args:
             step: name of the step.
@@ -174,25 +193,73 @@ class ArtifactStore:
         """
         folder = self.folder(step, depends_on)
         under_way = folder.with_name(folder.name + ".partial")
-        if folder.is_dir():
+        made_for = {"step": step, **depends_on}
+        if misfit(folder, made_for) is None:
             if under_way.is_dir():  # a process was killed just after it had finished
                 shutil.rmtree(under_way, ignore_errors=True)
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder) + ".lock"):
-            if folder.is_dir():  # another process made it while this one waited
+            reason = misfit(folder, made_for)
+            if reason is None:  # another process made it while this one waited
                 return folder
+            if os.path.lexists(folder):
+                place = self._set_aside(folder)
+                logger.warning("the cached step in %s %s: it was moved to %s and is made again", folder, reason, place)
             checkpoint = under_way / "checkpoint.json"
             try:
                 attempts = _one_more_attempt(under_way / "attempts.json")
                 with whole_folder(folder) as temporary:
                     make(Workspace(temporary, Checkpoint(checkpoint)))
-                    write_json(temporary / "depends_on.json", {"step": step, **depends_on})
-                    write_json(temporary / "made.json", {"attempts": attempts})
+                    write_json(temporary / DEPENDENCIES, made_for)
+                    write_json(temporary / MADE, {"attempts": attempts, "files": _digests(temporary)})
             finally:
                 if folder.is_dir() or not checkpoint.is_file():
                     shutil.rmtree(under_way, ignore_errors=True)
         return folder
+
+    def _set_aside(self, folder: Path) -> Path:
+        """Move what stands at the place of an artifact to where nothing looks for one; its new place."""
+        place = self.root / SET_ASIDE / folder.parent.name / f"{folder.name}-{time.time_ns()}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return folder.rename(place)
+
+
+def misfit(folder: Path, made_for: dict[str, Any]) -> str | None:
+    """Why a folder is not the artifact that was made for these dependencies, in words; None where it is.
+
+    Every file is read: it must be there, as it was written, and nothing else may be.
+    """
+    if not folder.is_dir():
+        return "is not a folder" if os.path.lexists(folder) else "is not there"
+    try:
+        kept = json.loads((folder / DEPENDENCIES).read_text(encoding="utf-8"))
+        files = json.loads((folder / MADE).read_text(encoding="utf-8"))["files"]
+        found = _digests(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        return f"cannot be checked ({type(error).__name__}: {error})"
+    if kept != json.loads(json.dumps(made_for)):
+        return "was made for something else"
+    if not isinstance(files, dict) or found.keys() != files.keys():
+        differing = sorted(found.keys() ^ set(files if isinstance(files, dict) else ()))
+        return f"lacks a file or has one too many ({', '.join(differing)})"
+    changed = [name for name, content in found.items() if content != files[name]]
+    return f"was changed after it was made ({', '.join(changed)})" if changed else None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """By path below the folder the SHA-256 of every file in it, but of the one that holds them.
+
+    Raises:
+        OSError: something in it is not a file or a folder, or cannot be read.
+
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name != MADE and not path.is_dir():
+            found[name] = file_digest(path)
+    return found
 
 
 def _one_more_attempt(path: Path) -> list[dict[str, Any]]:

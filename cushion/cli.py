@@ -22,11 +22,14 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cushion.checks import written
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.launching import gpu_of_its_own, share_threads
@@ -192,8 +195,15 @@ def report(error: BaseException) -> None:
     elif _is_full_disk(error):
         advice = "make room, and give the same command again: it goes on from here"
         print(f"cushion: error: {one_line(error)}: {advice}", file=sys.stderr, flush=True)
+    elif isinstance(error, OSError) and error.filename is not None and error.errno in _NO_PLACE:
+        advice = "name another place with paths.output_dir, paths.cache_dir or paths.model_dir, or mend it"
+        print(f"cushion: error: {error.filename}: {error.strerror}: {advice}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
+
+
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""What the system says where a folder or file cannot be made."""
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -209,6 +219,7 @@ def main() -> None:
     register_schema()
     try:
         with _full_disk_is_no_fault_of_logging():
+            check_choices(sys.argv[1:], config_folder())
             _hydra_main()
     except _ReportedError:
         sys.exit(1)
@@ -218,6 +229,36 @@ def main() -> None:
     except KeyboardInterrupt:
         print("cushion: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def check_choices(words: list[str], folder: Path) -> None:
+    """Refuse an option of a group that is not named by text; Hydra ends with a traceback there.
+
+    Args:
+        words: of the command line.
+        folder: of the configuration, in which every group is a folder.
+
+    Raises:
+        ConfigError: such as `experiment=123` or `search=null`.
+
+    """
+    for word in words:
+        key = word.partition("=")[0].partition("@")[0].lstrip("+~")
+        if word.startswith("-") or "=" not in word or not key or not (folder / key).is_dir():
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            continue  # not a value at all: Hydra says so itself
+        value = override.value()
+        chosen = value.list if isinstance(value, ChoiceSweep) else [value]
+        for option in chosen:
+            if not isinstance(option, str | list | dict | QuotedString | Sweep):
+                text = written(option)
+                raise ConfigError(
+                    f"{key}={text} is not allowed: {key} chooses a file by its name, and {text} is not read as text; "
+                    f"for a file of that name write {key}='\"{text}\"', for the default leave {key} out"
+                )
 
 
 MOVED = {

@@ -44,6 +44,7 @@ INFRASTRUCTURE = frozenset(
         "cushion.sources",
         "cushion.step",
         "cushion.syntax",
+        "cushion.text_files",
     }
 )
 """Modules that are in no step's version, whoever imports them."""

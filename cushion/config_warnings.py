@@ -7,10 +7,11 @@ from typing import Any
 
 from cushion.checks import without_effect
 from cushion.config import QuantizerConfig, RunConfig, SearchConfig, TuningConfig
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.parts.registry import parts, unread
 from cushion.registry import SEARCH_METHODS
 
-_GRID = ("bits", "symmetric", "levels")
+_GRID = ("bits", "symmetric", "levels", "format")
 """The search keys that have an effect with every method: the activations are measured with them."""
 
 
@@ -37,6 +38,9 @@ def options_without_effect(config: RunConfig) -> list[str]:
                 f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
                 "its share where another purpose names the same source"
             )
+    if not config.eval.latency.is_on:
+        keys, why = ("prompt_lengths", "new_tokens", "repeats", "warmup"), "with eval.latency.batch_sizes=[]"
+        changed("eval.latency", config.eval.latency, keys, why)
     if tuning.method == "none":
         keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
         changed("tuning", tuning, keys, "with tuning.method=none")
@@ -56,8 +60,9 @@ def options_without_effect(config: RunConfig) -> list[str]:
 
 
 _WITHOUT_A_READER = {
-    "levels": "without quantized weights, activations, cache or attention",
+    "levels": "without quantized weights, activations, cache or attention on integers",
     "zero_point": "without an asymmetric grid",
+    "shared_exponent": "without an MX format (mxfp8, mxfp6, mxfp4)",
     "targets": "without quantized weights or activations",
 }
 
@@ -95,4 +100,7 @@ def _search_keys(search: SearchConfig) -> list[str]:
     method = SEARCH_METHODS[search.method]
     used = ("name", "method", *_GRID, *method.reads)
     unread = tuple(field.name for field in dataclasses.fields(search) if field.name not in used)
-    return [*without_effect("search", search, unread, f"with search.method={search.method}"), *method.idle(search)]
+    found = without_effect("search", search, unread, f"with search.method={search.method}")
+    if "levels" not in FORMATS[search.format].reads:
+        found += without_effect("search", search, ("levels",), f"with search.format={search.format}")
+    return [*found, *method.idle(search)]

@@ -9,6 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from cushion.config import DataConfig, PathsConfig
 from cushion.errors import DataError
 from cushion.sources import locate
+from cushion.text_files import Render, has_fields
 
 SHARES = {"evaluation": 4, "calibration": 1, "tuning": 3, "search": 2}
 """How a corpus that serves several purposes is divided, by characters; `data.further` gets as much as evaluation."""
@@ -132,20 +134,23 @@ class Corpus:
         return str(self.provenance.get("origin", self.provenance.get("source")))
 
 
-def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str] | None = None) -> dict[str, Corpus]:
+def load_corpora(
+    config: DataConfig, paths: PathsConfig, needed: Collection[str] | None = None, render: Render | None = None
+) -> dict[str, Corpus]:
     """The corpora of the purposes that a run needs, disjoint by document.
 
     Args:
         needed: purposes to read; None for all four. No source is read for the others alone, but within a source that
             is read they keep their share, so that a purpose's share does not move with what else a run needs.
+        render: makes text of a chat, by the tokenizer's chat template; called only where a file holds chats.
 
     Raises:
         DataError: a source is missing or damaged (the file and line are named), or nothing is left for a purpose.
     """
     purposes = config.purposes()
-    located = {purpose: locate(corpus, paths) for purpose, corpus in purposes.items()}
+    located = {purpose: locate(corpus, paths, render) for purpose, corpus in purposes.items()}
     pool_of = {
-        purpose: (located[purpose][0], corpus.text_field if located[purpose][0].endswith(".jsonl") else "")
+        purpose: (located[purpose][0], corpus.text_field if _has_fields(located[purpose][0]) else "")
         for purpose, corpus in purposes.items()
     }
     wanted = {pool_of[purpose] for purpose in purposes if needed is None or purpose in needed}
@@ -182,6 +187,10 @@ def load_corpora(config: DataConfig, paths: PathsConfig, needed: Collection[str]
         }
         corpora[purpose] = Corpus(purpose, documents, provenance)
     return corpora
+
+
+def _has_fields(origin: str) -> bool:
+    return Path(origin).is_absolute() and has_fields(Path(origin))
 
 
 def _cut(tokens: Tensor, length: int) -> Tensor:

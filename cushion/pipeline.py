@@ -28,9 +28,10 @@ from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.quantization.learned import Learned
 from cushion.results import Row, RunResult, environment, finished_result
+from cushion.row import row_label
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
-from cushion.run_warnings import data_warnings, qfem_warnings, task_warnings, truncation_warning
+from cushion.run_warnings import preparation_warnings, qfem_warnings, truncation_warning
 from cushion.schema import FOUND, LEARNED, NO_PREFIX, RECONSTRUCTED, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
@@ -135,7 +136,7 @@ class _Run:
             "vocabulary": self.lm.vocabulary_size,
         }
         result.evaluation = _evaluation(config, prepared)
-        for warning in (*data_warnings(prepared), *task_warnings(config, prepared)):
+        for warning in preparation_warnings(config, prepared):
             self._warn(warning)
         result.data = {purpose: corpus.provenance for purpose, corpus in prepared.corpora.items()}
 
@@ -272,9 +273,8 @@ class _Run:
         worst_block: int,
         reconstructs: bool = False,
     ) -> Row:
-        kind, label = ("full_precision", "full precision") if quantizer is None else ("quantized", quantizer.scheme)
-        if len(stage.prefix):
-            label += f" + {stage.title}"
+        kind = "full_precision" if quantizer is None else "quantized"
+        label = row_label(quantizer, self.config.execution, stage.title if len(stage.prefix) else "")
         name = kind if stage.key == NO_PREFIX else f"{kind}_{stage.key}"
         fitted, learned = stage.fitted or stage, None if quantizer is None else stage.learned
         has_learned_ranges = learned is not None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cushion.chats import chat_text
 from cushion.config import EvalConfig, RunConfig
 from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
+from cushion.evaluation.latency import check_latency
 from cushion.evaluation.perplexity import check_evaluation, named_in_front
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
@@ -120,9 +123,16 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     check_replicas(config.search, device)
     check_model(config.model)
     measured = measured_corpora(config)
-    corpora = load_corpora(config.data, config.paths, _needed(config, measured))
+
+    @cache
+    def model() -> LanguageModel:  # what is wrong with plain texts is told before it is loaded
+        return load_language_model(config.model, config.paths, device)
+
+    corpora = load_corpora(
+        config.data, config.paths, _needed(config, measured), lambda messages: chat_text(model(), messages)
+    )
     tasks = load_tasks(config.eval, config.paths)
-    lm = load_language_model(config.model, config.paths, device)
+    lm = model()
     method = METHODS[config.search.method]
     start_tokens = method.start_tokens(lm, config)
     bos = begins_with_bos(lm, config.bos)
@@ -157,6 +167,7 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     longest = method.longest(config.search, started)
     check_evaluation(lm, config.eval, longest, bos)
     check_tasks(lm, config.eval, tasks, config.quantizer, longest)
+    check_latency(lm, config.eval.latency, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     searched = bos and method.texts is not None and not method.leads_texts  # without BOS the method has checked it
     read_behind = longest if method.behind_prefix else 0

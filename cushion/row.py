@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cushion.config import EvalConfig
+from cushion.config import EvalConfig, QuantizerConfig
 from cushion.evaluation.perplexity_step import PerplexityStep
 from cushion.evaluation.task_checks import task_batch_size
 from cushion.evaluation.task_scores import TaskScore, group_score
 from cushion.evaluation.task_step import TaskStep
 from cushion.evaluation.tasks import TaskSet
+from cushion.execution.registry import SIMULATED
 from cushion.metrics.columns import Losses, RowContext, Values, metrics
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.registry import located
@@ -37,6 +38,21 @@ class Measured:
     """By corpus, what the perplexity is the mean of."""
     records: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By single task whose score is a mean over its records, its metric on each."""
+
+
+def row_label(quantizer: QuantizerConfig | None, execution: str, prefix: str) -> str:
+    """The label of a row, such as `qfep W8A8 (int8) + tuned prefix`: an execution that is simulated is not named.
+
+    Args:
+        quantizer: None for full precision.
+        execution: how its linears are computed.
+        prefix: what the row's prefix is called, empty without one.
+
+    """
+    label = "full precision" if quantizer is None else quantizer.scheme
+    if quantizer is not None and execution != SIMULATED:
+        label += f" ({execution})"
+    return f"{label} + {prefix}" if prefix else label
 
 
 def measure_row(

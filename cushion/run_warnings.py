@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from cushion.config import RunConfig
+from cushion.execution.registry import load_execution
 from cushion.preparation import Prepared
+
+
+def preparation_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
+    """What a reader should know of the texts, the tasks and the execution, before anything is measured."""
+    found = [*data_warnings(prepared), *task_warnings(config, prepared)]
+    if config.quantizer.is_full_precision:
+        return found
+    return found + load_execution(config.execution).warnings(prepared.lm, config.quantizer)
 
 
 def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import bz2
 import importlib.metadata
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from cushion.config import CorpusConfig, DataConfig, PathsConfig
 from cushion.errors import DataError
+from cushion.text_files import Render, files_of, read_documents, read_lines
 
 HUB_DOCUMENTS = 4000
 """How many documents are read from the head of a hub split that is too large to read whole (C4)."""
@@ -27,83 +26,34 @@ _WIKITEXT_TITLE = re.compile(r"^ = [^=].* = \n?$")
 def local_files(config: DataConfig, paths: PathsConfig) -> list[Path]:
     """The files that the four corpora are read from, where they are files of the user's and not sets from elsewhere."""
     origins = {locate(corpus, paths)[0] for corpus in config.purposes().values()}
-    return [Path(origin) for origin in sorted(origins) if Path(origin).is_absolute()]
+    return [file for origin in sorted(origins) if Path(origin).is_absolute() for file in files_of(Path(origin))]
 
 
-def locate(corpus: CorpusConfig, paths: PathsConfig) -> tuple[str, Callable[[], Iterable[str]]]:
-    """A name that is the same for the same text, and a function that reads it."""
+def locate(
+    corpus: CorpusConfig, paths: PathsConfig, render: Render | None = None
+) -> tuple[str, Callable[[], Iterable[str]]]:
+    """A name that is the same for the same text, and a function that reads it; `render` makes text of chats."""
     if corpus.source == "embedded":
         return f"{_EMBEDDED_PACKAGE}:{_EMBEDDED_FILE}", _read_embedded
     if corpus.source == "file":
         path = Path(corpus.path or "").expanduser()
-        return str(path.resolve()), lambda: _read_file(path, corpus.text_field)
+        return str(path.resolve()), lambda: read_documents(path, corpus.text_field, render)
     if paths.data_dir is not None:
         root = Path(paths.data_dir).expanduser()
         if not root.is_dir():
             raise DataError(f"paths.data_dir={paths.data_dir!r} is not a folder: check the path")
         if corpus.source == "c4":
             path = root / "c4" / "c4.utf8"
-            return str(path.resolve()), lambda: _read_file(path, corpus.text_field, one_per_line=True)
+            return str(path.resolve()), lambda: read_lines(path)
         names = {"train": "train.head.rows.jsonl", "test": "test.rows.jsonl", "validation": "validation.rows.jsonl"}
         path = root / "wikitext2_raw" / names[corpus.split]
-        return str(path.resolve()), lambda: wikitext_articles(_read_file(path, "text"), "\n\n")
+        return str(path.resolve()), lambda: wikitext_articles(read_documents(path, "text"), "\n\n")
     if corpus.source == "c4":
         return f"hub:allenai/c4/en/{corpus.split}", lambda: _read_hub("allenai/c4", "en", corpus.split, HUB_DOCUMENTS)
     name, subset = "Salesforce/wikitext", "wikitext-2-raw-v1"
     return f"hub:{name}/{subset}/{corpus.split}", lambda: wikitext_articles(
         _read_hub(name, subset, corpus.split, None), "\n\n"
     )
-
-
-def _read_file(path: Path, text_field: str, one_per_line: bool = False) -> Iterator[str]:
-    """Documents of a file: of `.jsonl` one record a line, of plain text what blank lines separate, else every line."""
-    lines = read_lines(path)
-    if path.suffix == ".jsonl":
-        for number, record in _records(path, lines):
-            if text_field not in record:
-                raise DataError(f"{path} line {number} has no field {text_field!r}, only {sorted(record)}")
-            text = record[text_field]
-            if not isinstance(text, str):
-                raise DataError(f"{path} line {number}: the field {text_field!r} is no text but {type(text).__name__}")
-            yield text
-        return
-    paragraphs = [] if one_per_line else re.split(r"\n\s*\n", "\n".join(lines).strip())
-    yield from paragraphs if len(paragraphs) > 1 else lines
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number, from 1, and record of every line of a JSON-lines file that is not blank.
-
-    Raises:
-        DataError: the file is missing, or a line is no JSON record; the file and line are named.
-
-    """
-    yield from _records(path, read_lines(path))
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without their ends; a `DataError` names a file that is missing or no such text."""
-    if not path.is_file():
-        raise DataError(f"no data file {path}: check the path")
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _records(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not a JSON record: {error}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path} line {number} is not a JSON record but {type(record).__name__}")
-        yield number, record
 
 
 def wikitext_articles(rows: Iterable[str], separator: str = "") -> Iterator[str]:

@@ -28,6 +28,7 @@ from cushion.config import SearchConfig, TuningConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid, fake_quantize
+from cushion.quantization.text_errors import error_grid, on_scales
 
 _IGNORED = -100
 
@@ -43,18 +44,16 @@ def differentiable_error(values: Tensor, grid: Grid, gradient: str) -> Tensor:
         float32, shape (texts,). The value does not depend on `gradient`.
 
     """
-    flat = values.flatten(1).float()
-    low, high = torch.aminmax(flat, dim=1, keepdim=True)
-    scale, offset = grid.parameters(low, high)
-    constant, fixed_scale = flat.detach(), scale.detach()
+    shaped, scale, offset = on_scales(values.float(), grid)
+    constant, fixed_scale = shaped.detach(), scale.detach()
     rounded = fake_quantize(constant, fixed_scale, offset.detach(), grid)
     if gradient == "range":
-        unit_error = (rounded - constant).div_(fixed_scale).square_().sum(1)
-        return scale[:, 0].square() * unit_error
+        unit_error = (rounded - constant).div_(fixed_scale).square_().sum(-1)
+        return (scale[..., 0].square() * unit_error).flatten(1).sum(1)
     if gradient == "nearest_grid_point":
-        return (flat - rounded).square().sum(1)
+        return (shaped - rounded).square().flatten(1).sum(1)
     assert gradient == "straight_through"
-    return (flat - (flat + (rounded - constant))).square().sum(1)
+    return (shaped - (shaped + (rounded - constant))).square().flatten(1).sum(1)
 
 
 class TuningLoss:
@@ -80,7 +79,7 @@ class TuningLoss:
         without_quantizer: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._lm, self._config, self._found, self._without_quantizer = lm, config, found, without_quantizer
-        self._grid = Grid(objective.bits, objective.symmetric, objective.levels)
+        self._grid = error_grid(objective)
         self._linear_names = list(lm.linears())  # taken while they are still plain linears
         self.error_unit = 1.0
 

@@ -18,6 +18,7 @@ from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.learned import Learned
+from cushion.quantization.text_errors import error_identity
 from cushion.schema import LEARNED
 from cushion.step import Context, Step
 from cushion.tuning import tune_prefix
@@ -87,12 +88,11 @@ class TuningRun(Step[Tuned]):
         under = tuning_quantizer(self.config, self.quantizer)
         with_error = self.config.lambda_q != 0
         keys = (*_KEYS, *(_OF_ERROR if with_error else ()))
-        grid = [self.objective.bits, self.objective.symmetric, self.objective.levels]
         return {
             "prefix": self.found.fingerprint,
             "steps": self.config.total_steps,
             "config": {key: getattr(self.config, key) for key in keys},
-            "grid": grid if with_error else None,
+            "grid": error_identity(self.objective) if with_error else None,
             "quantizer": quantizer_identity(under, self.calibration, self.keep or frozenset()),
             "ranges": self._ranges(),
             "texts": tensor_digest([self.texts, self.held_out]),

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "cushion"
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals"},
     {"syntax"},
-    {"artifacts", "code", "registry", "progress", "checks", "schema"},
+    {"artifacts", "code", "registry", "progress", "checks", "schema", "text_files"},
     {"metrics"},
     {"quantization/parts/base"},
     {"quantization/estimators/base", "quantization/formats/base"},
@@ -23,7 +23,7 @@ RANKS = (
     {"config"},
     {"sources", "moving_names"},
     {"models"},
-    {"data", "prefix", "step"},
+    {"data", "chats", "prefix", "step"},
     {"blockwise", "held_out"},
     {"quantization/numerics"},
     {"quantization/linear"},

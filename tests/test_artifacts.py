@@ -1,11 +1,13 @@
-"""The cache of expensive steps: computed once, whole or not at all, and damage is an error that names the file."""
+"""The cache of expensive steps: computed once, whole or not at all, and what does not fit is made again."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import re
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -216,7 +218,9 @@ def test_a_checkpoint_is_due_after_its_interval(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damaged", ["checkpoint.json", "tensors"])
 @pytest.mark.parametrize("content", ["", "{broken", None])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: str, content: str | None) -> None:
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str, content: str | None
+) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.json")
     checkpoint.save({"step": 1}, {"x": torch.ones(2)})
     file = tmp_path / damaged if damaged != "tensors" else next(tmp_path.glob("*.safetensors"))
@@ -226,8 +230,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damaged: str, content: st
         file.unlink()
     else:
         file.write_bytes(b"\xff\xff")
-    with pytest.raises(ArtifactError, match=r"checkpoint\.json is damaged .*delete "):
-        checkpoint.load()
+    assert checkpoint.load() is None
+    assert re.search(r"checkpoint\.json is damaged .*: this step starts over", caplog.text)
+    checkpoint.save({"step": 2})
+    assert checkpoint.load() == ({"step": 2}, {})
+
+
+def test_a_checkpoint_that_was_changed_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoint.json")
+    checkpoint.save({"step": 1}, {"x": torch.ones(2)})
+    file = tmp_path / "checkpoint.json"
+    file.write_text(file.read_text().replace('"step": 1', '"step": 9'))
+    assert checkpoint.load() is None
+    assert "it was changed after it was saved" in caplog.text
 
 
 # ---- JSON files ---------------------------------------------------------------------------------------------------
@@ -269,3 +284,71 @@ def test_damaged_json_is_named_with_the_way_out(tmp_path: Path, content: bytes) 
 def test_missing_json_is_an_artifact_error_too(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
+
+
+# ---- what does not fit --------------------------------------------------------------------------------------------
+
+
+def _value(number: int) -> Callable[[Workspace], None]:
+    def make(workspace: Workspace) -> None:
+        write_json(workspace.folder / "value.json", number)
+        (workspace.folder / "inner").mkdir()
+        (workspace.folder / "inner" / "lines.txt").write_text(f"{number}\n")
+
+    return make
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _emptied(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _swapped(folder: Path) -> None:
+    """Another artifact of the same step stands in its place, whole."""
+    other = ArtifactStore(folder.parent.parent).get_or_make("step", {"a": 2}, _value(8))
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+def _replaced(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+
+
+MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a digit": (lambda folder: (folder / "value.json").write_text("9\n"), r"was changed .*\(value\.json\)"),
+    "a digit below": (lambda folder: (folder / "inner/lines.txt").write_text("9\n"), r"changed .*inner/lines\.txt"),
+    "a file gone": (lambda folder: (folder / "value.json").unlink(), r"lacks a file .*value\.json"),
+    "a file more": (lambda folder: (folder / "new.json").write_text("1"), r"has one too many \(new\.json\)"),
+    "a folder for a file": (lambda folder: _emptied(folder / "value.json"), r"lacks a file"),
+    "a loop of links": (lambda folder: _loop(folder / "value.json"), r"cannot be checked|lacks a file"),
+    "other dependencies": (lambda folder: (folder / "depends_on.json").write_text('{"step": "step", "a": 2}'),
+                           r"was made for something else"),
+    "no digests": (lambda folder: (folder / "made.json").write_text('{"attempts": []}'), r"cannot be checked"),
+    "damaged digests": (lambda folder: (folder / "made.json").write_text("{"), r"cannot be checked"),
+    "another artifact": (_swapped, r"was made for something else"),
+    "a file in its place": (_replaced, r"is not a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit_is_named_set_aside_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    store, (damage, reason) = ArtifactStore(tmp_path), MISFITS[kind]
+    folder = store.get_or_make("step", {"a": 1}, _value(7))
+    before = names(folder)
+    damage(folder)
+    with caplog.at_level(logging.WARNING):
+        assert store.get_or_make("step", {"a": 1}, _value(7)) == folder
+    assert names(folder) == before and read_json(folder / "value.json") == 7
+    (warning,) = caplog.messages
+    (aside,) = (tmp_path / "set_aside" / "step").iterdir()
+    assert re.search(reason, warning) and str(folder) in warning and f"moved to {aside}" in warning
+    assert store.get_or_make("step", {"a": 1}, _value(0)) == folder, "and now it fits"
+    assert read_json(folder / "value.json") == 7

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from itertools import combinations
@@ -10,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny_run import file_data
 
+from cushion.chats import chat_text
 from cushion.config import CorpusConfig, DataConfig, PathsConfig
 from cushion.data import SHARES, Corpus, load_corpora
 from cushion.errors import DataError
 from cushion.models import LanguageModel
 from cushion.models.tiny import byte_tokenizer
+from cushion.sources import local_files
+from cushion.text_files import has_fields, read_documents
 
 Tiny = Callable[..., LanguageModel]
 
@@ -366,7 +372,7 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, m
 def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data file .*nowhere\.txt"):
         load_corpora(file_data(tmp_path / "nowhere.txt"), PathsConfig())
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(DataError, match=r"the folder .* holds no files"):
         load_corpora(file_data(tmp_path), PathsConfig())
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00abc")
     with pytest.raises(DataError, match=r"binary\.txt is not UTF-8 text"):
@@ -377,3 +383,140 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n\n")
     with pytest.raises(DataError, match=r"data\.evaluation .*no document left .*has 0 documents"):
         load_corpora(file_data(tmp_path / "empty.txt"), PathsConfig())
+
+
+# ---- formats of files ---------------------------------------------------------------------------------------------
+
+TEXTS = [*documents(6, 4), "NA", "12", "né \U0001f642", 'with "quotes", commas\nand a line']
+
+
+def in_format(folder: Path, name: str) -> Path:
+    """The texts in a file of this name."""
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    rows = [{"n": index, "text": text} for index, text in enumerate(TEXTS)]
+    plain, path = name.lower().removesuffix(".gz"), folder / name
+    packed = gzip.compress if name.lower().endswith(".gz") else bytes
+    table = pyarrow.Table.from_pylist(rows)
+    if plain.endswith(".parquet"):
+        parquet.write_table(table, path)
+        return path
+    if plain.endswith((".csv", ".tsv")):
+        buffer = io.BytesIO()
+        csv.write_csv(table, buffer, csv.WriteOptions(delimiter="\t" if plain.endswith(".tsv") else ","))
+        content = buffer.getvalue()
+    elif plain.endswith(".txt"):
+        content = "\n\n".join(TEXTS).encode()
+    elif name.startswith("list"):
+        content = json.dumps(rows).encode()
+    elif name.startswith("strings"):
+        content = json.dumps(TEXTS).encode()
+    else:
+        content = "\n".join(json.dumps(row) for row in rows).encode()
+    path.write_bytes(packed(content))
+    return path
+
+
+FORMATS = ["a.txt", "a.TXT.gz", "list.json", "strings.json.gz", "lines.json", "a.JSONL", "a.ndjson.gz"]
+FORMATS += ["a[1].csv", "a.csv.gz", "a.TSV", "a*b.parquet"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/none")
+    path = in_format(tmp_path, name)
+    assert list(read_documents(path, "text")) == TEXTS
+    assert has_fields(path) == (not name.lower().startswith("a.txt"))
+
+
+def test_a_folder_is_all_files_below_it(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "b" / ".hidden").mkdir(parents=True)
+    (folder / "b" / ".hidden" / "x.bin").write_bytes(b"\0")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "b" / "1.txt").write_text("first\n\nsecond")
+    (folder / "a.jsonl").write_text('{"text": "zeroth"}\n')
+    assert list(read_documents(folder, "text")) == ["zeroth", "first", "second"]
+    config = file_data(folder)
+    inside = [folder / "a.jsonl", folder / "b" / "1.txt"]
+    assert local_files(config, PathsConfig()) == inside, "their sizes and times name the run"
+    (folder / "notes.docx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"notes\.docx is of no format that is read: .*\.parquet"):
+        list(read_documents(folder, "text"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no files"):
+        list(read_documents(tmp_path / "empty", "text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"text", r"a\.bin is of no format that is read"),
+        ("a", b"text", r"a is of no format that is read"),
+        ("a.parquet.gz", b"", r"of no format"),
+        ("a.parquet", b"PAR0", r"a\.parquet cannot be read as parquet: "),
+        ("a.csv", b"text\n\xff\n", r"a\.csv cannot be read as csv: "),
+        ("a.csv", b"", r"a\.csv cannot be read as csv: "),
+        (
+            "a.csv",
+            b"words,n\na,1\n",
+            r"a\.csv record 1 has no field 'text', only \['n', 'words'\]: name one .*text_field",
+        ),
+        ("a.txt.gz", b"text", r"a\.txt\.gz cannot be read: .*gzip"),
+        ("a.txt.gz", gzip.compress(b"text" * 99)[:-9], r"a\.txt\.gz cannot be read: "),
+        ("a.json", b'["a", ', r"a\.json is not a JSON list: "),
+        ("a.json", b"[1]", r"a\.json record 1 is not a JSON record or text but int"),
+        ("a.json", b'{"text": ["a"]}', r"a\.json line 1: the field 'text' is no text but list"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl line 1 is not a JSON record: "),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"a\.jsonl line 1 is not a JSON record: "),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}', r"a\.jsonl line 2 holds half of a surrogate .*'\\ud83d'"),
+        ("a.json", b'[{"x": {"\\udc00": 1}}]', r"a\.json holds half of a surrogate pair"),
+        ("a.json", b'[{"messages": [{"role": "user"}]}]', r"record 1, message 1 has \['role'\], and a message has"),
+        ("a.json", b'[{"messages": []}]', r"'messages' is a chat, and there is no tokenizer"),
+    ],
+)
+def test_what_is_not_text_is_refused_by_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_documents(path, "text"))
+    str(caught.value).encode()
+
+
+def test_a_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude42"}')
+    assert list(read_documents(path, "text")) == ["\U0001f642"]
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+
+
+def test_chats_are_written_by_the_tokenizers_template(tmp_path: Path, tiny: Tiny) -> None:
+    lm = tiny()
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}] for n in range(3)]
+    shared = [[{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": f"a{n}"}] for n in range(3)]
+    (tmp_path / "own.json").write_text(json.dumps([{"messages": chat, "id": 1} for chat in chats]))
+    (tmp_path / "gpt.jsonl").write_text("\n".join(json.dumps({"conversations": chat}) for chat in shared))
+    (tmp_path / "named.jsonl").write_text("\n".join(json.dumps({"text": "no", "mine": chat}) for chat in chats))
+    Dataset.from_list([{"messages": chat} for chat in chats]).to_parquet(tmp_path / "a.parquet")
+    before = lm.tokenizer.chat_template
+    try:
+        lm.tokenizer.chat_template = None
+        with pytest.raises(DataError, match=r"own\.json record 1: .*has no chat template: .*text_field"):
+            list(read_documents(tmp_path / "own.json", "text", lambda messages: chat_text(lm, messages)))
+        lm.tokenizer.chat_template = TEMPLATE
+        for name, field in [
+            ("own.json", "text"),
+            ("gpt.jsonl", "text"),
+            ("named.jsonl", "mine"),
+            ("a.parquet", "text"),
+        ]:
+            found = list(read_documents(tmp_path / name, field, lambda messages: chat_text(lm, messages)))
+            assert found == [f"[user] q{n}\n[assistant] a{n}\n" for n in range(3)], name
+        lm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        with pytest.raises(DataError, match=r"line 1: the chat template of tiny_\w+ does not take .*must alternate"):
+            list(read_documents(tmp_path / "gpt.jsonl", "text", lambda messages: chat_text(lm, messages)))
+    finally:
+        lm.tokenizer.chat_template = before

@@ -110,7 +110,15 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 
 
-PAGES = ("docs/config.md", "docs/data.md", "docs/export.md", "docs/method.md", "docs/results.md", "README.md")
+PAGES = (
+    "docs/config.md",
+    "docs/data.md",
+    "docs/execution.md",
+    "docs/export.md",
+    "docs/method.md",
+    "docs/results.md",
+    "README.md",
+)
 """The pages that speak of keys of the configuration."""
 
 

@@ -28,6 +28,7 @@ from cushion.config import (
     RunConfig,
     SearchConfig,
 )
+from cushion.config.latency import LatencyConfig
 from cushion.quantization.effect import Effect, Turn
 from cushion.quantization.parts.base import Part
 from cushion.quantization.parts.registry import PARTS
@@ -93,7 +94,8 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
         found.append(config)
     config = small_config(text, folder / "out")
     config.quantizer = replace(config.quantizer, plugins={"codes": {}})
-    config.eval = replace(config.eval, controls=False)
+    timing = LatencyConfig([1], [4], new_tokens=2, repeats=3, warmup=1)
+    config.eval = replace(config.eval, controls=False, latency=timing)
     return [*found, config]
 
 

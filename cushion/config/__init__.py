@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import EXPERIMENT_BYTES, at_least, check_name, check_values, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
 from cushion.config.model import ModelConfig as ModelConfig
 from cushion.config.reconstruction import ReconstructionConfig as ReconstructionConfig
+from cushion.config.reconstruction import check_learns
 from cushion.config.search import SearchConfig as SearchConfig
 from cushion.config.search import SearchRound as SearchRound
 from cushion.config.tracking import TrackingConfig as TrackingConfig
@@ -75,6 +76,7 @@ class RunConfig:
     bos: str = "tokenizer"
 
     def __post_init__(self) -> None:
+        check_values("", self)
         EXECUTIONS[self.execution]  # refuses a name that there is not
         at_least("seed", self.seed, 0)
         one_of("bos", self.bos, BOS_POLICIES)
@@ -83,6 +85,7 @@ class RunConfig:
         require(before or not first, "eval.predict_first", first, reason)
         safe = bool(self.experiment) and all(c.isalnum() or c in "._-" for c in self.experiment)
         require(safe, "experiment", self.experiment, "it names a folder: letters, digits, '.', '_' and '-'")
+        check_name("experiment", self.experiment, EXPERIMENT_BYTES)
         method = SEARCH_METHODS[self.search.method]
         if self.tuning.method != "none" and method.find is None:
             raise ConfigError(
@@ -113,6 +116,8 @@ class RunConfig:
                     f"{quantizer.name} has quantizer.activations.{key}={wanted}: choose one that has, for example "
                     "quantizer=per_tensor_static, or tuning.ranges=dynamic"
                 )
+        if tuning.ranges == "learned":
+            check_learns("tuning.ranges=learned", quantizer, "use tuning.ranges=dynamic or static")
         if tuning.ranges == "static" and quantizer.blockwise:
             raise ConfigError(
                 f"tuning.ranges=static fits the quantizer anew every {tuning.ranges_every} steps, and "

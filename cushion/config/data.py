@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cushion.checks import one_of, require
+from cushion.checks import check_name, check_values, one_of, require
 
 SOURCES = ("embedded", "wikitext2", "c4", "file")
 SPLITS = ("train", "validation", "test")
@@ -39,9 +39,11 @@ class DataConfig:
     path: str | None = None
 
     def __post_init__(self) -> None:
+        check_values("data", self)
         for name in self.further:
             named = bool(name) and all(c.isalnum() or c in "._-" for c in name)
             require(named, "data.further", name, "a corpus is named with letters, digits, '.', '_' and '-'")
+            check_name("data.further", name)
         for purpose, corpus in self.purposes().items():
             one_of(f"data.{purpose}.source", corpus.source, SOURCES)
             one_of(f"data.{purpose}.split", corpus.split, SPLITS)

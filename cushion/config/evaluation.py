@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
+from cushion.config.latency import LatencyConfig
 
 ACCURACIES = ("acc", "acc_norm")
 
@@ -34,8 +35,10 @@ class EvalConfig:
     attention_texts: int = 1
     attention_first: int = 4
     controls: bool = True
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
 
     def __post_init__(self) -> None:
+        check_values("eval", self)
         at_least("eval.block_length", self.block_length, 2)
         at_least("eval.activation_blocks", self.activation_blocks, 1)
         for key in ("blocks", "batch_size", "limit", "task_batch_size", "attention_first"):
@@ -44,6 +47,7 @@ class EvalConfig:
         at_least("eval.attention_texts", self.attention_texts, 0)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"
-        require(self.perplexity or len(self.tasks) > 0, "eval.perplexity", self.perplexity, reason)
+        is_measured = self.perplexity or len(self.tasks) > 0 or self.latency.is_on
+        require(is_measured, "eval.perplexity", self.perplexity, reason)
         twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
         require(not twice, "eval.tasks", self.tasks, f"{', '.join(twice)} stands there more than once")

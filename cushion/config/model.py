@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from cushion.checks import one_of, require
+from cushion.checks import check_values, one_of, require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -26,6 +27,7 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        check_values("model", self)
         require(bool(self.path.strip()), "model.path", self.path, "set it to a hub id or a local folder")
         one_of("model.dtype", self.dtype, DTYPES)
         placed = self.device_map.values() if isinstance(self.device_map, dict) else [self.device_map or "auto"]
@@ -40,4 +42,6 @@ class ModelConfig:
     def label(self) -> str:
         """A short name that is safe as a folder name: the last part of `path`."""
         last = self.path.removeprefix("embedded:").rstrip("/").replace("\\", "/").split("/")[-1]
+        if not last.strip("."):  # `.`, `..` and the root: what the folder is called
+            last = Path(self.path).resolve().name or "model"
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_rate, check_values, one_of
 from cushion.errors import ConfigError
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.quantizer import QuantizerConfig
 
 RECONSTRUCTION_METHODS = ("none", "blockwise")
+
+
+def check_learns(what: str, quantizer: QuantizerConfig, way_out: str) -> None:
+    """Raise `ConfigError` where the static range of a format is not the range of single values, which could learn."""
+    form = FORMATS[quantizer.activations.format]
+    if quantizer.activations.bits is not None and form.block is not None:
+        raise ConfigError(
+            f"{what} learns one scale for each input, and quantizer.activations.format={form.name} has scales for "
+            f"blocks: {way_out}"
+        )
 
 
 @dataclass
@@ -28,13 +39,13 @@ class ReconstructionConfig:
     weight_learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_values("reconstruction", self)
         one_of("reconstruction.method", self.method, RECONSTRUCTION_METHODS)
         at_least("reconstruction.samples", self.samples, 1)
         at_least("reconstruction.epochs", self.epochs, 0)
         at_least("reconstruction.batch_size", self.batch_size, 1)
         for key in ("scale_learning_rate", "weight_learning_rate"):
-            rate = getattr(self, key)
-            require(0 < rate < 1e38, f"reconstruction.{key}", rate, "it must be positive and finite")
+            check_rate(f"reconstruction.{key}", getattr(self, key))
 
     @property
     def is_on(self) -> bool:
@@ -57,6 +68,7 @@ class ReconstructionConfig:
                 f"reconstruction={self.name} learns static ranges, and quantizer={quantizer.name} has none "
                 f"(quantizer.activations.range={activations.range}): choose quantizer=per_tensor_static, {way_out}"
             )
+        check_learns(f"reconstruction={self.name}", quantizer, "choose another format, or reconstruction=none")
         if self.weights and quantizer.weights.bits is None:
             raise ConfigError(
                 f"reconstruction.weights=true learns quantized weights, and quantizer={quantizer.name} has none "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
+from cushion.quantization.formats.registry import check_format
 from cushion.quantization.quantizer import LEVELS
 from cushion.registry import SEARCH_METHODS
 
@@ -26,13 +26,14 @@ class SearchRound:
     text: str = "spikes"
 
     def __post_init__(self) -> None:
+        check_values("search.rounds", self)
         require(0 < self.depth <= 1, "search.rounds.depth", self.depth, "a share of the blocks, above 0, at most 1")
         one_of("search.rounds.text", self.text, ROUND_TEXTS)
         if self.text == "first":
             require(self.tokens == 1, "search.rounds.tokens", self.tokens, "1, because text=first is one token")
         else:
             at_least("search.rounds.tokens", self.tokens, 2)
-        fits = 0 < self.keep < 1 or (self.keep >= 1 and self.keep == int(self.keep))
+        fits = 0 < self.keep < 1 or (self.keep >= 1 and float(self.keep).is_integer())
         require(fits, "search.rounds.keep", self.keep, "a number of candidates, or a share of them below 1")
 
 
@@ -50,8 +51,9 @@ def default_rounds() -> list[SearchRound]:
 class SearchConfig:
     """Group `search`: how the prefix is found: CushionCache's Algorithm 1 (section 4.1), QFeP, or PrefixQuant's rule.
 
-    `bits`, `symmetric` and `levels` are the grid of q in the objective L_q: per tensor, with the range of the following
-    tokens themselves. They are separate from the quantizer under test, so that every row of a table shares one search.
+    `bits`, `symmetric`, `levels` and `format` are the grid of q in the objective L_q: per tensor, or per block where
+    the format has blocks, with the range of the following tokens themselves. They are separate from the quantizer under
+    test, so that every row of a table shares one search.
     """
 
     name: str = "none"
@@ -71,6 +73,7 @@ class SearchConfig:
     bits: int = 8
     symmetric: bool = False
     levels: str = "full"
+    format: str = "int"
     batch_size: int | None = None
     replicas: int | None = 1
     texts: int = 64
@@ -86,13 +89,17 @@ class SearchConfig:
     user_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
+        check_values("search", self)
         method = SEARCH_METHODS[self.method]
         one_of("search.proposal", self.proposal, PROPOSALS)
         one_of("search.objective", self.objective, OBJECTIVES)
         one_of("search.start", self.start, STARTS)
         one_of("search.levels", self.levels, LEVELS)
         require(0 < self.tau <= 1, "search.tau", self.tau, "above 0, at most 1")
-        require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
+        if self.format == "int":
+            require(2 <= self.bits <= 8, "search.bits", self.bits, "2 to 8")
+        else:
+            check_format("search", self.format, self.bits, self.symmetric)
         at_least("search.candidates", self.candidates, 1)
         at_least("search.frequent", self.frequent, 0)
         at_least("search.length", self.length, 1)
@@ -105,8 +112,7 @@ class SearchConfig:
         at_least("search.replicas", self.replicas, 1)
         for key in ("texts", "contexts", "outlier_tokens"):
             at_least(f"search.{key}", getattr(self, key), 1)
-        reason = "it must be finite and at least 1"
-        require(1 <= self.eta < math.inf, "search.eta", self.eta, reason)
+        at_least("search.eta", self.eta, 1)
         one_of("search.scoring", self.scoring, SCORINGS)
         for key in ("budget_token_forwards", "budget_seconds"):
             value = getattr(self, key)

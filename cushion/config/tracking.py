@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cushion.checks import one_of
+from cushion.checks import check_values, one_of
 
 TRACKERS = ("none", "wandb")
 TRACKING_MODES = ("auto", "online", "offline")
@@ -23,5 +23,6 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_values("tracking", self)
         one_of("tracking.backend", self.backend, TRACKERS)
         one_of("tracking.mode", self.mode, TRACKING_MODES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import LARGEST, at_least, check_rate, check_values, one_of, require
 
 TUNING_METHODS = ("none", "prefix")
 GRADIENTS = ("range", "nearest_grid_point", "straight_through")
@@ -48,6 +48,7 @@ class TuningConfig:
     held_out_sequences: int = 8
 
     def __post_init__(self) -> None:
+        check_values("tuning", self)
         one_of("tuning.method", self.method, TUNING_METHODS)
         one_of("tuning.schedule", self.schedule, SCHEDULES)
         one_of("tuning.gradient", self.gradient, GRADIENTS)
@@ -61,9 +62,8 @@ class TuningConfig:
         at_least("tuning.sequence_length", self.sequence_length, 2)
         at_least("tuning.warmup_steps", self.warmup_steps, 0)
         for key in ("learning_rate", "scale_learning_rate"):
-            rate = getattr(self, key)
-            require(0 < rate < 1e38, f"tuning.{key}", rate, "it must be positive and finite")
-        require(0 <= self.lambda_q < math.inf, "tuning.lambda_q", self.lambda_q, "at least 0, and finite")
+            check_rate(f"tuning.{key}", getattr(self, key))
+        require(0 <= self.lambda_q <= LARGEST, "tuning.lambda_q", self.lambda_q, f"at least 0, at most {LARGEST}")
         clip = self.gradient_clip
         require(clip is None or clip > 0, "tuning.gradient_clip", clip, "positive, or null for no clipping")
         if self.method == "prefix":
@@ -72,6 +72,8 @@ class TuningConfig:
             at_least("tuning.steps", self.steps, 1)
             reason = "it must be positive and finite"
             require(self.epochs is None or 0 < self.epochs < math.inf, "tuning.epochs", self.epochs, reason)
+            reason = f"it makes {self.total_steps} steps of the optimizer: at most {LARGEST}"
+            require(self.total_steps <= LARGEST, "tuning.epochs", self.epochs, reason)
 
         if self.prediction_model == "full_precision":
             reason = "it needs tuning.prediction_model=quantized"

@@ -11,7 +11,8 @@ from typing import Any
 from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import DataError
 from cushion.evaluation.lm_eval_log import silenced
-from cushion.sources import read_lines, read_records, wikitext_articles
+from cushion.sources import wikitext_articles
+from cushion.text_files import read_lines, read_records
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cushion.config import SearchConfig
 from cushion.errors import NotFiniteError
 from cushion.hashing import tensor_digest
 from cushion.prefix import Prefix
+from cushion.quantization.text_errors import error_identity
 from cushion.search.objective import Objective
 from cushion.step import Context, Step
 
@@ -41,7 +42,7 @@ class MagnitudesStep(Step[tuple[MagnitudeCurve, float]]):
         """Prefix, grid and texts."""
         return {
             "prefix": self.behind.fingerprint,
-            "grid": [self.objective.bits, self.objective.symmetric, self.objective.levels],
+            "grid": error_identity(self.objective),
             "texts": tensor_digest([self.texts]),
         }
 

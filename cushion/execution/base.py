@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
@@ -12,12 +12,18 @@ from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.quantizer import QuantizerConfig
 
 
-class Execution(Protocol):
+class Execution(ABC):
     """One way to compute quantized linears. It is made without arguments."""
 
     def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
         """Raise `ConfigError` where it cannot compute this quantizer on this model, before anything is computed."""
+        return
 
+    def warnings(self, lm: LanguageModel, quantizer: QuantizerConfig) -> list[str]:
+        """What a reader of a result should know of this execution, after `check`."""
+        return []
+
+    @abstractmethod
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
     ) -> nn.Module:

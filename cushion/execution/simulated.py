@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cushion.models import LanguageModel
+from cushion.execution.base import Execution
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import QuantizedWeight
-from cushion.quantization.quantizer import QuantizerConfig
 
 
-class Simulated:
-    """Linears with dequantized weights."""
-
-    def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
-        """Everything can be simulated."""
+class Simulated(Execution):
+    """Linears with dequantized weights. Everything can be simulated."""
 
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None

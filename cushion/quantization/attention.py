@@ -2,13 +2,16 @@
 
 Both are simulated in an attention function of transformers' attention interface, put on the model for the length of a
 `with` block. Keys and values of a prefix are its own: they stay in full precision and enter no scale, and so do the
-probabilities that weigh them. All ranges are dynamic.
+probabilities that weigh them. Ranges are dynamic, but for those of a cache whose scales were calibrated.
+
+Formats of blocks have them along the dimension over which a product sums: the channels of a head for queries and keys,
+the positions for probabilities and values. Cached keys and values both have them along the channels of a head.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -20,9 +23,13 @@ from transformers.masking_utils import eager_mask
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.models import LanguageModel
 from cushion.prefix import PrefixCache
+from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.effect import Effect, Work
+from cushion.quantization.formats.blocks import BlockQuantizer, quantizer_of
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.linear import ActivationQuantizer
-from cushion.quantization.numerics import Grid
+from cushion.quantization.parts.kv_cache import CACHE_RANGES
+from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 
 NAME = "cushion_quantized"
@@ -37,19 +44,33 @@ class AttentionQuantizer:
     Args:
         config: `kv_cache` and `attention` say what is quantized, `levels` and `zero_point` how.
         straight_through: let gradients pass as if nothing had been rounded.
+        ranges: with a static cache, the ranges of each layer's keys and values, by `keys_of` and `values_of` its
+            number: minimum and maximum of each head, (key-value heads,).
 
     """
 
-    def __init__(self, config: QuantizerConfig, straight_through: bool) -> None:
-        def quantizer(bits: int | None, granularity: str, symmetric: bool) -> ActivationQuantizer | None:
-            if bits is None:
+    def __init__(
+        self,
+        config: QuantizerConfig,
+        straight_through: bool,
+        ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        def quantizer(own: Any, fixed: tuple[Tensor, Tensor] | None = None) -> ActivationQuantizer | None:
+            if own.bits is None:
                 return None
-            grid = Grid(bits, symmetric, config.levels, config.zero_point)
-            return ActivationQuantizer(grid, granularity, None, straight_through)
+            shared = config.levels, config.zero_point, config.shared_exponent
+            grid = FORMATS[own.format].make(own.bits, own.symmetric, *shared)
+            return quantizer_of(grid, own.granularity, fixed, straight_through)
 
-        cache, inputs = config.kv_cache, config.attention
-        self._cache = quantizer(cache.bits, cache.granularity, cache.symmetric)
-        self._inputs = quantizer(inputs.bits, inputs.granularity, inputs.symmetric)
+        self._cache = quantizer(config.kv_cache)
+        self._inputs = quantizer(config.attention)
+        self._static: dict[str, ActivationQuantizer | None] = {}
+        for name, (low, high) in (ranges or {}).items():
+            if config.kv_cache.granularity == "per_head":
+                fixed = low[:, None, None], high[:, None, None]
+            else:
+                fixed = low.amin(), high.amax()
+            self._static[name] = quantizer(config.kv_cache, fixed)
         self._past = self._prefix = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,6 +87,7 @@ class AttentionQuantizer:
         mask: Tensor | None,
         scaling: float,
         softcap: float | None,
+        layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Scaled dot-product attention.
 
@@ -73,6 +95,7 @@ class AttentionQuantizer:
             query: (batch, heads, tokens, head size).
             key, value: (batch, key-value heads, cached and new positions, head size).
             mask: added to the scores, or None.
+            layer: the number of the layer.
 
         Returns:
             The output, (batch, tokens, heads, head size), and the probabilities, (batch, heads, tokens, positions).
@@ -81,8 +104,13 @@ class AttentionQuantizer:
         # a sliding window drops the oldest positions of its layer, those of the prefix first
         dropped = self._past + query.shape[2] - key.shape[2]
         kept = max(0, self._prefix - dropped)
-        for quantizer in (self._cache, self._inputs):
-            key, value = _beyond(key, kept, quantizer, 2), _beyond(value, kept, quantizer, 2)
+        key = _beyond(key, kept, self._static.get(keys_of(layer), self._cache), 2)
+        value = _beyond(value, kept, self._static.get(values_of(layer), self._cache), 2)
+        key = _beyond(key, kept, self._inputs, 2)
+        if isinstance(self._inputs, BlockQuantizer):
+            value = _beyond(value.mT, kept, self._inputs, 3).mT
+        else:
+            value = _beyond(value, kept, self._inputs, 2)
         query = _beyond(query, 0, self._inputs, 2)
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -124,7 +152,7 @@ def _attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     quantizer = _ACTIVE[id(cast(Any, module).config)]
-    return quantizer(query, key, value, attention_mask, scaling, softcap)
+    return quantizer(query, key, value, attention_mask, scaling, softcap, cast(Any, module).layer_idx)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -133,9 +161,14 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 @contextmanager
 def quantized_attention(
-    lm: LanguageModel, config: QuantizerConfig, straight_through: bool = False
+    lm: LanguageModel,
+    config: QuantizerConfig,
+    straight_through: bool = False,
+    ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[LanguageModel]:
     """The model with its key-value cache and attention inputs quantized as `config` says; on leaving, as before.
+
+    Arguments as those of `AttentionQuantizer`.
 
     Raises:
         ConfigError: the attention of this model cannot be replaced.
@@ -145,7 +178,7 @@ def quantized_attention(
     if config.kv_cache.bits is None and config.attention.bits is None:
         yield lm
         return
-    settings, quantizer = lm.model.config, AttentionQuantizer(config, straight_through)
+    settings, quantizer = lm.model.config, AttentionQuantizer(config, straight_through, ranges)
     assert id(settings) not in _ACTIVE, "already quantized"
     before = settings._attn_implementation
     # the module that owns the blocks: every way into the model runs it, and OPT's own pass runs no larger one
@@ -181,7 +214,11 @@ class _QuantizedAttention(Effect):
 
     def around(self, work: Work) -> AbstractContextManager[LanguageModel]:
         """The attention function in place."""
-        return quantized_attention(work.lm, work.config, work.straight_through)
+        ranges = None
+        if CACHE_RANGES in PARTS["kv_cache"].statistics(work.config):
+            names = [of(layer) for layer in range(len(work.lm.blocks)) for of in (keys_of, values_of)]
+            ranges = {name: work.gathered(CACHE_RANGES, name) for name in names}
+        return quantized_attention(work.lm, work.config, work.straight_through, ranges)
 
 
 ATTENTION = _QuantizedAttention()

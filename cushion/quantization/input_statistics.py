@@ -60,10 +60,13 @@ def observe_fitted(
     """
     with replace(fitted, config=without_rounding(fitted.config)).on(lm):
         for done, text in enumerate(texts, start=1):
+            cache = behind.cache(lm.model)
             with ExitStack() as hooks:
                 for observer in observers:
                     hooks.enter_context(observe_inputs(lm.linears(), observer))
-                lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)
+                    if isinstance(observer, InputObserver):
+                        observer.watch(cache)
+                lm.body(text[None], past_key_values=cache, use_cache=True)
             yield done
 
 

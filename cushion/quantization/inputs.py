@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.formats.blocks import BlockGrid, quantizer_of
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
-from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
 from cushion.quantization.parts.activations import EXTREMES, range_from
+from cushion.quantization.quantizer import QuantizerConfig
+from cushion.quantization.weights import check_blocks
 
 
 class _Inputs(Effect):
+    def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
+        """Blocks divide the inputs of every linear."""
+        check_blocks(lm, config, "activations", config.activations.format)
+
     def at(self, work: Work, site: Site) -> None:
         """A quantizer of the input, with the range that calibration gives where it is static."""
         activations = work.config.activations
         assert activations.bits is not None
         make = FORMATS[activations.format].make
-        grid = make(activations.bits, activations.symmetric, work.config.levels, work.config.zero_point)
+        shared = work.config.levels, work.config.zero_point, work.config.shared_exponent
+        grid = make(activations.bits, activations.symmetric, *shared)
+        if not activations.narrow_range:
+            grid = replace(grid, narrow_range=False)
         fixed = None
         if activations.range == "static":
             fixed = _static_range(work, site.name, grid, site.linear.weight.device)
         if work.keep is not None and site.name in work.keep:
             return
         if work.learns and fixed is not None:
+            assert not isinstance(grid, BlockGrid), "refused with the configuration"
             site.activation = LearnableQuantizer(grid, fixed)
         else:
-            site.activation = ActivationQuantizer(grid, activations.granularity, fixed, work.straight_through)
+            site.activation = quantizer_of(grid, activations.granularity, fixed, work.straight_through)
 
 
 def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from cushion.quantization.calibration import Calibration
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.learned import Learned
+from cushion.quantization.replacements import Replacements
 
 
 @dataclass(eq=False)
@@ -42,6 +43,7 @@ class QuantizedLazily:
     execution: str = SIMULATED
     learned: Learned | None = None
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+    _replacements: Replacements = field(default_factory=Replacements, repr=False)
     _is_on: bool = False
 
     def __enter__(self) -> QuantizedLazily:
@@ -57,8 +59,12 @@ class QuantizedLazily:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
             fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep, self.learned)
-            self._stack.enter_context(fitted.on(self.lm, execution=self.execution))
+            self._stack.enter_context(fitted.on(self.lm, execution=self.execution, replacements=self._replacements))
             self._is_on = True
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Full-precision linears for the length of a `with` block, behind rotation and smoothing."""
+        return self._replacements.suspended()
 
     def identity(self) -> dict[str, Any]:
         """What of prefix and quantizer decides an outcome."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize
+from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize, quantize
+
+T = TypeVar("T")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -52,8 +55,24 @@ class _LastInput:
 
     source: weakref.ref[Tensor]
     version: int
-    quantized: Tensor
+    quantized: Any
     left: int
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The input of a linear as codes: `X = scale * codes + offset`.
+
+    Args:
+        values: float32 whole numbers, of the shape of the input; what is not finite in the input stays so.
+        scale: float32, (), or with a 1 for every dimension that shares it.
+        offset: as `scale`; zeros on a symmetric grid.
+
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor
 
 
 class ActivationQuantizer:
@@ -104,7 +123,7 @@ class ActivationQuantizer:
             other readers get as well and that no one may change.
 
         """
-        quantized = self._quantized_once(values) if self.readers > 1 else self._quantized(values)
+        quantized: Tensor = self.once(values, self._quantized)
         if not self.straight_through:
             return quantized
         if self.parameters is None:
@@ -114,26 +133,39 @@ class ActivationQuantizer:
         clipped: Tensor = _Clipped.apply(values, quantized, low, high)
         return clipped
 
+    def codes(self, values: Tensor) -> Codes:
+        """The codes that stand for `values`, (..., channels): those of what a call gives."""
+        constant = values.detach()
+        scale, offset = self._parameters_for(constant)
+        return Codes(quantize(constant, scale, offset, self.grid), scale.float(), offset.float())
+
     def _quantized(self, values: Tensor) -> Tensor:
         constant = values.detach()
-        if self.parameters is None:
-            low, high = dynamic_range(constant, self.dims)
-            scale, offset = self.grid.parameters(low.float(), high.float())
-        else:
-            scale, offset = self.parameters
+        scale, offset = self._parameters_for(constant)
         return fake_quantize(constant, scale, offset, self.grid)
 
-    def _quantized_once(self, values: Tensor) -> Tensor:
-        if values.is_inference():  # these do not count their changes
-            return self._quantized(values)
+    def _parameters_for(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.parameters is not None:
+            return self.parameters
+        low, high = dynamic_range(values, self.dims)
+        return self.grid.parameters(low.float(), high.float())
+
+    def once(self, values: Tensor, compute: Callable[[Tensor], T]) -> T:
+        """What `compute` makes of `values`, computed for the first of several readers and handed to the others.
+
+        All readers of one quantizer give the same `compute`.
+        """
+        if self.readers == 1 or values.is_inference():  # inference tensors do not count their changes
+            return compute(values)
         last = self._last
         # a reference to a tensor that is gone never compares equal, so memory that is used again is no danger
         if last is not None and last.source() is values and last.version == values._version:
             last.left -= 1
             if last.left == 0:
                 self._last = None
-            return last.quantized
-        quantized = self._quantized(values)
+            kept: T = last.quantized
+            return kept
+        quantized = compute(values)
         source = weakref.ref(values, self._forget)
         self._last = _LastInput(source, values._version, quantized, self.readers - 1)
         return quantized

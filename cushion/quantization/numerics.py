@@ -28,6 +28,8 @@ class Grid:
         zero_point: the offset of an asymmetric grid. `real`: `min X`, as the paper defines it; 0 is in general no point
             of the grid. `integer`: a whole number of steps, for a range that was widened to contain 0, as integer
             kernels need it; 0 is then a point of the grid. Without effect on a symmetric grid.
+        narrow_range: whether a symmetric grid leaves out the smallest code of N bits: codes are clamped at
+            `-(2^(N-1) - 1)`, or at `-2^(N-1)`. The scale is the same. Without effect on an asymmetric grid.
 
     """
 
@@ -35,6 +37,7 @@ class Grid:
     symmetric: bool
     levels: str = "full"
     zero_point: str = "real"
+    narrow_range: bool = True
 
     @property
     def steps(self) -> int:
@@ -46,7 +49,9 @@ class Grid:
     @property
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest code; codes outside are clamped (only static ranges can overflow)."""
-        return (-self.steps if self.symmetric else 0), self.steps
+        if not self.symmetric:
+            return 0, self.steps
+        return (-self.steps if self.narrow_range else -self.steps - 1), self.steps
 
     def parameters(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Scale `s` and offset `z` for values that lie in `[minimum, maximum]`, elementwise over any shape.

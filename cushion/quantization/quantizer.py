@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cushion.checks import at_least, one_of, require
+from cushion.checks import at_least, check_values, one_of, require
 from cushion.errors import ConfigError
+from cushion.quantization.formats.base import SHARED_EXPONENTS
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
 from cushion.quantization.parts.base import RANGES, Needed, Part
@@ -46,6 +47,7 @@ class QuantizerConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     levels: str = "full"
     zero_point: str = "real"
+    shared_exponent: str | None = None
     smoothing_alpha: float | None = None
     rotation: str = "none"
     rotation_seed: int = 0
@@ -56,10 +58,13 @@ class QuantizerConfig:
     plugins: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_values("quantizer", self)
         named = {name: own for name, own in self.plugins.items() if own is not None}
         self.plugins = {name: PARTS[name].configured(own) for name, own in named.items()}
         one_of("quantizer.levels", self.levels, LEVELS)
         one_of("quantizer.zero_point", self.zero_point, ZERO_POINTS)
+        if self.shared_exponent is not None:
+            one_of("quantizer.shared_exponent", self.shared_exponent, SHARED_EXPONENTS)
         require(len(self.targets) > 0, "quantizer.targets", self.targets, "name linears, or [all]")
         for part in parts():
             part.check(self)

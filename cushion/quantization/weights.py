@@ -16,12 +16,25 @@ from cushion.quantization.weight_ranges import mse_ranges
 def weight_grid(config: QuantizerConfig) -> Grid:
     """The grid on which a quantizer's weights lie; there are bits."""
     assert config.weights.bits is not None
-    return FORMATS[config.weights.format].make(config.weights.bits, True, config.levels)
+    form = FORMATS[config.weights.format]
+    return form.make(config.weights.bits, True, config.levels, shared_exponent=config.shared_exponent)
+
+
+def check_blocks(lm: LanguageModel, config: QuantizerConfig, part: str, form: str) -> None:
+    """Raise `ConfigError` where the blocks of a format do not divide the inputs of every linear."""
+    block = FORMATS[form].block
+    for name, linear in lm.linears(config.targets).items():
+        if block is not None and linear.in_features % block:
+            raise ConfigError(
+                f"quantizer.{part}.format={form} has blocks of {block} values, which do not divide the "
+                f"{linear.in_features} inputs of {name}: leave it out of quantizer.targets, or choose another format"
+            )
 
 
 class _Weights(Effect):
     def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
-        """Groups divide the inputs of every linear."""
+        """Groups and blocks divide the inputs of every linear."""
+        check_blocks(lm, config, "weights", config.weights.format)
         if config.weights.granularity != "per_group":
             return
         size = config.weights.group_size
@@ -37,7 +50,9 @@ class _Weights(Effect):
         weights, grid = work.config.weights, weight_grid(work.config)
         assert isinstance(site.weight, Tensor), "quantized twice"
         ranges = mse_ranges if weights.estimator == "mse" else min_max
-        site.weight = quantize_weight(site.weight, grid, weights.granularity, weights.group_size, ranges)
+        block = FORMATS[weights.format].block
+        granularity, size = ("per_group", block) if block is not None else (weights.granularity, weights.group_size)
+        site.weight = quantize_weight(site.weight, grid, granularity, size, ranges)
 
 
 WEIGHTS = _Weights()

@@ -17,6 +17,7 @@ from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config import SearchConfig
 from cushion.hashing import digest, tensor_digest
 from cushion.prefix import Prefix
+from cushion.quantization.text_errors import error_identity
 from cushion.search.greedy import greedy_search
 from cushion.search.greedy_state import Scored, SearchState, SearchStep
 from cushion.search.proposals import Proposal
@@ -28,7 +29,7 @@ def argmin_identity(config: SearchConfig) -> dict[str, Any]:
     with_grid = config.objective == "quantization_error"
     return {
         "objective": config.objective,
-        "grid": [config.bits, config.symmetric, config.levels] if with_grid else None,
+        "grid": error_identity(config) if with_grid else None,
         "scoring": config.scoring,
         "rounds": [asdict(item) for item in config.rounds] if config.scoring != "full" else None,
         "verify_candidates": config.verify_candidates if config.verify_texts else None,

@@ -19,6 +19,7 @@ from cushion.config import SearchConfig
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
+from cushion.quantization.text_errors import error_grid, text_errors
 
 ELEMENTS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 """Values of a block's output that are worked on together, by device type, at least those of one text: so few that on a
@@ -28,7 +29,7 @@ CPU what lies between stays in its cache, and on a GPU takes little memory besid
 def quantization_error(values: Tensor, grid: Grid) -> Tensor:
     """`||X - q(X)||^2` of each text, with q's range taken from that text alone.
 
-    No value lies outside of its own range, so q clamps nothing and the error is `s * (round(Y) - Y)` with
+    No value lies outside of its own range, so on integers q clamps nothing and the error is `s * (round(Y) - Y)` with
     `Y = (X - z) / s`. Whatever the dtype of `values`, that and its norm are computed in float32.
 
     Args:
@@ -40,7 +41,8 @@ def quantization_error(values: Tensor, grid: Grid) -> Tensor:
     """
     at_once = ELEMENTS_AT_ONCE.get(values.device.type, ELEMENTS_AT_ONCE["cpu"])
     parts = values.detach().split(max(1, at_once // values[0].numel()))
-    return torch.cat([_quantization_error(part, grid) for part in parts])
+    error_of = _quantization_error if type(grid) is Grid else text_errors
+    return torch.cat([error_of(part, grid) for part in parts])
 
 
 def _quantization_error(values: Tensor, grid: Grid) -> Tensor:
@@ -85,7 +87,7 @@ class Objective:
     """
 
     def __init__(self, config: SearchConfig) -> None:
-        self.grid = Grid(config.bits, config.symmetric, config.levels)
+        self.grid = error_grid(config)
         self.name = config.objective
 
     def __call__(self, lm: LanguageModel, prefix: Prefix, input_ids: Tensor, skip: int) -> Tensor:

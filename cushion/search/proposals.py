@@ -16,6 +16,7 @@ from cushion.config import SearchConfig
 from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization.text_errors import error_identity
 from cushion.search.objective import Objective
 from cushion.search.rounds import spike_sizes
 from cushion.step import Context, Step
@@ -111,10 +112,9 @@ class OutlierProposal(Step[Proposal]):
 
     def key(self, context: Context) -> dict[str, Any]:
         """How many candidates, what they are ranked by, and the texts."""
-        grid = [self.config.bits, self.config.symmetric, self.config.levels]
         return {
             "candidates": self.config.candidates,
-            "objective": [self.config.objective, grid],
+            "objective": [self.config.objective, error_identity(self.config)],
             "texts": tensor_digest([self.texts]),
         }
 

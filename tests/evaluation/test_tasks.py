@@ -503,7 +503,7 @@ def test_a_task_named_twice_is_refused() -> None:
 
 
 def test_neither_perplexity_nor_tasks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"eval\.perplexity=False.*name tasks in eval\.tasks"):
+    with pytest.raises(ConfigError, match=r"eval\.perplexity=false.*name tasks in eval\.tasks"):
         EvalConfig(perplexity=False)
     EvalConfig(perplexity=False, tasks=["copa"])
 

@@ -20,6 +20,7 @@ from cushion import pipeline
 from cushion.config import ActivationConfig, QuantizerConfig, RunConfig, WeightConfig
 from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError
+from cushion.execution.base import Execution
 from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
 from cushion.quantization.fitted import FittedQuantizer
@@ -104,7 +105,7 @@ class Doubled(nn.Module):
         return 2 * functional.linear(values, weight, self.bias)
 
 
-class Doubling:
+class Doubling(Execution):
     def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
         if quantizer.weights.bits == 5:
             raise ConfigError("execution=doubling takes no quantizer.weights.bits=5: use 4")

@@ -53,7 +53,7 @@ def test_values_become_the_nearest_codes_of_a_format(powers_of_two: type[Grid]) 
         (lambda: WeightConfig(8, format="powers_of_two"), r"weights.bits=8 is not allowed: 3, 4, or null"),
         (
             lambda: ActivationConfig(4, symmetric=False, format="powers_of_two"),
-            r"activations.symmetric=False is not allowed: quantizer.activations.format=powers_of_two has no offset",
+            r"activations.symmetric=false is not allowed: quantizer.activations.format=powers_of_two has no offset",
         ),
     ],
 )

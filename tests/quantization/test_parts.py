@@ -102,11 +102,13 @@ CHANGES: dict[str, list[Any]] = {
                     ActivationConfig(6, "per_token", "dynamic", False), ActivationConfig(6, estimator="mse"),
                     ActivationConfig(6, estimator="percentile"),
                     ActivationConfig(6, estimator="percentile", estimator_options={"percentile": 99})],
-    "kv_cache": [KvCacheConfig(5, "per_tensor"), KvCacheConfig(4), KvCacheConfig(4, "per_tensor", True)],
+    "kv_cache": [KvCacheConfig(5, "per_tensor"), KvCacheConfig(4), KvCacheConfig(4, "per_tensor", True),
+                 KvCacheConfig(8, "per_tensor", True), KvCacheConfig(8, "per_tensor", True, format="fp8_e4m3"),
+                 KvCacheConfig(8, "per_tensor", True, "static")],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
     "input_rotation": ["none"],
-    "levels": ["full"], "zero_point": ["real"], "targets": [["all"]],
+    "levels": ["full"], "zero_point": ["real"], "shared_exponent": [], "targets": [["all"]],
 }  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def test_what_no_part_reads_has_no_effect() -> None:
         levels="paper", zero_point="integer", rotation="hadamard", targets=["q_proj"],
     )  # fmt: skip
     assert options_without_effect(RunConfig(quantizer=rotated)) == [
-        "quantizer.levels='paper' has no effect without quantized weights, activations, cache or attention",
+        "quantizer.levels='paper' has no effect without quantized weights, activations, cache or attention on integers",
         "quantizer.zero_point='integer' has no effect without an asymmetric grid",
         "quantizer.targets=['q_proj'] has no effect without quantized weights or activations",
     ]
@@ -233,7 +235,7 @@ def test_null_turns_a_part_that_is_added_off_and_targets_count_for_one_that_is_o
     plain = QuantizerConfig("plain", WeightConfig(bits=None), ActivationConfig(bits=None))
     assert replace(plain, plugins={"noise": None}) == plain
     noisy = replace(plain, plugins={"noise": {}})
-    assert unread(noisy) == ("levels", "zero_point")
+    assert unread(noisy) == ("levels", "zero_point", "shared_exponent")
     assert quantizer_identity(noisy) != quantizer_identity(replace(noisy, targets=["q_proj"]))
 
 

@@ -433,7 +433,7 @@ def test_the_first_token_judges_from_an_empty_prompt_alone(tiny: Tiny) -> None:
         ({"scoring": "exact", "rounds": []}, "search.rounds=.*at least one"),
         ({"budget_token_forwards": 0}, "search.budget_token_forwards=0"),
         ({"budget_seconds": -1.0}, "search.budget_seconds=-1.0"),
-        ({"proposal": "user"}, "search.user_tokens=None.*needs a list"),
+        ({"proposal": "user"}, "search.user_tokens=null.*needs a list"),
         ({"proposal": "user", "user_tokens": [3, -1]}, "not negative"),
         ({"rounds": [{"depth": 1.5}]}, "search.rounds.depth=1.5"),
         ({"rounds": [{"tokens": 1}]}, "search.rounds.tokens=1"),

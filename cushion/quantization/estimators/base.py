@@ -61,6 +61,8 @@ class Estimator:
         options: what it reads, by name.
         gathers: those of its options that the statistic is made with, by their names; the others have no effect on the
             calibration.
+        rounds: whether it rounds single values on the grid, which blocks with scales of their own do not have.
+        equal_steps: whether it holds only for codes that are equally far apart.
 
     """
 
@@ -70,6 +72,8 @@ class Estimator:
     range: str | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
     gathers: tuple[str, ...] = ()
+    rounds: bool = False
+    equal_steps: bool = False
 
     def __post_init__(self) -> None:
         assert (self.statistic is None) == (self.range is None), "a range follows from a statistic"

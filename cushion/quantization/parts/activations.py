@@ -24,6 +24,7 @@ class ActivationConfig:
     """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision.
 
     `estimator` says how a static range follows from calibration text, `estimator_options` has what it reads.
+    `narrow_range: false` lets static symmetric codes reach -2^(N-1), as integer kernels do.
     """
 
     bits: int | None = 8
@@ -33,15 +34,37 @@ class ActivationConfig:
     estimator: str = "minmax"
     estimator_options: dict[str, Any] = field(default_factory=dict)
     format: str = "int"
+    narrow_range: bool = True
 
     def __post_init__(self) -> None:
-        check_format("quantizer.activations", self.format, self.bits, self.symmetric)
+        reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
+        require(self.narrow_range or self.format == "int", "quantizer.activations.narrow_range", False, reason)
         one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
+        check_format("quantizer.activations", self.format, self.bits, self.symmetric, self.granularity)
         self.estimation()
+        if self.bits is not None and self.range == "static":
+            self._check_static()
         if self.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(self.range == "dynamic", "quantizer.activations.range", self.range, reason)
+
+    def _check_static(self) -> None:
+        """Refuse static ranges that the format cannot have, and estimators that cannot work for it."""
+        form = FORMATS[self.format]
+        has_range = form.block is None or form.tensor_scale
+        reason = (
+            f"quantizer.activations.format={self.format} computes every scale on the fly: set "
+            "quantizer.activations.range=dynamic"
+        )
+        require(has_range, "quantizer.activations.range", self.range, reason)
+        works = [
+            name
+            for name, other in ESTIMATORS.items()
+            if (form.equal_steps or not other.equal_steps) and (form.block is None or not other.rounds)
+        ]
+        reason = f"with quantizer.activations.format={self.format} choose one of {', '.join(works)}"
+        require(self.estimator in works, "quantizer.activations.estimator", self.estimator, reason)
 
     def estimation(self) -> tuple[Estimator, dict[str, Any]]:
         """The estimator of a static range, and all of its options.
@@ -52,6 +75,11 @@ class ActivationConfig:
         """
         estimator = ESTIMATORS[self.estimator]
         return estimator, estimator.values(self.estimator_options, "quantizer.activations.estimator_options")
+
+
+def _reaches_lowest(activations: ActivationConfig) -> bool:
+    """Whether a symmetric code can be below -(2^(N-1) - 1) at all: only where a fixed range can be exceeded."""
+    return activations.symmetric and activations.range == "static"
 
 
 def range_from(quantizer: Quantizer) -> Needed:
@@ -87,6 +115,8 @@ class Activations(Part):
         """The grid, and the estimator of a static range."""
         own = dict(vars(quantizer.activations))
         del own["estimator"], own["estimator_options"]
+        if own["narrow_range"] or not _reaches_lowest(quantizer.activations):  # keys of before there was a choice
+            del own["narrow_range"]
         if own["range"] == "static":
             estimator, options = quantizer.activations.estimation()
             own["estimator"] = estimator.identity(options)
@@ -97,20 +127,24 @@ class Activations(Part):
         """The estimator of static ranges without such ranges."""
         key, activations = "quantizer.activations", quantizer.activations
         if self.is_on(quantizer) and activations.range == "static":
-            return []
-        keys = ("estimator", "estimator_options")
+            why = f"with {key}.symmetric=false"
+            return [] if activations.symmetric else without_effect(key, activations, ("narrow_range",), why)
+        keys = ("estimator", "estimator_options", "narrow_range")
         if self.is_on(quantizer):
             return without_effect(key, activations, keys, f"with {key}.range=dynamic")
         return without_effect(key, activations, (*keys, "format"), f"with {key}.bits=null")
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""
-        return grid_keys(quantizer.activations.symmetric) | {"targets"} if self.is_on(quantizer) else NOTHING
+        activations = quantizer.activations
+        keys = grid_keys(activations.format, activations.symmetric) | {"targets"}
+        return keys if self.is_on(quantizer) else NOTHING
 
     def spans_batch(self, quantizer: Quantizer) -> bool:
-        """One dynamic range per tensor."""
+        """One dynamic range per tensor, or a dynamic scale for the tensor that blocks are a part of."""
         activations = quantizer.activations
-        return self.is_on(quantizer) and activations.range == "dynamic" and activations.granularity == "per_tensor"
+        spans = activations.granularity == "per_tensor" or FORMATS[activations.format].tensor_scale
+        return self.is_on(quantizer) and activations.range == "dynamic" and spans
 
     def label(self, quantizer: Quantizer) -> str:
         """`A8`, and the estimator of a static range where it is not min-max, or not the one in the quantizer's name."""

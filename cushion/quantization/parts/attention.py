@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cushion.checks import one_of
+from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import GRANULARITIES, Quantizer
-from cushion.quantization.parts.grids import DynamicGrid, check_bits
+from cushion.quantization.parts.grids import DynamicGrid, width
 from cushion.quantization.parts.registry import register
 
 
@@ -17,10 +18,11 @@ class AttentionConfig:
     bits: int | None = None
     granularity: str = "per_tensor"
     symmetric: bool = True
+    format: str = "int"
 
     def __post_init__(self) -> None:
-        check_bits("quantizer.attention.bits", self.bits)
         one_of("quantizer.attention.granularity", self.granularity, GRANULARITIES)
+        check_format("quantizer.attention", self.format, self.bits, self.symmetric, self.granularity)
 
 
 class Attention(DynamicGrid):
@@ -34,7 +36,12 @@ class Attention(DynamicGrid):
 
     def label(self, quantizer: Quantizer) -> str:
         """` attention 8`."""
-        return f" attention {quantizer.attention.bits}" if self.is_on(quantizer) else ""
+        return f" attention {width(quantizer.attention)}" if self.is_on(quantizer) else ""
+
+    def spans_batch(self, quantizer: Quantizer) -> bool:
+        """One range per tensor, or blocks along the positions, which padding may be among."""
+        blocks = FORMATS[quantizer.attention.format].block is not None
+        return super().spans_batch(quantizer) or (self.is_on(quantizer) and blocks)
 
 
 register(Attention())

@@ -12,8 +12,8 @@ from cushion.errors import ConfigError
 Quantizer = Any
 """A `QuantizerConfig`. It is made of the configurations of the parts, so they cannot import it."""
 
-GRANULARITIES = ("per_tensor", "per_token")
-"""Of scales for what flows through a model."""
+GRANULARITIES = ("per_tensor", "per_token", "per_block")
+"""Of scales for what flows through a model; blocks belong to formats that fix them."""
 
 
 class Needed(NamedTuple):
@@ -101,7 +101,7 @@ class Part(ABC):
         return NOTHING
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
-        """Which of the keys that parts have in common this one reads: `levels`, `zero_point`, `targets`.
+        """Which of the keys that parts have in common (`SHARED` in `registry`) this one reads.
 
         A part of a user's package reads the targets unless it says otherwise: its effect sees targeted linears alone.
         """

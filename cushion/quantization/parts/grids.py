@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from cushion.checks import require, without_effect
+from cushion.checks import without_effect
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
-
-
-def check_bits(key: str, bits: int | None) -> None:
-    """Raise `ConfigError` unless `bits` is None or 2 to 8."""
-    require(bits is None or 2 <= bits <= 8, key, bits, "2 to 8, or null for full precision")
 
 
 def width(config: Any) -> str:
@@ -21,15 +17,18 @@ def width(config: Any) -> str:
     return f"{config.bits}" if config.format == "int" else f"{config.bits}({config.format})"
 
 
-def grid_keys(symmetric: bool) -> frozenset[str]:
-    """The common keys that a grid is made of; a symmetric one has no zero point."""
-    return frozenset({"levels"} if symmetric else {"levels", "zero_point"})
+def grid_keys(form: str, symmetric: bool) -> frozenset[str]:
+    """The common keys that a grid of this format is made of; a symmetric one has no zero point."""
+    return frozenset(FORMATS[form].reads) - ({"zero_point"} if symmetric else NOTHING)
 
 
 class DynamicGrid(Part):
-    """A part that is one grid with dynamic ranges, of something inside of attention: `own` is its configuration."""
+    """A part that is one grid of something inside of attention: `own` is its configuration."""
 
     own: ClassVar[type[Any]]
+
+    keys: ClassVar[tuple[str, ...]] = ("granularity", "symmetric", "format")
+    """What has no effect without bits."""
 
     def grid(self, quantizer: Quantizer) -> Any:
         """The part's own configuration."""
@@ -45,15 +44,22 @@ class DynamicGrid(Part):
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The keys of the grid."""
-        return grid_keys(self.grid(quantizer).symmetric) if self.is_on(quantizer) else NOTHING
+        grid = self.grid(quantizer)
+        return grid_keys(grid.format, grid.symmetric) if self.is_on(quantizer) else NOTHING
+
+    def identity(self, quantizer: Quantizer) -> dict[str, Any]:
+        """The grid."""
+        grid = self.grid(quantizer)
+        return {self.fields[0]: {**vars(grid), "format": FORMATS[grid.format].identity()}}
 
     def spans_batch(self, quantizer: Quantizer) -> bool:
-        """One range per tensor."""
-        return self.is_on(quantizer) and self.grid(quantizer).granularity == "per_tensor"
+        """One dynamic range per tensor, or a dynamic scale for the tensor that blocks are a part of."""
+        grid = self.grid(quantizer)
+        return self.is_on(quantizer) and (grid.granularity == "per_tensor" or FORMATS[grid.format].tensor_scale)
 
     def warnings(self, quantizer: Quantizer) -> list[str]:
         """The grid without bits."""
         if self.is_on(quantizer):
             return []
         key = f"quantizer.{self.fields[0]}"
-        return without_effect(key, self.grid(quantizer), ("granularity", "symmetric"), f"with {key}.bits=null")
+        return without_effect(key, self.grid(quantizer), self.keys, f"with {key}.bits=null")

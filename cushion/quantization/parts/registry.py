@@ -12,7 +12,7 @@ from cushion.registry import PLUGINS, Registry
 PARTS: Registry[Part] = Registry("quantizer.plugins", "cushion.quantization.parts", PLUGINS)
 """Cushion's own, one to a module of this package, and those of users' packages."""
 
-SHARED = ("levels", "zero_point", "targets")
+SHARED = ("levels", "zero_point", "shared_exponent", "targets")
 """The fields of a quantizer that several parts read."""
 
 Q = TypeVar("Q")

@@ -11,7 +11,7 @@ from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
 from cushion.quantization.parts.registry import register
 
-WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_block")
 WEIGHT_ESTIMATORS = ("minmax", "mse")
 WEIGHT_METHODS = ("rtn", "gptq")
 COLUMN_ORDERS = ("given", "diagonal")
@@ -35,13 +35,17 @@ class WeightConfig:
     column_order: str = "given"
 
     def __post_init__(self) -> None:
-        check_format("quantizer.weights", self.format, self.bits)
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
+        check_format("quantizer.weights", self.format, self.bits, granularity=self.granularity)
         at_least("quantizer.weights.group_size", self.group_size, 1)
         one_of("quantizer.weights.estimator", self.estimator, WEIGHT_ESTIMATORS)
         one_of("quantizer.weights.method", self.method, WEIGHT_METHODS)
         require(self.damping > 0, "quantizer.weights.damping", self.damping, "a share above 0")
         one_of("quantizer.weights.column_order", self.column_order, COLUMN_ORDERS)
+        if self.bits is not None and FORMATS[self.format].block is not None:
+            reason = f"minmax, because quantizer.weights.format={self.format} says what scale a block has"
+            require(self.estimator == "minmax", "quantizer.weights.estimator", self.estimator, reason)
+            require(self.method == "rtn", "quantizer.weights.method", self.method, f"rtn with format={self.format}")
 
 
 _OF_GPTQ = ("method", "damping", "column_order")
@@ -65,8 +69,8 @@ class Weights(Part):
         return replace(quantizer, weights=WeightConfig(bits=None))
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
-        """The targets, and the levels of the grid."""
-        return grid_keys(symmetric=True) | {"targets"} if self.is_on(quantizer) else NOTHING
+        """The targets, and the keys of the grid."""
+        return grid_keys(quantizer.weights.format, symmetric=True) | {"targets"} if self.is_on(quantizer) else NOTHING
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """The grid; the size of groups where there are groups."""

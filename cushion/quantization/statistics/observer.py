@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 
 class InputObserver(ABC):
@@ -16,6 +17,10 @@ class InputObserver(ABC):
     @abstractmethod
     def __call__(self, name: str, values: Tensor) -> None:
         """Add the input of the linear `name`, (1, tokens, channels) or (tokens, channels)."""
+
+    def watch(self, cache: DynamicCache) -> None:
+        """Before a text is run with this cache: see what enters it, where that is of interest."""
+        return
 
     @abstractmethod
     def write(self, folder: Path) -> None:

@@ -22,6 +22,7 @@ register(
         title="MSE",
         statistic=_HISTOGRAM,
         range="cushion.quantization.estimators.mse:range_of",
+        rounds=True,
     )
 )
 register(
@@ -30,5 +31,7 @@ register(
         title="entropy",
         statistic=_HISTOGRAM,
         range="cushion.quantization.estimators.entropy:range_of",
+        rounds=True,
+        equal_steps=True,
     )
 )

@@ -1,0 +1,36 @@
+"""Chats as text, by the chat template of a model's tokenizer."""
+
+from __future__ import annotations
+
+from jinja2 import TemplateError
+
+from cushion.errors import DataError
+from cushion.models import LanguageModel
+
+
+def chat_text(lm: LanguageModel, messages: list[dict[str, str]]) -> str:
+    """A chat as its model was trained on it.
+
+    A BOS token with which the template begins is left out: whether texts begin with one is said by the key `bos`.
+
+    Args:
+        lm: its tokenizer has the template.
+        messages: each with `role` and `content`.
+
+    Raises:
+        DataError: there is no template, or it does not take these messages.
+
+    """
+    tokenizer = lm.tokenizer
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"this is a chat, and the tokenizer of {lm.label} has no chat template: choose a model that was made for "
+            "chats, or name a field of text in data.<purpose>.text_field"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the chat template of {lm.label} does not take these messages: {reason}") from error
+    assert isinstance(text, str)
+    return text.removeprefix(tokenizer.bos_token or "")

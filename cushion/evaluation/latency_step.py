@@ -1,0 +1,105 @@
+"""The cached timings of a row, in turns with full precision without a prefix."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.config.latency import LatencyConfig
+from cushion.evaluation.latency import Timing, Variant, peak_bytes, prompts, rounds, weight_bytes
+from cushion.metrics.columns import RowContext, Values
+from cushion.metrics.latency import latency_values, memory_values, size_name
+from cushion.prefix import Prefix
+from cushion.quantization.lazily import QuantizedLazily
+from cushion.step import Context, Step, compute
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of every pair of batch size and prompt length: the timings of each round, and the bytes at the worst moment."""
+
+    own: dict[str, list[Timing]]
+    full: dict[str, list[Timing]]
+    peaks: dict[str, int | None]
+    weights: int
+    full_weights: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyStep(Step[Measured]):
+    """Timings of a model behind its prefix, and in the same rounds of the full-precision model without a prefix.
+
+    Args:
+        model: with its prefix and quantizer.
+        config: what is timed, and how often.
+
+    """
+
+    name = "latency"
+    model: QuantizedLazily
+    config: LatencyConfig
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix, quantizer, sizes, numbers of rounds, and the machine."""
+        return {**self.model.identity(), "config": asdict(self.config), "machine": machine(context.lm.device)}
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """Time every size, round by round."""
+        lm, model, config = context.lm, self.model, self.config
+        model.put_on()
+        variants = [Variant(Prefix.empty(), model.suspended), Variant(model.behind, nullcontext)]
+        sizes, number = {}, config.warmup + config.repeats
+        for place, (batch, length) in enumerate(config.sizes):
+            texts, full, own = prompts(lm, batch, length), [], []
+            for done, found in enumerate(rounds(lm, variants, texts, config), start=1):
+                if found is not None:
+                    full.append(asdict(found[0]))
+                    own.append(asdict(found[1]))
+                context.progress("latency", place * number + done, len(config.sizes) * number, "round")
+            peak = peak_bytes(lm, model.behind, texts, config.new_tokens)
+            sizes[size_name(batch, length)] = {"own": own, "full": full, "peak": peak}
+        with model.suspended():
+            full_weights = weight_bytes(lm)
+        record = {"sizes": sizes, "weights": weight_bytes(lm), "full_weights": full_weights}
+        write_json(workspace.folder / "latency.json", record)
+
+    def read(self, context: Context, folder: Path) -> Measured:
+        """All timings."""
+        record = read_json(folder / "latency.json")
+        sizes = record["sizes"]
+        own, full = (
+            {size: [Timing(**one) for one in found[side]] for size, found in sizes.items()} for side in ("own", "full")
+        )
+        peaks = {size: found["peak"] for size, found in sizes.items()}
+        return Measured(own, full, peaks, record["weights"], record["full_weights"])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a timing depends on beside the work: the machine, its processor or GPU, and the number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "host": platform.node(),
+        "name": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure(row: RowContext) -> Values:
+    """The latency of a row, where `eval.latency` asks for it."""
+    config = row.config.latency
+    if not config.is_on:
+        return {}
+    found = compute(LatencyStep(row.model, config), row.cached)
+    values = memory_values(found.weights, found.full_weights)
+    for batch, length in config.sizes:
+        size = size_name(batch, length)
+        own, full = ([(one.first, one.following) for one in side[size]] for side in (found.own, found.full))
+        values |= latency_values(batch, length, own, full, found.peaks[size])
+    return values

@@ -1,0 +1,181 @@
+"""Execution on 8-bit codes: linears whose inputs and weights are multiplied as integers, by `torch._int_mm`.
+
+With codes `c` of the input and `w` of the weight, `X = s c + z` and `W = t w` (`cushion.quantization.numerics`), the
+product is
+
+    Y = s t (sum c w - p sum w)        p = -z / s, a whole number (0 on a symmetric grid)
+
+The bracket is computed in int32, without any error; scales and bias follow in float32. The codes are the very ones of
+the simulation, whose products differ by its rounding alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cushion.errors import ConfigError, NotFiniteError
+from cushion.execution.base import Execution
+from cushion.execution.int8_matmul import check_int8_matmul, int8_matmul, padded_weight, slowdown
+from cushion.models import LanguageModel
+from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
+from cushion.quantization.numerics import Grid, QuantizedWeight
+from cushion.quantization.parts.activations import ActivationConfig
+from cushion.quantization.parts.grids import DynamicGrid
+from cushion.quantization.parts.registry import parts
+from cushion.quantization.parts.weights import WeightConfig
+from cushion.quantization.quantizer import QuantizerConfig
+
+BITS = 8
+LARGEST_PRODUCT = 255 * 127
+"""Of a code of the input, less its zero point, and one of the weight, in magnitude."""
+MOST_INPUTS = (2**31 - 1) // LARGEST_PRODUCT
+"""More of them could leave int32."""
+SLOW = 1.0
+"""A ratio to float32 above which figures of speed say nothing of the method."""
+
+
+def unsupported(quantizer: QuantizerConfig) -> str | None:
+    """Why a quantizer cannot be executed on 8-bit codes, with the way out; None where it can."""
+    simulated = "or use execution=simulated"
+    if quantizer.is_full_precision:
+        return f"quantizer={quantizer.name} quantizes nothing: choose one that does, {simulated}"
+    reason = _no_codes("quantizer.weights", quantizer.weights)
+    reason = reason or _no_codes("quantizer.activations", quantizer.activations)
+    if reason is not None:
+        return f"{reason}, {simulated}"
+    if quantizer.weights.granularity == "per_group":
+        return (
+            "quantizer.weights.granularity=per_group has several scales within one sum: set it to per_channel or "
+            f"per_tensor, {simulated}"
+        )
+    if not quantizer.activations.symmetric and quantizer.zero_point == "real":
+        return (
+            "quantizer.zero_point=real is an offset that no integer stands for (quantizer.activations.symmetric=false):"
+            f" set it to integer, or use symmetric activations, {simulated}"
+        )
+    return None
+
+
+def _no_codes(section: str, own: WeightConfig | ActivationConfig) -> str | None:
+    """Why one side of a product is not made of 8-bit integers, with the way out; None where it is."""
+    if own.bits != BITS:
+        bits = "null" if own.bits is None else own.bits
+        return f"{section}.bits={bits}, and both sides of a product are 8-bit codes: set it to 8"
+    if own.format != "int":
+        return f"{section}.format={own.format}, and codes are integers: set it to int"
+    return None
+
+
+class Int8Linear(nn.Module):
+    """A linear layer on 8-bit codes.
+
+    Args:
+        weight: 8 bits, symmetric, with one scale, or one for each output.
+        bias: (out_features,) or None, in full precision.
+        activation: quantizer of the input, of 8 bits, symmetric or with an integer zero point.
+
+    Raises:
+        NotFiniteError: a weight is not finite, for which there is no code.
+
+    """
+
+    codes: Tensor
+    scale: Tensor
+    sums: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: ActivationQuantizer) -> None:
+        super().__init__()
+        if not bool(weight.codes.isfinite().all()):
+            raise NotFiniteError("a weight is not finite, and execution=int8 has no code for it: mend the model")
+        self.out_features, self.in_features = weight.shape
+        self.on_gpu = weight.codes.device.type == "cuda"
+        self.activation = activation
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_buffer("codes", padded_weight(weight.codes, self.on_gpu))
+        self.register_buffer("scale", weight.scale.float().reshape(-1))  # (1,) or (out_features,)
+        self.shift = 0 if activation.grid.symmetric else 2 ** (BITS - 1)
+        sums = None if activation.grid.symmetric else weight.codes.sum(1, dtype=torch.float64).to(torch.int32)
+        self.register_buffer("sums", sums)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """`values`: (..., in_features) -> (..., out_features), in their dtype."""
+        codes, scale, zero = self.activation.once(values, self._codes)
+        whole = int8_matmul(codes, self.codes, self.out_features, self.on_gpu)
+        if zero is not None:
+            assert self.sums is not None
+            whole = whole - zero * self.sums
+        result = whole.float().mul_(scale).mul_(self.scale)
+        if self.bias is not None:
+            result = result.add_(self.bias.float())
+        return result.to(values.dtype).reshape(*values.shape[:-1], self.out_features)
+
+    def _codes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the input: int8 codes, (tokens, in_features); scale, (tokens, 1); and what to take off them, or None.
+
+        Where a token is not finite its scale is not a number, so that its outputs are none either: an integer cannot
+        say so.
+        """
+        found = self.activation.codes(values)
+        codes = found.values.reshape(-1, self.in_features)
+        scale = found.scale.reshape(-1, 1) + codes.sum(1, keepdim=True).mul_(0)
+        if self.activation.grid.symmetric:
+            return codes.to(torch.int8), scale, None
+        zero = (found.offset / found.scale).neg_().round_().reshape(-1, 1)
+        return codes.sub_(self.shift).to(torch.int8), scale, zero.sub_(self.shift).to(torch.int32)
+
+
+class Int8(Execution):
+    """Linears on 8-bit codes; those whose inputs QFeM keeps in full precision have their dequantized weights."""
+
+    def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
+        """Refuse what 8-bit codes cannot express, sums that int32 cannot hold, and a device whose product is wrong."""
+        reason = unsupported(quantizer)
+        if reason is not None:
+            raise ConfigError(f"execution=int8 cannot run {reason}")
+        for name, linear in lm.linears(quantizer.targets).items():
+            if linear.in_features > MOST_INPUTS:
+                raise ConfigError(
+                    f"execution=int8 sums in 32 bits, which hold up to {MOST_INPUTS} inputs, and {name} has "
+                    f"{linear.in_features}: leave it out of quantizer.targets, or use execution=simulated"
+                )
+        check_int8_matmul(lm.device)
+
+    def warnings(self, lm: LanguageModel, quantizer: QuantizerConfig) -> list[str]:
+        """A processor that multiplies integers slowly, and what is simulated all the same."""
+        found, factor = [], slowdown(lm.device)
+        if factor > SLOW:
+            found.append(
+                f"this processor multiplies int8 {factor:.1f} times slower than float32: figures of speed mean nothing "
+                "here (execution=int8)"
+            )
+        simulated = [part.name for part in parts() if isinstance(part, DynamicGrid) and part.is_on(quantizer)]
+        if simulated:
+            keys = " and ".join(f"quantizer.{name}" for name in simulated)
+            found.append(f"execution=int8 runs linears on 8-bit codes; {keys} stays simulated")
+        return found
+
+    def linear(
+        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
+    ) -> nn.Module:
+        """An `Int8Linear`, or a linear in floating point where the input stays so; arguments as in `Execution`.
+
+        Raises:
+            ConfigError: a part of the quantizer left a weight in full precision, or gave the input a quantizer of its
+                own kind.
+
+        """
+        if activation is None:
+            return QuantizedLinear(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight, bias, None)
+        is_usual = type(activation) is ActivationQuantizer and type(activation.grid) is Grid
+        if not isinstance(weight, QuantizedWeight) or weight.codes.dim() != 2 or weight.offset is not None:
+            raise ConfigError(
+                "execution=int8 needs symmetric codes of every weight, with one scale or one for each output, and a "
+                "part of the quantizer has changed them: turn it off in quantizer.plugins, or use execution=simulated"
+            )
+        if not is_usual:
+            raise ConfigError(
+                "execution=int8 needs integer codes of every input, and a part of the quantizer has another kind of "
+                "quantizer for it: turn it off in quantizer.plugins, or use execution=simulated"
+            )
+        return Int8Linear(weight, bias, activation)
