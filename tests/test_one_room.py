@@ -39,7 +39,10 @@ RECORDS = {
 }
 """Collections that hold names of metrics for another reason."""
 OTHERS = {
-    ("cushion/config_warnings.py", "levels, shared_exponent, targets, zero_point"): "the texts of warnings: all of `SHARED`, see below",
+    (
+        "cushion/config_warnings.py",
+        "levels, shared_exponent, targets, zero_point",
+    ): "the texts of warnings: all of `SHARED`, see below",
     ("cushion/reporting/plots.py", "activations, attention"): "kinds of figures",
     ("cushion/reporting/plots.py", "activations, attention, qfem"): "kinds of figures",
     ("scripts/reference_runs.py", "qfem, rotation"): "options of the group `quantizer`",
