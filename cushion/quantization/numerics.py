@@ -9,7 +9,7 @@ most integer kernels (`zero_point="integer"`): the two agree wherever `z / s` is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Grid:
     symmetric: bool
     levels: str = "full"
     zero_point: str = "real"
-    narrow_range: bool = True
+    narrow_range: bool = field(default=True, kw_only=True)
 
     @property
     def steps(self) -> int:
