@@ -1,7 +1,6 @@
-"""Seeded campaigns of random cases: what a user's machine, hands or signals may do to Cushion must end well.
+"""Seeded campaigns of random cases: what a user's machine or hands may do to Cushion must end well.
 
     python scripts/fuzz.py damage --cases 600      # one file of a finished run is damaged, and the run repeated
-    python scripts/fuzz.py signals --cases 200    # a run is interrupted or killed at a random moment, and repeated
 
 The same seed makes the same cases; `--case` repeats one of them. Exit status 0: none ended badly. A campaign is a
 module beside this one with `add_arguments`, and `cases`, which yields one `fuzz_report.Case` after the other.

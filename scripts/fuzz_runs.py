@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -73,8 +74,12 @@ class Ended:
         """What it said of trouble: warnings, errors, the end of a traceback."""
         lines = self.printed.splitlines()
         starts = [at for at, line in enumerate(lines) if line.startswith("Traceback")]
-        said = [line for line in lines if line.startswith(("WARNING", "cushion: "))]
+        said = [found[0] for line in lines if (found := _SAID.search(line))]
         return "\n".join([*said, *(lines[starts[0] :][-12:] if starts else [])])
+
+
+_SAID = re.compile(r"(?:WARNING: |cushion: ).*")
+"""A warning or an error, also where it stands behind a progress bar on the same line."""
 
 
 class Runs:
