@@ -6,8 +6,9 @@ Python or from the YAML files), `run` (the work), `load_results` (a data frame o
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cushion.registry import imported_when_used
 
 if TYPE_CHECKING:
     from cushion.composition import compose as compose
@@ -19,19 +20,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Prefix": "cushion.prefix",
-    "RunConfig": "cushion.config",
-    "compose": "cushion.composition",
-    "load_results": "cushion.reporting.frame",
-    "run": "cushion.pipeline",
+    "Prefix": "cushion.prefix:Prefix",
+    "RunConfig": "cushion.config:RunConfig",
+    "compose": "cushion.composition:compose",
+    "load_results": "cushion.reporting.frame:load_results",
+    "run": "cushion.pipeline:run",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """One of the names above; its module is imported now."""
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+__getattr__ = imported_when_used(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:

@@ -3,9 +3,8 @@
 The key of an artifact is a hash of everything it depends on (model fingerprint, configuration of the step, hash of the
 text, version of the step's code), and those dependencies are written beside it, with a digest of every file. What does
 not fit its key or its digests, because it was damaged, changed or put into the wrong place, is set aside with a warning
-and made again. A file lock keeps two processes from
-computing the same thing; a folder appears whole or not at all; a step under way keeps a checkpoint, so that a killed
-run loses at most a few seconds.
+and made again. A file lock keeps two processes from computing the same thing; a folder appears whole or not at all; a
+step under way keeps a checkpoint, so that a killed run loses at most a few seconds.
 """
 
 from __future__ import annotations

@@ -153,7 +153,8 @@ def _check_value(key: str, name: str, value: object) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         if name == "seed" or name.endswith("_seed"):
             require(0 <= value <= LARGEST_SEED, key, value, f"it must be at least 0 and at most {LARGEST_SEED}")
-        require(abs(value) <= LARGEST or name.endswith("seed"), key, value, f"it must be at most {LARGEST}")
+        else:
+            require(abs(value) <= LARGEST, key, value, f"it must be at most {LARGEST}")
     elif isinstance(value, float):
         require(math.isfinite(value), key, value, "it must be finite")
     elif isinstance(value, str):

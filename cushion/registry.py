@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import ItemsView, Iterator
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from importlib.metadata import entry_points
 from threading import RLock
 from typing import Any, Generic, TypeVar
@@ -168,6 +168,17 @@ def located(place: str) -> Any:
     if found is None:
         raise ConfigError(f"{place!r} names nothing: it is written module:attribute")
     return found
+
+
+def imported_when_used(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module whose names stand elsewhere: by name `module:attribute`."""
+
+    def find(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        return located(places[name])
+
+    return find
 
 
 PLUGINS = Plugins()

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -44,13 +45,19 @@ SHAPES = {
 WARMUP = 2
 STATIC = Grid(8, True, narrow_range=False)
 Side = Callable[[], object]
+T = TypeVar("T")
+
+
+def turn(sides: dict[str, T], number: int) -> list[tuple[str, T]]:
+    """The sides of a round, every other one from the last to the first."""
+    return list(sides.items())[:: 1 if number % 2 == 0 else -1]
 
 
 def in_turns(sides: dict[str, Side], repeats: int) -> dict[str, list[float]]:
     """Seconds of every side in each round, those of the first rounds left out."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(WARMUP + repeats):
-        for name, side in list(sides.items())[:: 1 if number % 2 == 0 else -1]:
+        for name, side in turn(sides, number):
             started = time.perf_counter()
             side()
             if number >= WARMUP:
@@ -130,7 +137,7 @@ def decoder(path: str, length: int, new_tokens: int, repeats: int) -> None:
     }
     found: dict[str, list[Timing]] = {name: [] for name in sides}
     for number in range(1 + repeats):
-        for name, (model, fitted, execution) in list(sides.items())[:: 1 if number % 2 == 0 else -1]:
+        for name, (model, fitted, execution) in turn(sides, number):
             with ExitStack() as stack:
                 if fitted is not None:
                     stack.enter_context(fitted.on(model, execution=execution))

@@ -149,9 +149,8 @@ def _import_everything(tasks: str) -> None:
         importlib.import_module(name)
     indexed = importlib.import_module("cushion.evaluation.tasks")
     manager = importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=False, include_path=tasks)
-    indexed._task_manager = lambda include_path: (
-        manager
-    )  # lm-eval's own 26,000 files take seconds, and are not asked for
+    # lm-eval's own 26,000 files take seconds, and are not asked for
+    indexed._task_manager = lambda include_path: manager
     importlib.import_module("cushion.code").package_version()
     importlib.import_module("cushion.reporting.figures").draw_figures = lambda *_: None  # as long as all the rest
     gc.collect()
@@ -199,8 +198,7 @@ def contents(output: Path) -> dict[str, Any]:
             content = error.strerror
         if path.suffix == ".json":
             with contextlib.suppress(ValueError, TypeError):
-                record = exact(json.loads(content))
-                content = {key: value for key, value in record.items() if key != "integrity"}
+                content = exact(json.loads(content))
         found[place.as_posix()] = content
     return found
 

@@ -16,7 +16,9 @@ from cushion.errors import ConfigError
 
 @pytest.mark.parametrize("name", sorted(cushion._PLACES))
 def test_a_name_is_that_of_its_module(name: str) -> None:
-    assert getattr(cushion, name) is getattr(importlib.import_module(cushion._PLACES[name]), name)
+    module, _, attribute = cushion._PLACES[name].partition(":")
+    assert getattr(cushion, name) is getattr(importlib.import_module(module), attribute)
+    assert attribute == name
     assert name in dir(cushion)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.checks import EXPERIMENT_BYTES, at_least, check_name, check_values, one_of, require
+from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
@@ -78,7 +78,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_values("", self)
         EXECUTIONS[self.execution]  # refuses a name that there is not
-        at_least("seed", self.seed, 0)
         one_of("bos", self.bos, BOS_POLICIES)
         reason = "a prefix is keys and values and predicts no token, and with bos=never nothing else stands before it"
         first, before = self.eval.predict_first, self.bos != "never"

@@ -103,7 +103,6 @@ class SearchConfig:
         at_least("search.candidates", self.candidates, 1)
         at_least("search.frequent", self.frequent, 0)
         at_least("search.length", self.length, 1)
-        at_least("search.seed", self.seed, 0)
         at_least("search.verify_texts", self.verify_texts, 0)
         at_least("search.verify_candidates", self.verify_candidates, 1)
         at_least("search.max_length", self.max_length, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from cushion.checks import LARGEST, at_least, check_rate, check_values, one_of, require
@@ -71,7 +70,7 @@ class TuningConfig:
             require((self.steps is None) != (self.epochs is None), "tuning.steps", self.steps, reason)
             at_least("tuning.steps", self.steps, 1)
             reason = "it must be positive and finite"
-            require(self.epochs is None or 0 < self.epochs < math.inf, "tuning.epochs", self.epochs, reason)
+            require(self.epochs is None or self.epochs > 0, "tuning.epochs", self.epochs, reason)
             reason = f"it makes {self.total_steps} steps of the optimizer: at most {LARGEST}"
             require(self.total_steps <= LARGEST, "tuning.epochs", self.epochs, reason)
 

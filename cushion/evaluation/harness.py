@@ -139,8 +139,7 @@ class PrefixedModel(HFLM):
         if length == 0:
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask = generation_kwargs.pop("attention_mask", None)
-        layers: list[Any] = self._prefix.cache(self.model).layers
-        if mask is not None and not bool(mask.all()) and any(layer.is_sliding for layer in layers):
+        if mask is not None and not bool(mask.all()) and self._has_windows():
             rows = []
             for row, seen in zip(context, mask.bool(), strict=True):
                 padding = len(row) - int(seen.sum())
@@ -158,6 +157,10 @@ class PrefixedModel(HFLM):
                 **generation_kwargs,
             )
         return generated[:, length:]
+
+    def _has_windows(self) -> bool:
+        layers: list[Any] = self._prefix.cache(self.model).layers
+        return any(layer.is_sliding for layer in layers)
 
 
 def _put_bos_alone(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> None:

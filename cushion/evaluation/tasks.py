@@ -6,7 +6,6 @@ tasks of `LOCAL_SETS` take their records from `<data_dir>/<folder>/<file>` inste
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,7 +17,7 @@ from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import ConfigError, DataError
 from cushion.evaluation.lasting import lasting
 from cushion.evaluation.local_tasks import LOCAL_SETS, MMLU, LocalSet, local_task
-from cushion.hashing import digest
+from cushion.hashing import digest, file_digest
 
 PAPER_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "openbookqa", "rte", "copa")
 """The seven zero-shot tasks whose mean CushionCache reports (arXiv 2406.12016, Table 2)."""
@@ -81,10 +80,6 @@ def own_task_files(config: EvalConfig) -> list[Path]:
         return []
     root = Path(config.include_path).expanduser()
     return sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-
-
-def _text(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_tasks(config: EvalConfig, paths: PathsConfig) -> TaskSet:
@@ -205,6 +200,6 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: b
     examples = list(task.fewshot_docs()) if wanted else []
     if wanted > len(examples):
         raise ConfigError(f"eval.shots={wanted} is more than the {len(examples)} examples that {name} has: lower it")
-    own = [] if config.include_path is None else [_text(path) for path in own_task_files(config)]
+    own = [] if config.include_path is None else [file_digest(path) for path in own_task_files(config)]
     identity = digest(lasting([definition, task.VERSION, records, examples, own], name))
     return EvaluationTask(name, task, identity, origin, prepared)

@@ -3,9 +3,9 @@
 Its names are imported when they are used: plugins read the table without torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cushion.registry import located
+from cushion.registry import imported_when_used
 
 if TYPE_CHECKING:
     from cushion.models.language_model import LanguageModel, check_model, load_language_model
@@ -19,7 +19,4 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return located(_PLACES[name])
+__getattr__ = imported_when_used(__name__, _PLACES)

@@ -26,7 +26,7 @@ from cushion.prefix import PrefixCache
 from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.effect import Effect, Work
 from cushion.quantization.formats.blocks import BlockQuantizer, quantizer_of
-from cushion.quantization.formats.registry import FORMATS
+from cushion.quantization.inputs import grid_of
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.parts.kv_cache import CACHE_RANGES
 from cushion.quantization.parts.registry import PARTS
@@ -58,9 +58,7 @@ class AttentionQuantizer:
         def quantizer(own: Any, fixed: tuple[Tensor, Tensor] | None = None) -> ActivationQuantizer | None:
             if own.bits is None:
                 return None
-            shared = config.levels, config.zero_point, config.shared_exponent
-            grid = FORMATS[own.format].make(own.bits, own.symmetric, *shared)
-            return quantizer_of(grid, own.granularity, fixed, straight_through)
+            return quantizer_of(grid_of(config, own), own.granularity, fixed, straight_through)
 
         self._cache = quantizer(config.kv_cache)
         self._inputs = quantizer(config.attention)

@@ -13,9 +13,18 @@ from cushion.quantization.formats.blocks import BlockGrid, quantizer_of
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
 from cushion.quantization.numerics import Grid
-from cushion.quantization.parts.activations import EXTREMES, range_from
+from cushion.quantization.parts.activations import EXTREMES, ActivationConfig, range_from
+from cushion.quantization.parts.attention import AttentionConfig
+from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.weights import check_blocks
+
+
+def grid_of(config: QuantizerConfig, own: ActivationConfig | KvCacheConfig | AttentionConfig) -> Grid:
+    """The grid of what flows through a model, of the part whose configuration is `own`; there are bits."""
+    assert own.bits is not None
+    shared = config.levels, config.zero_point, config.shared_exponent
+    return FORMATS[own.format].make(own.bits, own.symmetric, *shared)
 
 
 class _Inputs(Effect):
@@ -26,10 +35,7 @@ class _Inputs(Effect):
     def at(self, work: Work, site: Site) -> None:
         """A quantizer of the input, with the range that calibration gives where it is static."""
         activations = work.config.activations
-        assert activations.bits is not None
-        make = FORMATS[activations.format].make
-        shared = work.config.levels, work.config.zero_point, work.config.shared_exponent
-        grid = make(activations.bits, activations.symmetric, *shared)
+        grid = grid_of(work.config, activations)
         if not activations.narrow_range:
             grid = replace(grid, narrow_range=False)
         fixed = None

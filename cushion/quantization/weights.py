@@ -23,12 +23,18 @@ def weight_grid(config: QuantizerConfig) -> Grid:
 def check_blocks(lm: LanguageModel, config: QuantizerConfig, part: str, form: str) -> None:
     """Raise `ConfigError` where the blocks of a format do not divide the inputs of every linear."""
     block = FORMATS[form].block
-    for name, linear in lm.linears(config.targets).items():
-        if block is not None and linear.in_features % block:
-            raise ConfigError(
-                f"quantizer.{part}.format={form} has blocks of {block} values, which do not divide the "
-                f"{linear.in_features} inputs of {name}: leave it out of quantizer.targets, or choose another format"
-            )
+    if block is not None and (found := _undivided(lm, config, block)):
+        name, inputs = found
+        raise ConfigError(
+            f"quantizer.{part}.format={form} has blocks of {block} values, which do not divide the {inputs} inputs of "
+            f"{name}: leave it out of quantizer.targets, or choose another format"
+        )
+
+
+def _undivided(lm: LanguageModel, config: QuantizerConfig, size: int) -> tuple[str, int] | None:
+    """Name and number of inputs of the first targeted linear that `size` does not divide; None without any."""
+    inputs = ((name, linear.in_features) for name, linear in lm.linears(config.targets).items())
+    return next(((name, number) for name, number in inputs if number % size), None)
 
 
 class _Weights(Effect):
@@ -38,12 +44,11 @@ class _Weights(Effect):
         if config.weights.granularity != "per_group":
             return
         size = config.weights.group_size
-        for name, linear in lm.linears(config.targets).items():
-            if linear.in_features % size:
-                raise ConfigError(
-                    f"quantizer.weights.group_size={size} does not divide the {linear.in_features} inputs of {name}: "
-                    "choose a divisor"
-                )
+        if found := _undivided(lm, config, size):
+            name, inputs = found
+            raise ConfigError(
+                f"quantizer.weights.group_size={size} does not divide the {inputs} inputs of {name}: choose a divisor"
+            )
 
     def at(self, work: Work, site: Site) -> None:
         """Codes and scales in place of the weight."""

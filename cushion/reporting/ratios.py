@@ -12,8 +12,8 @@ from cushion.metrics.columns import Column, Place, columns
 from cushion.reporting.comparisons import measured
 from cushion.reporting.figures import save, tidy
 from cushion.reporting.measures import measure_of
-from cushion.reporting.runs import varying
-from cushion.reporting.tradeoffs import STAGE_TITLES, NumberedRun, described
+from cushion.reporting.runs import grouped, varying
+from cushion.reporting.tradeoffs import STAGE_TITLES, NumberedRun, described, is_wide
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 _MARKS = {NO_PREFIX: ("o", "#b2182b"), FOUND: ("s", "#4393c3"), TUNED: ("D", "#2166ac")}
@@ -50,11 +50,8 @@ def compared(runs: Sequence[NumberedRun]) -> Comparison | None:
     if column is None:
         return None
     keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
-    by_configuration: dict[str, list[NumberedRun]] = {}
-    for number, run in done:
-        by_configuration.setdefault(run.identity("seed"), []).append((number, run))
     found, numbers = [], set()
-    for seeds in by_configuration.values():
+    for seeds in grouped(done, lambda numbered: numbered[1].identity("seed")):
         label = described(seeds[0][1], keys) or seeds[0][1].model
         for stage in STAGES:
             same = [
@@ -103,8 +100,7 @@ def draw_comparison(comparison: Comparison, path: Path, dpi: int) -> Path:
             linewidth=1.2,
             label=STAGE_TITLES[stage],
         )
-    values = [ratio.value for ratio in comparison.ratios]
-    wide = min(values) > 0 and max(values) / min(values) > _LOGARITHMIC_FROM
+    wide = is_wide([ratio.value for ratio in comparison.ratios], _LOGARITHMIC_FROM)
     if wide:
         axis.set_xscale("log")
     axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
@@ -13,6 +13,8 @@ from cushion.reporting.comparisons import judged, measured
 from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.measures import FAILED, MISSING, measure_of, spread_notes
 from cushion.reporting.settings import numbered, shared_settings
+
+T = TypeVar("T")
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
 _EVERY_SETTING = ("model", *_GROUPS, "device", "execution", "bos")
@@ -37,7 +39,7 @@ def experiment_table(
     titles = ["run", "model", *settings, "row", "prefix", "seeds"]
     head = [[Cell(title) for title in (*titles, *(measure.title for measure in measures))]]
     body = []
-    for group in _by(runs, lambda run: run.identity("seed")):
+    for group in grouped(runs, lambda run: run.identity("seed")):
         done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
         front = [Cell(group[0].model), *(_setting(group[0], key) for key in settings)]
         for row in done[0].record["rows"] if done else []:
@@ -95,10 +97,11 @@ def _setting(run: Run, key: str) -> Cell:
     return Cell(NONE if value is None else str(value), value=number)
 
 
-def _by(runs: Iterable[Run], key: Callable[[Run], str]) -> list[list[Run]]:
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
+def grouped(items: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
+    """Those with the same key together, in the order in which they come."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 

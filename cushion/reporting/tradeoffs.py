@@ -14,7 +14,7 @@ from cushion.flat import flatten
 from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
-from cushion.reporting.runs import varying
+from cushion.reporting.runs import grouped, varying
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 NumberedRun = tuple[int, Run]
@@ -95,12 +95,9 @@ def _tradeoff(
 
     Of failed runs only the seeds count.
     """
-    by_configuration: dict[str, list[NumberedRun]] = {}
-    for number, run in runs:
-        by_configuration.setdefault(run.identity("seed"), []).append((number, run))
     series: dict[tuple[str, str], list[Point]] = {}
     drawn: set[int] = set()
-    for seeds in by_configuration.values():
+    for seeds in grouped(runs, lambda numbered: numbered[1].identity("seed")):
         for stage in STAGES if kind == "tradeoff" else (FOUND, TUNED):
             measured = [
                 (number, float(x), perplexity)
@@ -194,7 +191,8 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
                 at = (point.x, point.perplexity)
                 axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
     every = [point for points in tradeoff.series.values() for point in points]
-    wide_x, wide_y = _is_wide([point.x for point in every]), _is_wide([point.perplexity for point in every])
+    wide_x = is_wide([point.x for point in every], _LOGARITHMIC_FROM)
+    wide_y = is_wide([point.perplexity for point in every], _LOGARITHMIC_FROM)
     if wide_x:
         axis.set_xscale("log")
     if wide_y:
@@ -210,5 +208,6 @@ def _bars(deviations: Sequence[float | None]) -> list[float] | None:
     return [deviation or 0.0 for deviation in deviations] if any(deviations) else None
 
 
-def _is_wide(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) > _LOGARITHMIC_FROM
+def is_wide(values: Sequence[float], factor: float) -> bool:
+    """Whether positive values span more than a factor: they are drawn on a logarithmic axis."""
+    return min(values) > 0 and max(values) / min(values) > factor

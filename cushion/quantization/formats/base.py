@@ -65,8 +65,8 @@ class Format:
         """
         levels = levels if "levels" in self.reads else "full"
         zero_point = zero_point if "zero_point" in self.reads else "real"
-        rule = () if self.shared_exponent is None else (shared_exponent or self.shared_exponent,)
-        return cast("Grid", located(self.grid)(bits, symmetric, levels, zero_point, *rule))
+        own = {} if self.shared_exponent is None else {"shared_exponent": shared_exponent or self.shared_exponent}
+        return cast("Grid", located(self.grid)(bits, symmetric, levels, zero_point, **own))
 
     def identity(self) -> list[str]:
         """Name, place and code, for the keys of cached steps."""

@@ -49,9 +49,6 @@ class Part(ABC):
     effect: ClassVar[str | None] = None
     """`module:attribute` of what it does to a model, an `Effect` of `cushion.quantization.effect`."""
 
-    key: str = ""
-    """What messages call it; by default `quantizer.plugins.<name>`, or `quantizer.<first of fields>`."""
-
     order: ClassVar[int] = 100
     """The place among the parts, ascending: in which they act, and stand in the label of a scheme."""
 
@@ -64,8 +61,10 @@ class Part(ABC):
     mixes_channels: ClassVar[bool] = False
     """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
 
-    def __init__(self) -> None:
-        self.key = self.key or (f"quantizer.{self.fields[0]}" if self.fields else f"quantizer.plugins.{self.name}")
+    @property
+    def key(self) -> str:
+        """What messages call it."""
+        return f"quantizer.{self.fields[0]}" if self.fields else f"quantizer.plugins.{self.name}"
 
     def of(self, quantizer: Quantizer) -> Any:
         """The configuration of a part that a user's package adds; None where the quantizer does not name it."""

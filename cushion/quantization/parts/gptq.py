@@ -17,8 +17,12 @@ class Gptq(Part):
     name = "gptq"
     order = 11
     effect = "cushion.quantization.gptq:GPTQ"
-    key = "quantizer.weights.method=gptq"
     blockwise = True
+
+    @property
+    def key(self) -> str:
+        """The method of the weights: the part has no field of its own."""
+        return "quantizer.weights.method=gptq"
 
     def is_on(self, quantizer: Quantizer) -> bool:
         """Whether the weights are rounded this way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cushion.checks import at_least, one_of, without_effect
+from cushion.checks import one_of, without_effect
 from cushion.quantization.parts.base import Part, Quantizer
 from cushion.quantization.parts.registry import register
 
@@ -29,9 +29,8 @@ class Rotation(Part):
         return replace(quantizer, rotation="none", rotation_seed=0)
 
     def check(self, quantizer: Quantizer) -> None:
-        """A known rotation and a seed that is not negative."""
+        """A known rotation."""
         one_of("quantizer.rotation", quantizer.rotation, ROTATIONS)
-        at_least("quantizer.rotation_seed", quantizer.rotation_seed, 0)
 
     def label(self, quantizer: Quantizer) -> str:
         """` rotated`, unless the quantizer's name says so."""

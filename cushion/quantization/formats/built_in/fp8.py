@@ -5,27 +5,15 @@ from __future__ import annotations
 from cushion.quantization.formats.base import Format
 from cushion.quantization.formats.registry import register
 
-_FLOATS = "cushion.quantization.formats.floats"
-
-register(
-    Format(
-        name="fp8_e4m3",
-        title="FP8 E4M3",
-        grid=f"{_FLOATS}:Fp8E4M3",
-        bits=(8,),
-        symmetric_only=True,
-        equal_steps=False,
-        reads=(),
+for name, title, grid in (("fp8_e4m3", "FP8 E4M3", "Fp8E4M3"), ("fp8_e5m2", "FP8 E5M2", "Fp8E5M2")):
+    register(
+        Format(
+            name=name,
+            title=title,
+            grid=f"cushion.quantization.formats.floats:{grid}",
+            bits=(8,),
+            symmetric_only=True,
+            equal_steps=False,
+            reads=(),
+        )
     )
-)
-register(
-    Format(
-        name="fp8_e5m2",
-        title="FP8 E5M2",
-        grid=f"{_FLOATS}:Fp8E5M2",
-        bits=(8,),
-        symmetric_only=True,
-        equal_steps=False,
-        reads=(),
-    )
-)
