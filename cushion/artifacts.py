@@ -29,13 +29,11 @@ from torch import Tensor
 
 from cushion.errors import ArtifactError
 from cushion.hashing import digest, file_digest
+from cushion.integrity import SET_ASIDE
 
 logger = logging.getLogger(__name__)
 
 DEPENDENCIES, MADE = "depends_on.json", "made.json"
-SET_ASIDE = "set_aside"
-"""The folder below the root of a store that artifacts go to which do not fit."""
-
 CHECKPOINT_SECONDS = 10.0
 """How much work, in seconds, a kill may cost at most."""
 

@@ -33,6 +33,7 @@ INFRASTRUCTURE = frozenset(
         "cushion.errors",
         "cushion.events",
         "cushion.hashing",
+        "cushion.integrity",
         "cushion.models.embedded",  # weights stand in the keys by the model's fingerprint
         "cushion.models.tiny",
         "cushion.quantization.estimators.base",  # their code stands in the identity of a quantizer

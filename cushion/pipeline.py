@@ -27,7 +27,7 @@ from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.quantization.learned import Learned
-from cushion.results import Row, RunResult, environment, finished_result
+from cushion.results import Row, RunResult, environment, finished_result, make_folder, make_room
 from cushion.row import row_label
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
@@ -54,10 +54,9 @@ def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
     done = finished_result(folder)
     if done is not None:
         return done
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with FileLock(folder / ".lock"):
-        for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
-            left_over.unlink()
+        make_room(folder)
         return finished_result(folder) or _run_locked(config, folder, listeners)  # another process may have done it
 
 

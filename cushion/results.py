@@ -5,8 +5,11 @@ docs/results.md describes every field for readers of the file; tables and figure
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 import subprocess
+import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +18,13 @@ from typing import Any
 import cushion
 from cushion.artifacts import read_json, write_json
 from cushion.errors import ArtifactError
+from cushion.integrity import OF_A_RUN, SET_ASIDE, misfit, sealed
 from cushion.metrics.columns import parts
 from cushion.schema import FILE_NAME as FILE_NAME
 from cushion.schema import SCHEMA_VERSION as SCHEMA_VERSION
 from cushion.schema import current, way_out
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "accelerate")
 
@@ -75,9 +81,9 @@ class RunResult:
     schema_version: int = SCHEMA_VERSION
 
     def write(self, folder: Path) -> Path:
-        """Write `folder/result.json`; returns its path."""
+        """Write `folder/result.json` with a seal over it and the run's other files there; returns its path."""
         path = folder / FILE_NAME
-        write_json(path, asdict(self))
+        write_json(path, sealed(asdict(self), folder))
         return path
 
     @classmethod
@@ -96,12 +102,52 @@ class RunResult:
 
 
 def finished_result(folder: Path) -> RunResult | None:
-    """The completed result in `folder`, or None when the run has not been done, or failed."""
-    path = folder / FILE_NAME
-    if not path.is_file():
+    """The completed result in `folder`, or None when the run has not been done, failed, or left what does not fit."""
+    if unusable(folder) is not None or not (folder / FILE_NAME).is_file():
         return None
-    result = RunResult.read(path)
+    result = RunResult.read(folder / FILE_NAME)
     return result if result.status == "completed" else None
+
+
+def unusable(folder: Path) -> str | None:
+    """Why the result in a run's folder is not what the run left there, in words; None where it is, or there is none."""
+    path = folder / FILE_NAME
+    if not os.path.lexists(path):
+        return None
+    try:
+        RunResult.read(path)
+        record = read_json(path)
+    except ArtifactError as error:
+        return str(error).removesuffix(f": {way_out(path)}")
+    reason = misfit(record, folder) if record["status"] == "completed" else None
+    return None if reason is None else f"{path} {reason}"
+
+
+def make_room(folder: Path) -> None:
+    """Move what does not fit out of a run's folder, with a warning, so that the run is done again.
+
+    Call it with the folder's lock. The run's cached steps stay: each is checked for itself when it is read.
+    """
+    for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
+        left_over.unlink()
+    reason = unusable(folder)
+    if reason is None:
+        return
+    place = folder / SET_ASIDE / str(time.time_ns())
+    place.mkdir(parents=True)
+    for name in (FILE_NAME, *OF_A_RUN):
+        if os.path.lexists(folder / name):
+            (folder / name).rename(place / name)
+    logger.warning("%s: it was moved to %s, and the run is done again", reason, place)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder; what stands in its place and is not a folder is moved beside it, with a warning."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        place = folder.with_name(f"{SET_ASIDE}-{folder.name}-{time.time_ns()}")
+        folder.rename(place)
+        logger.warning("%s is not a folder: it was moved to %s, and the run is done again", folder, place)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cushion.errors import ArtifactError
+from cushion.integrity import opened
 from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
@@ -42,15 +43,16 @@ def current(record: Any, path: Path) -> dict[str, Any]:
         path: the file, for messages.
 
     Raises:
-        ArtifactError: it is of an unknown schema version, or what is to be converted is damaged.
+        ArtifactError: it is of an unknown schema version, was changed after it was written, or what is to be converted
+            is damaged.
 
     """
     version = record.get("schema_version") if isinstance(record, dict) else None
-    if version == SCHEMA_VERSION:
-        return dict(record)
-    if version != 1:
+    if version not in (1, SCHEMA_VERSION):
         raise ArtifactError(f"{path} is not a result of schema version 1 or {SCHEMA_VERSION}: {way_out(path)}")
     try:
+        if version == SCHEMA_VERSION:
+            return dict(opened(record))
         return {**upgraded(record), "schema_version": SCHEMA_VERSION}
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}): {way_out(path)}") from error

@@ -22,8 +22,8 @@ from typing import Any
 
 from cushion.results_v1 import upgraded
 
-NOT_EXACT = ("seconds", "timings", "paths", "environment")
-"""What is not compared: the clock, the folders, and the record of versions, git's state and device."""
+NOT_EXACT = ("seconds", "timings", "paths", "environment", "integrity")
+"""What is not compared: the clock, the folders, the record of versions, git's state and device, the seal."""
 
 FINGERPRINT = "fingerprint"
 NOT_OF_A_RUN = ("paths", "tracking")

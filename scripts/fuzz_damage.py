@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_report import Case, Limits
-from fuzz_runs import KINDS, Ended, Runs, contents, is_aside
+from fuzz_runs import KINDS, Ended, Runs, contents
+
+from cushion.integrity import is_aside
 
 _LEFT_OUT = (".lock",)
 """Ends of names of files that hold nothing."""

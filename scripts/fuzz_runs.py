@@ -22,6 +22,8 @@ from typing import Any
 from check_sweep import make_text  # sets the environment: no network, no GPU, one thread
 from compare_results import exact
 
+from cushion.integrity import is_aside
+
 _COMMON = [
     "tracking=none", "model=tiny", "data=file", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
     "eval.block_length=32", "eval.blocks=4", "eval.activation_blocks=2",
@@ -201,8 +203,3 @@ def contents(output: Path) -> dict[str, Any]:
                 content = exact(json.loads(content))
         found[place.as_posix()] = content
     return found
-
-
-def is_aside(place: Path) -> bool:
-    """Whether a file below the output folder was set aside because it did not fit."""
-    return any("set_aside" in part for part in place.parts)

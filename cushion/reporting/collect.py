@@ -11,6 +11,7 @@ from typing import Any
 
 from cushion.config import ModelConfig
 from cushion.errors import ArtifactError
+from cushion.integrity import is_aside
 from cushion.schema import FILE_NAME, STAGES, current, way_out
 
 _NEEDED: dict[str, type] = {"status": str, "config": dict, "environment": dict, "rows": list, "timings": dict}
@@ -96,7 +97,7 @@ def _files(folders: Iterable[Path]) -> list[Path]:
             raise ArtifactError(
                 f"there is no folder {folder}: name the folder of results (paths.output_dir of the runs)"
             )
-        inside = {path.resolve() for path in folder.rglob(FILE_NAME)}
+        inside = {path.resolve() for path in folder.rglob(FILE_NAME) if not is_aside(path.relative_to(folder))}
         if not inside:
             raise ArtifactError(
                 f"{folder} holds no {FILE_NAME}: run an experiment first, for example cushion experiment=main, "

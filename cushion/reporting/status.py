@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cushion.errors import ArtifactError, CushionError
+from cushion.integrity import is_aside
 from cushion.reporting.collect import FILE_NAME, Run, read_result
 
 STATES = ("done", "running", "failed", "damaged", "interrupted", "missing")
@@ -52,7 +53,8 @@ def survey(root: Path) -> list[RunState]:
     """
     if not root.is_dir():
         raise ArtifactError(f"there is no folder {root}: name the folder of results (paths.output_dir of the runs)")
-    folders = sorted({path.parent for name in (FILE_NAME, LOCK) for path in root.rglob(name)})
+    paths = [path for name in (FILE_NAME, LOCK) for path in root.rglob(name)]
+    folders = sorted({path.parent for path in paths if not is_aside(path.relative_to(root))})
     states = [_state(folder, root) for folder in folders] + missing(root)
     if not states:
         raise ArtifactError(f"{root} holds no run: start one first, or name the folder that results go to")
