@@ -162,7 +162,13 @@ def load_corpora(
         if pool not in wanted:
             continue
         if pool not in pools:
-            pools[pool] = [document for document in located[purpose][1]() if document.strip()]
+            try:
+                pools[pool] = [document for document in located[purpose][1]() if document.strip()]
+            except DataError as error:
+                if corpus.source != "file":
+                    raise
+                key = "data.path" if corpus.path == config.path else f"data.{purpose}.path"
+                raise DataError(f"{key}={corpus.path!r}: {error}") from error
         sharing = [p for p in purposes if pool_of[p] == pool]
         share = list(_share(pools[pool], sharing, purpose))
         documents = [document for document in share if _hash(document) not in claimed]

@@ -1,6 +1,8 @@
 """Seeded campaigns of random cases: what a user's machine or hands may do to Cushion must end well.
 
     python scripts/fuzz.py damage --cases 600      # one file of a finished run is damaged, and the run repeated
+    python scripts/fuzz.py signals --cases 200     # a run is interrupted, terminated or killed, and started again
+    python scripts/fuzz.py configs --cases 500     # keys with values that a user may give them, sensible or not
 
 The same seed makes the same cases; `--case` repeats one of them. Exit status 0: none ended badly. A campaign is a
 module beside this one with `add_arguments`, and `cases`, which yields one `fuzz_report.Case` after the other.
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from fuzz_report import Limits, report
 
-CAMPAIGNS = {"damage": "fuzz_damage"}
+CAMPAIGNS = {"damage": "fuzz_damage", "signals": "fuzz_signals", "configs": "fuzz_configs"}
 """The campaigns, and the modules that they are in."""
 
 

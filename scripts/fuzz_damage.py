@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fuzz_report import Case, Limits
-from fuzz_runs import KINDS, Ended, Runs, contents
-
-from cushion.integrity import is_aside
+from fuzz_runs import KINDS, Ended, Runs, contents, finished
 
 _LEFT_OUT = (".lock",)
 """Ends of names of files that hold nothing."""
@@ -50,7 +48,7 @@ def cases(limits: Limits, given: argparse.Namespace) -> Iterator[Case]:
             for result in results:
                 result.unlink()
         place, way = damaged(output, draw)
-        before = _finished(output)
+        before = finished(output)
         ended = runs.run(kind, folder)
         name = f"case {index}: {way} {place} of {kind}, {'with' if keeps_result else 'without'} its result"
         yield _judged(name, ended, output, sound[kind], place, before)
@@ -175,15 +173,6 @@ WAYS: dict[str, Callable[[Path, random.Random], bool]] = {
 """What may happen to a file, by name; each says whether it could be done to this one."""
 
 
-def _finished(output: Path) -> dict[str, int]:
-    """Which file says that an artifact is finished, by the artifact's place."""
-    found = {}
-    for path in output.glob("cache/*/*/made.json"):
-        if path.is_file() and not is_aside(path.relative_to(output)):
-            found[path.parent.relative_to(output).as_posix()] = path.stat().st_ino
-    return found
-
-
 def _judged(
     name: str, ended: Ended, output: Path, sound: dict[str, object], place: str, before: dict[str, int]
 ) -> Case:
@@ -201,7 +190,7 @@ def _judged(
         path for path in (sound.keys() | found.keys()) - added if sound.get(path) != found.get(path)
     ):
         return Case(name, "a silent difference", True, "\n".join([f"differs: {path}" for path in differing]))
-    now = _finished(output)
+    now = finished(output)
     if twice := [one for one, file in before.items() if now.get(one) != file and one not in ended.told]:
         return Case(name, "computed twice", True, "\n".join(twice))
     return Case(name, "mended and named" if is_told else "mended, or not used")

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ class Ended:
         return "\n".join([*said, *(lines[starts[0] :][-12:] if starts else [])])
 
 
+def finished(output: Path) -> dict[str, int]:
+    """Which file says that an artifact is finished, by the artifact's place: computed again, it is another one."""
+    found = {}
+    for path in output.glob("cache/*/*/made.json"):
+        if path.is_file() and not is_aside(path.relative_to(output)):
+            found[path.parent.relative_to(output).as_posix()] = path.stat().st_ino
+    return found
+
+
 _SAID = re.compile(r"(?:WARNING: |cushion: ).*")
 """A warning or an error, also where it stands behind a progress bar on the same line."""
 
@@ -104,19 +113,19 @@ class Runs:
         (self._tasks / "fuzzed.yaml").write_text(_TASK.format(records=path), encoding="utf-8")
         _import_everything(str(self._tasks))
 
-    def start(self, kind: str, folder: Path, at_first: Callable[[], None] = lambda: None) -> int:
+    def start(self, kind: str, folder: Path, more: Sequence[str] = ()) -> int:
         """Start a run of a kind in a folder; returns its process. What it prints is added to `printed` there.
 
-        `at_first` is called in the new process before anything else.
+        `more` are further words of the command line.
         """
-        words = [*_COMMON, *KINDS[kind], f"data.path={self._text}", "paths.output_dir=outputs"]
+        words = [*_COMMON, *KINDS[kind], f"data.path={self._text}", "paths.output_dir=outputs", *more]
         if kind == "tasks":
             words.append(f"eval.include_path={self._tasks}")
         sys.stdout.flush()
         sys.stderr.flush()
         process = os.fork()
         if process == 0:
-            _be_cushion(words, folder, at_first)
+            _be_cushion(words, folder)
         return process
 
     def wait(self, process: int, folder: Path) -> Ended:
@@ -134,11 +143,11 @@ class Runs:
                 time.sleep(0.005)
         return Ended(status, (folder / "printed").read_text(encoding="utf-8", errors="replace"))
 
-    def run(self, kind: str, folder: Path) -> Ended:
+    def run(self, kind: str, folder: Path, more: Sequence[str] = ()) -> Ended:
         """Start, wait, and say how it ended; of what is printed only what this run prints."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "printed").unlink(missing_ok=True)
-        return self.wait(self.start(kind, folder), folder)
+        return self.wait(self.start(kind, folder, more), folder)
 
 
 def _import_everything(tasks: str) -> None:
@@ -159,11 +168,10 @@ def _import_everything(tasks: str) -> None:
     gc.freeze()
 
 
-def _be_cushion(words: list[str], folder: Path, at_first: Callable[[], None]) -> None:
+def _be_cushion(words: list[str], folder: Path) -> None:
     """In a process of its own: be the command, and never return."""
     status = 70
     try:
-        at_first()
         os.fsync = lambda _: None  # what is written need not outlive a power cut here
         os.chdir(folder)
         printed = os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

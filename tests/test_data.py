@@ -444,6 +444,8 @@ def test_a_folder_is_all_files_below_it(tmp_path: Path) -> None:
     (folder / "notes.docx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"notes\.docx is of no format that is read: .*\.parquet"):
         list(read_documents(folder, "text"))
+    with pytest.raises(DataError, match=r"^data\.(evaluation\.)?path='.*corpus': .*notes\.docx is of no format"):
+        load_corpora(config, PathsConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no files"):
         list(read_documents(tmp_path / "empty", "text"))
