@@ -19,14 +19,20 @@ if TYPE_CHECKING:  # torch is imported by the tests: the process that only hands
     from cushion.models import LanguageModel
 
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
     "gpt_neox", "falcon",
 )  # fmt: skip
-SMOOTHABLE = (*FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_new_decoder_one_norm", "falcon_alibi")
-"""The families and those of their variants that SmoothQuant works on."""
+POST_NORM = ("olmo2", "opt_post_norm")
+"""Their norms stand behind the linears: neither SmoothQuant nor a rotation has a norm to fold into."""
 
-VARIANTS = (*SMOOTHABLE, "opt_post_norm")
+VARIANTS = (
+    *FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_new_decoder_one_norm", "falcon_alibi",
+    "opt_post_norm",
+)  # fmt: skip
 """Everything that the table has an entry for."""
+
+SMOOTHABLE = tuple(name for name in VARIANTS if name not in POST_NORM)
+"""Those that SmoothQuant and the rotation work on."""
 
 FEW = ("llama", "opt", "gpt_neox")
 """They stand for all where nothing depends on the family: rotary and learned positions, RMSNorm and LayerNorm,

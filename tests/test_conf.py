@@ -35,6 +35,7 @@ MODEL_TYPES = {
     "llama3_70b": "llama",
     "mistral_7b": "mistral",
     "mixtral_8x7b": "mixtral",
+    "olmo2_7b": "olmo2",
     "opt_6.7b": "opt",
     "opt_13b": "opt",
     "phi3_mini": "phi3",

@@ -21,6 +21,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -68,6 +69,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_COMMON, **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
+    "olmo2": lambda: Olmo2Config(**_COMMON, **_LLAMA),
     "gemma": lambda: GemmaConfig(**_COMMON, **{**_GEMMA, "num_key_value_heads": 1}),
     "gemma2": lambda: Gemma2Config(
         **_COMMON,
