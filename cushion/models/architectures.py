@@ -150,6 +150,9 @@ _ENTRIES = (
     ),
     Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them
+        "granite", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+    ),
     Architecture(  # its norms stand behind the linears, before the stream: nothing can take a scale or a rotation
         "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj"
     ),

@@ -200,10 +200,16 @@ class LanguageModel:
         return body(input_ids=input_ids.to(self.device), **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Predictions from the decoder's output, as in the model's own pass: (..., features) -> (..., vocabulary)."""
-        head = cast(nn.Module, self.model.get_output_embeddings())
-        logits = head(hidden)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        """Predictions from the decoder's output, as in the model's own pass: (..., features) -> (..., vocabulary).
+
+        What families do behind lm_head is done as they do it: Granite divides by `logits_scaling`, Gemma 2 caps.
+        """
+        settings = self.model.config.get_text_config()
+        logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
+        divisor = getattr(settings, "logits_scaling", None)
+        if divisor is not None:
+            logits = logits / divisor
+        cap = getattr(settings, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -69,6 +70,14 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_COMMON, **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
+    "granite": lambda: GraniteConfig(
+        **_COMMON,
+        **_LLAMA,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.25,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
     "olmo2": lambda: Olmo2Config(**_COMMON, **_LLAMA),
     "gemma": lambda: GemmaConfig(**_COMMON, **{**_GEMMA, "num_key_value_heads": 1}),
     "gemma2": lambda: Gemma2Config(

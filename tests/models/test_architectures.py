@@ -35,6 +35,7 @@ ROWS = [
     ),
     ("qwen2", "model.layers", LLAMA),
     ("qwen3", "model.layers", LLAMA),
+    ("granite", "model.layers", LLAMA),
     ("olmo2", "model.layers", LLAMA),
     ("gemma", "model.layers", LLAMA),
     ("gemma2", "model.layers", LLAMA),
