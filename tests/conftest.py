@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # torch is imported by the tests: the process that only hands
     from cushion.models import LanguageModel
 
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "granite", "olmo2", "gemma", "gemma2", "gemma3_text", "phi3",
-    "opt", "bloom", "gpt_neox", "falcon",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "granite", "olmo2", "starcoder2", "gemma", "gemma2",
+    "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "falcon",
 )  # fmt: skip
 POST_NORM = ("olmo2", "opt_post_norm")
 """Their norms stand behind the linears: neither SmoothQuant nor a rotation has a norm to fold into."""
@@ -41,7 +41,7 @@ attention and MLP in turn and side by side, projections apart and fused."""
 UNLIKE = (*FEW, "bloom", "mixtral", "gemma2")
 """Those, and what is unlike them: positions without a limit, experts, norms with an offset and sliding windows."""
 
-SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
+SLIDING = ("mistral", "starcoder2", "gemma2", "gemma3_text", "phi3")
 """The families whose tiny model has layers with a sliding window of 8 positions."""
 
 

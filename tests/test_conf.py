@@ -46,6 +46,7 @@ MODEL_TYPES = {
     "smollm2_135m": "llama",
     "smollm2_1.7b": "llama",
     "solar_10.7b": "llama",
+    "starcoder2_7b": "starcoder2",
 }
 """The architecture of every model that is named in conf/model, as its own config.json has it."""
 

@@ -157,6 +157,13 @@ _ENTRIES = (
         "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj"
     ),
     Architecture(
+        "starcoder2",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", ("mlp.c_fc",))),
+        down_projection="mlp.c_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.c_proj")),
+    ),
+    Architecture(
         "gemma",
         "model.layers",
         _LLAMA_SMOOTHING,

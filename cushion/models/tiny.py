@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Starcoder2Config,
 )
 
 from cushion.errors import ModelNotFoundError, did_you_mean
@@ -79,6 +80,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
         logits_scaling=4.0,
     ),
     "olmo2": lambda: Olmo2Config(**_COMMON, **_LLAMA),
+    "starcoder2": lambda: Starcoder2Config(**_COMMON, **_LLAMA, sliding_window=_WINDOW),
     "gemma": lambda: GemmaConfig(**_COMMON, **{**_GEMMA, "num_key_value_heads": 1}),
     "gemma2": lambda: Gemma2Config(
         **_COMMON,

@@ -37,6 +37,11 @@ ROWS = [
     ("qwen3", "model.layers", LLAMA),
     ("granite", "model.layers", LLAMA),
     ("olmo2", "model.layers", LLAMA),
+    (
+        "starcoder2",
+        "model.layers",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.c_fc mlp.c_proj",
+    ),
     ("gemma", "model.layers", LLAMA),
     ("gemma2", "model.layers", LLAMA),
     ("gemma3_text", "model.layers", LLAMA),

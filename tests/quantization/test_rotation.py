@@ -37,7 +37,7 @@ from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
 ROTATABLE = SMOOTHABLE  # the families and the variants whose norms stand before their readers
-LAYER_NORMS = ("opt", "bloom", "gpt_neox", "falcon")
+LAYER_NORMS = ("starcoder2", "opt", "bloom", "gpt_neox", "falcon")
 TEXTS = random_texts(3, 24)
 MORE_TEXTS = random_texts(12, 24, seed=1)
 
