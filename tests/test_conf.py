@@ -43,6 +43,7 @@ MODEL_TYPES = {
     "pythia_6.9b": "gpt_neox",
     "qwen2_7b": "qwen2",
     "qwen3_8b": "qwen3",
+    "qwen3_30b_a3b": "qwen3_moe",
     "smollm2_135m": "llama",
     "smollm2_1.7b": "llama",
     "solar_10.7b": "llama",

@@ -109,6 +109,9 @@ _LLAMA_SMOOTHING = (_ATTENTION, ("post_attention_layernorm", ("mlp.gate_proj", "
 _GEMMA2_SMOOTHING = (_ATTENTION, ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 
+_EVERY_BLOCK_SPARSE: Requirements = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
+"""Every block of a Qwen mixture of experts has experts, and none a plain MLP in their place."""
+
 _RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
 )
@@ -143,6 +146,16 @@ _ENTRIES = (
         "mixtral",
         "model.layers",
         (_ATTENTION, ("post_attention_layernorm", _EXPERTS)),
+        experts="mlp.experts",
+        full_precision=("mlp.gate",),
+        down_projection="mlp.experts.*.down_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    ),
+    Architecture(
+        "qwen3_moe",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", _EXPERTS)),
+        requires=_EVERY_BLOCK_SPARSE,
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SMOOTHABLE, VARIANTS
+from conftest import EXPERTS, FAMILIES, SMOOTHABLE, VARIANTS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config
+from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config, Qwen3MoeConfig
 
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.models import LanguageModel
@@ -21,20 +21,19 @@ Tiny = Callable[..., LanguageModel]
 IDS = torch.tensor([[5, 80, 200, 7]])
 
 LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+MIXTURE = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj " + " ".join(
+    f"mlp.experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")
+)
 FUSED = "dense_h_to_4h mlp.dense_4h_to_h"
 
 # name of the tiny model, path of the blocks, linears of a block
 ROWS = [
     ("llama", "model.layers", LLAMA),
     ("mistral", "model.layers", LLAMA),
-    (
-        "mixtral",
-        "model.layers",
-        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-        + " ".join(f"mlp.experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")),
-    ),
+    ("mixtral", "model.layers", MIXTURE),
     ("qwen2", "model.layers", LLAMA),
     ("qwen3", "model.layers", LLAMA),
+    ("qwen3_moe", "model.layers", MIXTURE),
     ("granite", "model.layers", LLAMA),
     ("olmo2", "model.layers", LLAMA),
     (
@@ -104,7 +103,7 @@ def test_weights_of_the_blocks_that_multiply_are_in_linears_but_for_routers(tiny
     left = {name for name, p in lm.model.named_parameters() if name.startswith(path + ".") and p.dim() > 1}
     left -= {f"{name}.weight" for name in lm.linears()}
     assert left == {f"{path}.{i}.{name}.weight" for i in range(3) for name in lm.architecture.full_precision}
-    assert bool(left) == (family == "mixtral")
+    assert bool(left) == (family in EXPERTS)
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -224,6 +223,8 @@ def test_a_variant_without_an_entry_is_refused_by_the_keys_that_decide() -> None
     message = r"'me/mine' is a variant of 'falcon'.*new_decoder_architecture=False.*parallel_attn=maybe"
     with pytest.raises(UnsupportedModelError, match=message):
         find_architecture(config, "me/mine")
+    with pytest.raises(UnsupportedModelError, match=r"a variant of 'qwen3_moe'.*mlp_only_layers=\[0\]"):
+        find_architecture(Qwen3MoeConfig(mlp_only_layers=[0]), "me/mine")
 
 
 @pytest.mark.parametrize(

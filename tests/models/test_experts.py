@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import EXPERTS
 from helpers import random_texts
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from cushion.models import load_language_model
 from cushion.models.experts import LinearExperts, with_linear_experts
 from cushion.models.tiny import tiny_model
 
-EXPERTS, CHOSEN, FEATURES = 4, 2, 32
+NUMBER, CHOSEN, FEATURES = 4, 2, 32
 
 
 def fused_experts() -> Any:
@@ -25,7 +26,7 @@ def fused_experts() -> Any:
 def routed(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the experts of each token and their weights."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(tokens, EXPERTS, generator=generator).topk(CHOSEN)
+    scores = torch.rand(tokens, NUMBER, generator=generator).topk(CHOSEN)
     return torch.randn(tokens, FEATURES, generator=generator), scores.indices, scores.values
 
 
@@ -55,7 +56,7 @@ def test_weights_are_shared_and_called_by_what_they_are() -> None:
     fused = fused_experts()
     linear = with_linear_experts(fused, "me/mine")
     half = fused.gate_up_proj.shape[1] // 2
-    for index in range(EXPERTS):
+    for index in range(NUMBER):
         parts = dict(linear.get_submodule(str(index)).named_children())
         assert [name for name, m in parts.items() if isinstance(m, nn.Linear)] == ["gate_proj", "up_proj", "down_proj"]
         for name, expected in (
@@ -89,16 +90,21 @@ def test_an_expert_without_tokens_is_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [("eager", "float32"), ("batched_mm", "float32"), ("grouped_mm", "float32"), ("eager", "bfloat16")],
+    ("family", "implementation", "dtype"),
+    [
+        *((family, "eager", "float32") for family in EXPERTS),
+        ("mixtral", "batched_mm", "float32"),
+        ("mixtral", "grouped_mm", "float32"),
+        ("mixtral", "eager", "bfloat16"),
+    ],
 )
 @torch.no_grad()
-def test_a_loaded_model_is_the_one_that_transformers_makes(implementation: str, dtype: str) -> None:
+def test_a_loaded_model_is_the_one_that_transformers_makes(family: str, implementation: str, dtype: str) -> None:
     """In half precision another order of additions sends some tokens to other experts: compared in the same order."""
     ids = random_texts(2, 12)
-    plain: Any = cast(Any, tiny_model("mixtral")).to(getattr(torch, dtype)).eval()
+    plain: Any = cast(Any, tiny_model(family)).to(getattr(torch, dtype)).eval()
     plain.set_experts_implementation(implementation)
-    lm = load_language_model(ModelConfig(path="tiny:mixtral", dtype=dtype), PathsConfig())
+    lm = load_language_model(ModelConfig(path=f"tiny:{family}", dtype=dtype), PathsConfig())
     assert sum(isinstance(module, LinearExperts) for module in lm.model.modules()) == 3
     assert sum(p.numel() for p in lm.model.parameters()) == sum(p.numel() for p in plain.parameters())
     torch.testing.assert_close(lm.model(ids).logits, plain(ids).logits, rtol=0, atol=1e-4)

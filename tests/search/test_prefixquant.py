@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import UNLIKE, VARIANTS
+from conftest import EXPERTS, UNLIKE, VARIANTS
 from helpers import random_texts
 from planted import MODULE, plant_spikes
 from torch import Tensor
@@ -148,7 +148,7 @@ def test_the_table_names_the_down_projection_of_every_block(tiny: Tiny, family: 
     found, linears = down_projections(lm), lm.linears()
     assert len(found) == len(lm.blocks)
     for names in found.values():
-        assert len(names) == (4 if family == "mixtral" else 1)
+        assert len(names) == (4 if family in EXPERTS else 1)
         hidden = lm.model.config.hidden_size
         assert all(linears[name].out_features == hidden < linears[name].in_features for name in names)
 
