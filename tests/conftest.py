@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # torch is imported by the tests: the process that only hands
     from cushion.models import LanguageModel
 
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "granite", "olmo2", "starcoder2", "gemma",
-    "gemma2", "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "falcon",
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "olmo2", "starcoder2",
+    "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "falcon",
 )  # fmt: skip
 POST_NORM = ("olmo2", "opt_post_norm")
 """Their norms stand behind the linears: neither SmoothQuant nor a rotation has a norm to fold into."""
 
-EXPERTS = ("mixtral", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 """The mixtures of experts; their tiny models have four in every block."""
 
 VARIANTS = (

@@ -42,6 +42,8 @@ MODEL_TYPES = {
     "phi3_mini": "phi3",
     "pythia_6.9b": "gpt_neox",
     "qwen2_7b": "qwen2",
+    "qwen2_57b_a14b": "qwen2_moe",
+    "qwen1.5_moe_a2.7b": "qwen2_moe",
     "qwen3_8b": "qwen3",
     "qwen3_30b_a3b": "qwen3_moe",
     "smollm2_135m": "llama",

@@ -128,12 +128,14 @@ class LanguageModel:
         By the name that the architecture table gives them, in the order of the blocks; empty where it gives none, or
         the model has none of that name.
         """
-        path, found = self.architecture.down_projection.split("."), dict[str, list[str]]()
+        named, found = self.architecture.down_projection, dict[str, list[str]]()
+        paths = [path.split(".") for path in ((named,) if isinstance(named, str) else named)]
         for name in self.linears():
             index, *own = name.removeprefix(f"{self.architecture.blocks}.").split(".")
-            if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
-                layer = ".".join([self.architecture.blocks, index, *path])
-                found.setdefault(layer, []).append(name)
+            for path in paths:
+                if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
+                    layer = ".".join([self.architecture.blocks, index, *path])
+                    found.setdefault(layer, []).append(name)
         return found
 
     def norm_readers(self, index: int) -> list[tuple[str, dict[str, nn.Module]]]:

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Starcoder2Config,
@@ -73,6 +74,9 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_COMMON, **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_COMMON, **_LLAMA, moe_intermediate_size=48, shared_expert_intermediate_size=64, **_EXPERTS
+    ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_WIDE_HEADS, moe_intermediate_size=48, **_EXPERTS),
     "granite": lambda: GraniteConfig(
         **_COMMON,

@@ -33,6 +33,11 @@ ROWS = [
     ("mixtral", "model.layers", MIXTURE),
     ("qwen2", "model.layers", LLAMA),
     ("qwen3", "model.layers", LLAMA),
+    (
+        "qwen2_moe",
+        "model.layers",
+        f"{MIXTURE} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
+    ),
     ("qwen3_moe", "model.layers", MIXTURE),
     ("granite", "model.layers", LLAMA),
     ("olmo2", "model.layers", LLAMA),
@@ -88,10 +93,12 @@ def test_linears_are_those_of_the_blocks_and_nothing_else_is(tiny: Tiny, family:
     lm = tiny(family)
     every = {name: m for name, m in lm.model.named_modules() if isinstance(m, nn.Linear)}
     outside = {"lm_head", "embed_out", "model.decoder.project_in", "model.decoder.project_out"}
+    path, routers = lm.architecture.blocks, lm.architecture.full_precision
+    outside |= {f"{path}.{i}.{name}" for i in range(3) for name in routers}  # such as the gate of a shared expert
     linears = lm.linears()
     assert linears == {name: m for name, m in every.items() if name not in outside}
     assert lm.model.get_output_embeddings() not in linears.values()
-    assert len(every) - len(linears) == (3 if family == "opt_post_norm" else 1)
+    assert len(every) - len(linears) == {"opt_post_norm": 3, "qwen2_moe": 4}.get(family, 1)
     assert lm.linears(["all"]) == linears
 
 
