@@ -28,6 +28,7 @@ MODEL_TYPES = {
     "gemma_2b": "gemma",
     "gemma2_2b": "gemma2",
     "gemma3_1b": "gemma3_text",
+    "gpt_oss_20b": "gpt_oss",
     "granite_8b": "granite",
     "llama2_7b": "llama",
     "llama2_13b": "llama",

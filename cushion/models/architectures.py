@@ -175,6 +175,18 @@ _ENTRIES = (
             _RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj")
         ),
     ),
+    Architecture(
+        "gpt_oss",
+        "model.layers",
+        (
+            _ATTENTION,
+            ("post_attention_layernorm", ("mlp.router", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
+        ),
+        experts="mlp.experts",
+        full_precision=("mlp.router",),
+        down_projection="mlp.experts.*.down_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    ),
     Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them

@@ -18,6 +18,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -78,6 +79,14 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
         **_COMMON, **_LLAMA, moe_intermediate_size=48, shared_expert_intermediate_size=64, **_EXPERTS
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_WIDE_HEADS, moe_intermediate_size=48, **_EXPERTS),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON,
+        **_WIDE_HEADS,
+        sliding_window=_WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
     "granite": lambda: GraniteConfig(
         **_COMMON,
         **_LLAMA,

@@ -39,6 +39,7 @@ ROWS = [
         f"{MIXTURE} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
     ),
     ("qwen3_moe", "model.layers", MIXTURE),
+    ("gpt_oss", "model.layers", MIXTURE),
     ("granite", "model.layers", LLAMA),
     ("olmo2", "model.layers", LLAMA),
     (

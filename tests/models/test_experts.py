@@ -69,6 +69,26 @@ def test_weights_are_shared_and_called_by_what_they_are() -> None:
             assert (own.out_features, own.in_features) == tuple(expected.shape)
 
 
+@torch.no_grad()
+def test_the_experts_of_gpt_oss_take_turns_and_are_clamped() -> None:
+    """Features first, gate and up by turns, with biases: at values that reach the limits."""
+    fused: Any = tiny_model("gpt_oss").get_submodule("model.layers.1.mlp.experts")
+    linear, (hidden, index, weights) = with_linear_experts(fused, "me/mine"), routed(20)
+    hidden, limit = 20 * hidden, fused.limit
+    expected, reached = torch.zeros_like(hidden), torch.zeros(2, dtype=torch.bool)
+    for token, (experts, shares) in enumerate(zip(index.tolist(), weights, strict=True)):
+        for expert, share in zip(experts, shares, strict=True):
+            both = hidden[token] @ fused.gate_up_proj[expert] + fused.gate_up_proj_bias[expert]
+            gate, up = both[0::2], both[1::2]
+            reached |= torch.stack([(gate > limit).any(), (up.abs() > limit).any()])
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            between = (up + 1) * gate * torch.sigmoid(fused.alpha * gate)
+            expected[token] += share * (between @ fused.down_proj[expert] + fused.down_proj_bias[expert])
+    assert reached.all()
+    for module in (linear, fused):
+        torch.testing.assert_close(module(hidden, index, weights), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_gradients_pass_to_hidden_states_and_router() -> None:
     fused, (hidden, index, weights) = fused_experts(), routed(9)
     gradients = []
@@ -126,8 +146,10 @@ def test_experts_of_another_make_are_refused_by_name() -> None:
         {"down_proj": None},
         {"gate_up_proj": nn.ModuleList()},
         {"gate_up_proj_bias": torch.zeros(2, 8)},
+        {"router": torch.zeros(2, 4)},
         {"is_transposed": True},
-        {"is_concatenated": False},
+        {"has_post_expert_norm": True},
+        {"_apply_gate": lambda values: values.chunk(2)[0], "is_concatenated": True},
     ):
         with pytest.raises(UnsupportedModelError, match=r"model\.path='me/mine' has experts \(Odd\)"):
             with_linear_experts(Odd(**changes), "me/mine")
