@@ -19,14 +19,23 @@ if TYPE_CHECKING:  # torch is imported by the tests: the process that only hands
     from cushion.models import LanguageModel
 
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom",
-    "gpt_neox", "falcon",
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt_oss", "granite", "olmo2",
+    "starcoder2", "gemma", "gemma2", "gemma3_text", "phi3", "opt", "bloom", "gpt_neox", "falcon",
 )  # fmt: skip
-SMOOTHABLE = (*FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_new_decoder_one_norm", "falcon_alibi")
-"""The families and those of their variants that SmoothQuant works on."""
+POST_NORM = ("olmo2", "opt_post_norm")
+"""Their norms stand behind the linears: neither SmoothQuant nor a rotation has a norm to fold into."""
 
-VARIANTS = (*SMOOTHABLE, "opt_post_norm")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+"""The mixtures of experts; their tiny models have four in every block."""
+
+VARIANTS = (
+    *FAMILIES, "gpt_neox_sequential", "falcon_new_decoder", "falcon_new_decoder_one_norm", "falcon_alibi",
+    "opt_post_norm",
+)  # fmt: skip
 """Everything that the table has an entry for."""
+
+SMOOTHABLE = tuple(name for name in VARIANTS if name not in POST_NORM)
+"""Those that SmoothQuant and the rotation work on."""
 
 FEW = ("llama", "opt", "gpt_neox")
 """They stand for all where nothing depends on the family: rotary and learned positions, RMSNorm and LayerNorm,
@@ -35,7 +44,7 @@ attention and MLP in turn and side by side, projections apart and fused."""
 UNLIKE = (*FEW, "bloom", "mixtral", "gemma2")
 """Those, and what is unlike them: positions without a limit, experts, norms with an offset and sliding windows."""
 
-SLIDING = ("mistral", "gemma2", "gemma3_text", "phi3")
+SLIDING = ("gpt_oss", "mistral", "starcoder2", "gemma2", "gemma3_text", "phi3")
 """The families whose tiny model has layers with a sliding window of 8 positions."""
 
 

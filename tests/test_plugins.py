@@ -29,21 +29,21 @@ def test_a_metric_is_one_file_and_stands_in_result_tables_and_report(text_file: 
 
 
 def test_a_family_and_an_export_target_are_one_file_each_and_serve_a_run(text_file: Path, tmp_path: Path) -> None:
-    site, out = installed(tmp_path / "site", "starcoder2_family", "token_ids_export"), tmp_path / "out"
+    site, out = installed(tmp_path / "site", "phi_family", "token_ids_export"), tmp_path / "out"
     cushion(
-        site, "cli", "model=tiny", "model.path=tiny:starcoder2", "data=file", f"data.path={text_file}",
+        site, "cli", "model=tiny", "model.path=tiny:phi", "data=file", f"data.path={text_file}",
         "search=newline", "quantizer=smoothquant_o3", "tracking=none", "quantizer.calibration.samples=2",
         "quantizer.calibration.length=16", "eval.block_length=32", "eval.blocks=2", "eval.activation_blocks=2",
         f"paths.output_dir={out}",
     )  # fmt: skip
     (path,) = out.rglob("result.json")
     result = json.loads(path.read_text())
-    assert (result["model"]["architecture"], result["prefix"]["text"]) == ("starcoder2", "\n")
+    assert (result["model"]["architecture"], result["prefix"]["text"]) == ("phi", "\n")
     made = tmp_path / "tokens"
     printed = cushion(site, "export.cli", str(path.parent), "--to", "token_ids", str(made))
     assert printed.split() == [str(made / "prefix_tokens.json")]
     assert json.loads((made / "prefix_tokens.json").read_text()) == {
-        "model": "tiny:starcoder2",
+        "model": "tiny:phi",
         "token_ids": result["prefix"]["token_ids"],
         "text": "\n",
     }
@@ -64,7 +64,7 @@ def test_a_tuned_prefix_is_not_exported_as_its_tokens(tmp_path: Path) -> None:
         cushion(site, "export.cli", str(tmp_path), "--to", "token_ids", str(tmp_path / "made"))
 
 
-@pytest.mark.parametrize("name", ["forward_speed", "starcoder2_family", "token_ids_export"])
+@pytest.mark.parametrize("name", ["forward_speed", "phi_family", "token_ids_export"])
 def test_the_page_on_extending_shows_the_very_file(name: str) -> None:
     file = (PLUGINS / f"{name}.py").read_text(encoding="utf-8")
     assert len(file.splitlines()) <= 60

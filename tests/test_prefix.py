@@ -76,7 +76,7 @@ def test_cache_agrees_on_a_text_longer_than_any_window(tiny: Tiny, family: str, 
         torch.testing.assert_close(logits_with(lm, prefix, ids[:count]), expected[:count], atol=2e-5, rtol=1e-4)
     # three windows of 8 reach 21 positions back: where all layers slide, the last token has lost sight of the prefix
     effect = (expected - plain_logits(lm, ids))[:, -1].abs().max()
-    assert effect < 1e-5 if family in ("mistral", "phi3") else effect > 1e-2
+    assert effect < 1e-5 if family in ("mistral", "starcoder2", "phi3") else effect > 1e-2
 
 
 def test_empty_prefix_changes_nothing(tiny: Tiny) -> None:

@@ -58,7 +58,8 @@ class Architecture:
         smoothing_requires: values that the model's configuration must have for those pairs to be right: variants of a
             family that put their norms elsewhere cannot be smoothed.
         down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
-            the block, in which `*` stands for any one part (the number of an expert).
+            the block, in which `*` stands for any one part (the number of an expert). Several paths, where parts run
+            side by side, as routed and shared experts do: each is a down projection of its own.
         norm_offset: what the norms named in `smoothing`, and the last one, add to their weight before they multiply
             with it: 0, or 1 where they compute `(1 + weight)`. Norms with an offset must do so in float32.
         requires: values of the model's configuration by which this entry holds, where the variants of a family need
@@ -79,7 +80,7 @@ class Architecture:
     blocks: str
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
     smoothing_requires: Requirements = ()
-    down_projection: str = ""
+    down_projection: str | tuple[str, ...] = ""
     norm_offset: float = 0.0
     requires: Requirements = ()
     experts: str | None = None
@@ -108,6 +109,10 @@ _ATTENTION = ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_
 _LLAMA_SMOOTHING = (_ATTENTION, ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
 _GEMMA2_SMOOTHING = (_ATTENTION, ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+
+_SHARED_EXPERT = ("mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+_EVERY_BLOCK_SPARSE: Requirements = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
+"""Every block of a Qwen mixture of experts has experts, and none a plain MLP in their place."""
 
 _RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
@@ -148,8 +153,55 @@ _ENTRIES = (
         down_projection="mlp.experts.*.down_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
     ),
+    Architecture(
+        "qwen3_moe",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", _EXPERTS)),
+        requires=_EVERY_BLOCK_SPARSE,
+        experts="mlp.experts",
+        full_precision=("mlp.gate",),
+        down_projection="mlp.experts.*.down_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    ),
+    Architecture(
+        "qwen2_moe",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", (*_EXPERTS, *_SHARED_EXPERT))),
+        requires=_EVERY_BLOCK_SPARSE,
+        experts="mlp.experts",
+        full_precision=("mlp.gate", "mlp.shared_expert_gate"),
+        down_projection=("mlp.experts.*.down_proj", "mlp.shared_expert.down_proj"),
+        residual=replace(
+            _RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj")
+        ),
+    ),
+    Architecture(
+        "gpt_oss",
+        "model.layers",
+        (
+            _ATTENTION,
+            ("post_attention_layernorm", ("mlp.router", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
+        ),
+        experts="mlp.experts",
+        full_precision=("mlp.router",),
+        down_projection="mlp.experts.*.down_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+    ),
     Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them
+        "granite", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+    ),
+    Architecture(  # its norms stand behind the linears, before the stream: nothing can take a scale or a rotation
+        "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj"
+    ),
+    Architecture(
+        "starcoder2",
+        "model.layers",
+        (_ATTENTION, ("post_attention_layernorm", ("mlp.c_fc",))),
+        down_projection="mlp.c_proj",
+        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.c_proj")),
+    ),
     Architecture(
         "gemma",
         "model.layers",

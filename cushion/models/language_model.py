@@ -128,12 +128,14 @@ class LanguageModel:
         By the name that the architecture table gives them, in the order of the blocks; empty where it gives none, or
         the model has none of that name.
         """
-        path, found = self.architecture.down_projection.split("."), dict[str, list[str]]()
+        named, found = self.architecture.down_projection, dict[str, list[str]]()
+        paths = [path.split(".") for path in ((named,) if isinstance(named, str) else named)]
         for name in self.linears():
             index, *own = name.removeprefix(f"{self.architecture.blocks}.").split(".")
-            if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
-                layer = ".".join([self.architecture.blocks, index, *path])
-                found.setdefault(layer, []).append(name)
+            for path in paths:
+                if len(own) == len(path) and all(part in ("*", mine) for part, mine in zip(path, own, strict=True)):
+                    layer = ".".join([self.architecture.blocks, index, *path])
+                    found.setdefault(layer, []).append(name)
         return found
 
     def norm_readers(self, index: int) -> list[tuple[str, dict[str, nn.Module]]]:
@@ -200,10 +202,16 @@ class LanguageModel:
         return body(input_ids=input_ids.to(self.device), **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Predictions from the decoder's output, as in the model's own pass: (..., features) -> (..., vocabulary)."""
-        head = cast(nn.Module, self.model.get_output_embeddings())
-        logits = head(hidden)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        """Predictions from the decoder's output, as in the model's own pass: (..., features) -> (..., vocabulary).
+
+        What families do behind lm_head is done as they do it: Granite divides by `logits_scaling`, Gemma 2 caps.
+        """
+        settings = self.model.config.get_text_config()
+        logits = cast(nn.Module, self.model.get_output_embeddings())(hidden)
+        divisor = getattr(settings, "logits_scaling", None)
+        if divisor is not None:
+            logits = logits / divisor
+        cap = getattr(settings, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 

@@ -18,16 +18,22 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 from cushion.errors import ModelNotFoundError, did_you_mean
@@ -46,8 +52,9 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 
-_GEMMA: dict[str, Any] = {**_LLAMA, "head_dim": 16}
+_WIDE_HEADS: dict[str, Any] = {**_LLAMA, "head_dim": 16}
 _HEADS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 _POSITIONS: dict[str, Any] = {"max_position_embeddings": 256}
 _WINDOW = 8
 """Positions in a sliding window: shorter than any text worth trying."""
@@ -68,10 +75,32 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_COMMON, **_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
-    "gemma": lambda: GemmaConfig(**_COMMON, **{**_GEMMA, "num_key_value_heads": 1}),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_COMMON, **_LLAMA, moe_intermediate_size=48, shared_expert_intermediate_size=64, **_EXPERTS
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_WIDE_HEADS, moe_intermediate_size=48, **_EXPERTS),
+    "gpt_oss": lambda: GptOssConfig(
+        **_COMMON,
+        **_WIDE_HEADS,
+        sliding_window=_WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "granite": lambda: GraniteConfig(
+        **_COMMON,
+        **_LLAMA,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.25,
+        residual_multiplier=0.5,
+        logits_scaling=4.0,
+    ),
+    "olmo2": lambda: Olmo2Config(**_COMMON, **_LLAMA),
+    "starcoder2": lambda: Starcoder2Config(**_COMMON, **_LLAMA, sliding_window=_WINDOW),
+    "gemma": lambda: GemmaConfig(**_COMMON, **{**_WIDE_HEADS, "num_key_value_heads": 1}),
     "gemma2": lambda: Gemma2Config(
         **_COMMON,
-        **_GEMMA,
+        **_WIDE_HEADS,
         query_pre_attn_scalar=16,
         sliding_window=_WINDOW,
         attn_logit_softcapping=2.0,
@@ -79,7 +108,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma3_text": lambda: Gemma3TextConfig(
         **_COMMON,
-        **_GEMMA,
+        **_WIDE_HEADS,
         query_pre_attn_scalar=16,
         sliding_window=_WINDOW,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],

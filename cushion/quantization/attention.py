@@ -86,6 +86,7 @@ class AttentionQuantizer:
         scaling: float,
         softcap: float | None,
         layer: int = 0,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Scaled dot-product attention.
 
@@ -94,6 +95,7 @@ class AttentionQuantizer:
             key, value: (batch, key-value heads, cached and new positions, head size).
             mask: added to the scores, or None.
             layer: the number of the layer.
+            sinks: learned scores, (heads,), that take their share of the softmax and weigh no value (gpt-oss), or None.
 
         Returns:
             The output, (batch, tokens, heads, head size), and the probabilities, (batch, heads, tokens, positions).
@@ -117,7 +119,11 @@ class AttentionQuantizer:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             scores = scores + mask
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
         probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        if sinks is not None:
+            probabilities = probabilities[..., :-1]
         probabilities = _beyond(probabilities, kept, self._inputs, 3)
         return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
@@ -139,18 +145,19 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """The attention function that transformers calls, for whichever model is quantized."""
-    unknown = [name for name in ("position_bias", "s_aux") if others.get(name) is not None]
-    if unknown or dropout:
+    unknown = "position_bias" if others.get("position_bias") is not None else "dropout" if dropout else None
+    if unknown is not None:
         raise UnsupportedModelError(
-            f"quantizer.kv_cache and quantizer.attention cannot be used with this model: its attention has "
-            f"{', '.join(unknown) or 'dropout'}; set their bits to null"
+            f"quantizer.kv_cache and quantizer.attention cannot be used with this model: its attention has {unknown}; "
+            "set their bits to null"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     quantizer = _ACTIVE[id(cast(Any, module).config)]
-    return quantizer(query, key, value, attention_mask, scaling, softcap, cast(Any, module).layer_idx)
+    return quantizer(query, key, value, attention_mask, scaling, softcap, cast(Any, module).layer_idx, s_aux)
 
 
 AttentionInterface.register(NAME, _attention)

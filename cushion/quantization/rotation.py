@@ -83,10 +83,15 @@ def check_rotation(lm: LanguageModel, rotation: str) -> None:
     stream, settings = lm.architecture.residual, lm.model.config
     key = f"quantizer.rotation={rotation} cannot be used with {lm.label}"
     way_out = "use quantizer.rotation=none"
-    if stream is None or not lm.architecture.smoothing:
+    if not lm.architecture.smoothing:
+        raise ConfigError(
+            f"{key}: the architecture {lm.architecture.model_type!r} names no norms that stand before the linears that "
+            f"read its residual stream, and those are what a rotation passes through; {way_out}"
+        )
+    if stream is None:
         raise ConfigError(
             f"{key}: the architecture {lm.architecture.model_type!r} does not name where its residual stream is "
-            f"written and read; {way_out}"
+            f"written; {way_out}"
         )
     for name, needed in stream.requires:
         if getattr(settings, name) != needed:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SMOOTHABLE, VARIANTS
+from conftest import EXPERTS, FAMILIES, SMOOTHABLE, VARIANTS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config
+from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config, Qwen3MoeConfig
 
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.models import LanguageModel
@@ -21,20 +21,32 @@ Tiny = Callable[..., LanguageModel]
 IDS = torch.tensor([[5, 80, 200, 7]])
 
 LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+MIXTURE = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj " + " ".join(
+    f"mlp.experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")
+)
 FUSED = "dense_h_to_4h mlp.dense_4h_to_h"
 
 # name of the tiny model, path of the blocks, linears of a block
 ROWS = [
     ("llama", "model.layers", LLAMA),
     ("mistral", "model.layers", LLAMA),
-    (
-        "mixtral",
-        "model.layers",
-        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-        + " ".join(f"mlp.experts.{e}.{name}" for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")),
-    ),
+    ("mixtral", "model.layers", MIXTURE),
     ("qwen2", "model.layers", LLAMA),
     ("qwen3", "model.layers", LLAMA),
+    (
+        "qwen2_moe",
+        "model.layers",
+        f"{MIXTURE} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
+    ),
+    ("qwen3_moe", "model.layers", MIXTURE),
+    ("gpt_oss", "model.layers", MIXTURE),
+    ("granite", "model.layers", LLAMA),
+    ("olmo2", "model.layers", LLAMA),
+    (
+        "starcoder2",
+        "model.layers",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.c_fc mlp.c_proj",
+    ),
     ("gemma", "model.layers", LLAMA),
     ("gemma2", "model.layers", LLAMA),
     ("gemma3_text", "model.layers", LLAMA),
@@ -82,10 +94,12 @@ def test_linears_are_those_of_the_blocks_and_nothing_else_is(tiny: Tiny, family:
     lm = tiny(family)
     every = {name: m for name, m in lm.model.named_modules() if isinstance(m, nn.Linear)}
     outside = {"lm_head", "embed_out", "model.decoder.project_in", "model.decoder.project_out"}
+    path, routers = lm.architecture.blocks, lm.architecture.full_precision
+    outside |= {f"{path}.{i}.{name}" for i in range(3) for name in routers}  # such as the gate of a shared expert
     linears = lm.linears()
     assert linears == {name: m for name, m in every.items() if name not in outside}
     assert lm.model.get_output_embeddings() not in linears.values()
-    assert len(every) - len(linears) == (3 if family == "opt_post_norm" else 1)
+    assert len(every) - len(linears) == {"opt_post_norm": 3, "qwen2_moe": 4}.get(family, 1)
     assert lm.linears(["all"]) == linears
 
 
@@ -97,7 +111,7 @@ def test_weights_of_the_blocks_that_multiply_are_in_linears_but_for_routers(tiny
     left = {name for name, p in lm.model.named_parameters() if name.startswith(path + ".") and p.dim() > 1}
     left -= {f"{name}.weight" for name in lm.linears()}
     assert left == {f"{path}.{i}.{name}.weight" for i in range(3) for name in lm.architecture.full_precision}
-    assert bool(left) == (family == "mixtral")
+    assert bool(left) == (family in EXPERTS)
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -217,6 +231,8 @@ def test_a_variant_without_an_entry_is_refused_by_the_keys_that_decide() -> None
     message = r"'me/mine' is a variant of 'falcon'.*new_decoder_architecture=False.*parallel_attn=maybe"
     with pytest.raises(UnsupportedModelError, match=message):
         find_architecture(config, "me/mine")
+    with pytest.raises(UnsupportedModelError, match=r"a variant of 'qwen3_moe'.*mlp_only_layers=\[0\]"):
+        find_architecture(Qwen3MoeConfig(mlp_only_layers=[0]), "me/mine")
 
 
 @pytest.mark.parametrize(

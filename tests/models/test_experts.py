@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from conftest import EXPERTS
 from helpers import random_texts
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from cushion.models import load_language_model
 from cushion.models.experts import LinearExperts, with_linear_experts
 from cushion.models.tiny import tiny_model
 
-EXPERTS, CHOSEN, FEATURES = 4, 2, 32
+NUMBER, CHOSEN, FEATURES = 4, 2, 32
 
 
 def fused_experts() -> Any:
@@ -25,7 +26,7 @@ def fused_experts() -> Any:
 def routed(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the experts of each token and their weights."""
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(tokens, EXPERTS, generator=generator).topk(CHOSEN)
+    scores = torch.rand(tokens, NUMBER, generator=generator).topk(CHOSEN)
     return torch.randn(tokens, FEATURES, generator=generator), scores.indices, scores.values
 
 
@@ -55,7 +56,7 @@ def test_weights_are_shared_and_called_by_what_they_are() -> None:
     fused = fused_experts()
     linear = with_linear_experts(fused, "me/mine")
     half = fused.gate_up_proj.shape[1] // 2
-    for index in range(EXPERTS):
+    for index in range(NUMBER):
         parts = dict(linear.get_submodule(str(index)).named_children())
         assert [name for name, m in parts.items() if isinstance(m, nn.Linear)] == ["gate_proj", "up_proj", "down_proj"]
         for name, expected in (
@@ -66,6 +67,26 @@ def test_weights_are_shared_and_called_by_what_they_are() -> None:
             own = cast(nn.Linear, parts[name])
             assert torch.equal(own.weight, expected) and own.weight.data_ptr() == expected.data_ptr()
             assert (own.out_features, own.in_features) == tuple(expected.shape)
+
+
+@torch.no_grad()
+def test_the_experts_of_gpt_oss_take_turns_and_are_clamped() -> None:
+    """Features first, gate and up by turns, with biases: at values that reach the limits."""
+    fused: Any = tiny_model("gpt_oss").get_submodule("model.layers.1.mlp.experts")
+    linear, (hidden, index, weights) = with_linear_experts(fused, "me/mine"), routed(20)
+    hidden, limit = 20 * hidden, fused.limit
+    expected, reached = torch.zeros_like(hidden), torch.zeros(2, dtype=torch.bool)
+    for token, (experts, shares) in enumerate(zip(index.tolist(), weights, strict=True)):
+        for expert, share in zip(experts, shares, strict=True):
+            both = hidden[token] @ fused.gate_up_proj[expert] + fused.gate_up_proj_bias[expert]
+            gate, up = both[0::2], both[1::2]
+            reached |= torch.stack([(gate > limit).any(), (up.abs() > limit).any()])
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            between = (up + 1) * gate * torch.sigmoid(fused.alpha * gate)
+            expected[token] += share * (between @ fused.down_proj[expert] + fused.down_proj_bias[expert])
+    assert reached.all()
+    for module in (linear, fused):
+        torch.testing.assert_close(module(hidden, index, weights), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_gradients_pass_to_hidden_states_and_router() -> None:
@@ -89,16 +110,21 @@ def test_an_expert_without_tokens_is_not_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [("eager", "float32"), ("batched_mm", "float32"), ("grouped_mm", "float32"), ("eager", "bfloat16")],
+    ("family", "implementation", "dtype"),
+    [
+        *((family, "eager", "float32") for family in EXPERTS),
+        ("mixtral", "batched_mm", "float32"),
+        ("mixtral", "grouped_mm", "float32"),
+        ("mixtral", "eager", "bfloat16"),
+    ],
 )
 @torch.no_grad()
-def test_a_loaded_model_is_the_one_that_transformers_makes(implementation: str, dtype: str) -> None:
+def test_a_loaded_model_is_the_one_that_transformers_makes(family: str, implementation: str, dtype: str) -> None:
     """In half precision another order of additions sends some tokens to other experts: compared in the same order."""
     ids = random_texts(2, 12)
-    plain: Any = cast(Any, tiny_model("mixtral")).to(getattr(torch, dtype)).eval()
+    plain: Any = cast(Any, tiny_model(family)).to(getattr(torch, dtype)).eval()
     plain.set_experts_implementation(implementation)
-    lm = load_language_model(ModelConfig(path="tiny:mixtral", dtype=dtype), PathsConfig())
+    lm = load_language_model(ModelConfig(path=f"tiny:{family}", dtype=dtype), PathsConfig())
     assert sum(isinstance(module, LinearExperts) for module in lm.model.modules()) == 3
     assert sum(p.numel() for p in lm.model.parameters()) == sum(p.numel() for p in plain.parameters())
     torch.testing.assert_close(lm.model(ids).logits, plain(ids).logits, rtol=0, atol=1e-4)
@@ -120,8 +146,10 @@ def test_experts_of_another_make_are_refused_by_name() -> None:
         {"down_proj": None},
         {"gate_up_proj": nn.ModuleList()},
         {"gate_up_proj_bias": torch.zeros(2, 8)},
+        {"router": torch.zeros(2, 4)},
         {"is_transposed": True},
-        {"is_concatenated": False},
+        {"has_post_expert_norm": True},
+        {"_apply_gate": lambda values: values.chunk(2)[0], "is_concatenated": True},
     ):
         with pytest.raises(UnsupportedModelError, match=r"model\.path='me/mine' has experts \(Odd\)"):
             with_linear_experts(Odd(**changes), "me/mine")

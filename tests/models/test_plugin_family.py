@@ -23,9 +23,9 @@ from cushion.quantization.rotation import rotated
 from cushion.quantization.simulate import quantized
 
 Tiny = Callable[..., LanguageModel]
-NAME = "starcoder2_family"
+NAME = "phi_family"
 TEXTS = random_texts(3, 20)
-LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"]
+LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"]
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ def logits(lm: LanguageModel) -> torch.Tensor:
 
 
 def test_its_tiny_model_has_the_parts_that_the_entry_names(plugin: ModuleType, tiny: Tiny) -> None:
-    lm = tiny("starcoder2")
-    assert (lm.model.config.model_type, len(lm.blocks)) == ("starcoder2", 3)
+    lm = tiny("phi")
+    assert (lm.model.config.model_type, len(lm.blocks)) == ("phi", 3)
     assert list(lm.linears()) == [f"model.layers.{index}.{name}" for index in range(3) for name in LINEARS]
     prefix = Prefix.from_tokens(lm.model, [17, 42])
     assert len(prefix.cache(lm.model).layers) == 3
 
 
 def test_smoothing_and_rotation_by_its_entry_leave_the_function_unchanged(plugin: ModuleType, tiny: Tiny) -> None:
-    lm = tiny("starcoder2")
+    lm = tiny("phi")
     untouched, ranges = logits(lm), calibrated(lm, TEXTS)
     nothing = QuantizerConfig(
         weights=WeightConfig(bits=None), activations=ActivationConfig(bits=None), smoothing_alpha=0.5
@@ -67,11 +67,11 @@ def test_smoothing_and_rotation_by_its_entry_leave_the_function_unchanged(plugin
 
 
 def test_an_edited_entry_is_another_model_to_the_cache(plugin: ModuleType, tiny: Tiny) -> None:
-    before = tiny("starcoder2").fingerprint
-    assert tiny("starcoder2").fingerprint == before
-    (entry,) = ARCHITECTURES["starcoder2"]
-    ARCHITECTURES._items["starcoder2"] = (replace(entry, smoothing=entry.smoothing[:1]),)
-    assert tiny("starcoder2").fingerprint != before
+    before = tiny("phi").fingerprint
+    assert tiny("phi").fingerprint == before
+    (entry,) = ARCHITECTURES["phi"]
+    ARCHITECTURES._items["phi"] = (replace(entry, smoothing=()),)
+    assert tiny("phi").fingerprint != before
 
 
 def test_variants_are_tried_in_order(plugin: ModuleType) -> None:
@@ -83,16 +83,16 @@ def test_variants_are_tried_in_order(plugin: ModuleType) -> None:
 
 
 def test_a_family_is_registered_once_and_alone(plugin: ModuleType) -> None:
-    (entry,) = ARCHITECTURES["starcoder2"]
-    with pytest.raises(ConfigError, match="model_type=starcoder2 is registered twice: all entries of a family"):
+    (entry,) = ARCHITECTURES["phi"]
+    with pytest.raises(ConfigError, match="model_type=phi is registered twice: all entries of a family"):
         register(entry)
-    with pytest.raises(ConfigError, match="model_type=starcoder2, other: register the entries of one family"):
+    with pytest.raises(ConfigError, match="model_type=phi, other: register the entries of one family"):
         register(entry, replace(entry, model_type="other"))
 
 
 def test_without_the_plugin_the_family_is_refused_with_the_way_out() -> None:
-    config = type("Config", (), {"model_type": "starcoder2"})
+    config = type("Config", (), {"model_type": "phi"})
     with pytest.raises(UnsupportedModelError, match=r"a plugin of one file adds it, see docs/extending\.md"):
         find_architecture(config, "me/mine")
-    with pytest.raises(ModelNotFoundError, match="'tiny:starcoder2' does not exist: known are tiny:llama, "):
-        load_language_model(ModelConfig(path="tiny:starcoder2"), PathsConfig())
+    with pytest.raises(ModelNotFoundError, match="'tiny:phi' does not exist: known are tiny:llama, "):
+        load_language_model(ModelConfig(path="tiny:phi"), PathsConfig())

@@ -163,6 +163,19 @@ def test_a_sliding_window_hides_the_same_positions_as_without_the_quantizer(tiny
     assert not torch.allclose(logits(lm, prefix), untouched, atol=0.1)
 
 
+def test_learned_sinks_take_their_share_as_without_the_quantizer(tiny: Tiny) -> None:
+    lm = tiny("gpt_oss")
+    prefix = Prefix.from_tokens(lm.model, [17, 42, 99])
+    untouched = logits(lm, prefix)
+    with quantized(lm, inside(kv_cache=KvCacheConfig(bits=8))):
+        fine = logits(lm, prefix)
+        for block in lm.blocks:
+            block.self_attn.sinks.fill_(-30)
+        without = logits(lm, prefix)
+    torch.testing.assert_close(fine, untouched, rtol=0, atol=0.05)
+    assert (without - untouched).abs().max() > 0.5
+
+
 def test_a_cache_that_is_no_prefix_is_quantized_as_ordinary_tokens(tiny: Tiny) -> None:
     lm = tiny("llama")
     prefix = Prefix.from_tokens(lm.model, [17, 42, 99])

@@ -59,14 +59,13 @@ def inputs_of(lm: LanguageModel, tokens: Tensor) -> dict[str, Tensor]:
     """The input of every linear over one text that is run whole and without a cache: name -> (tokens, channels)."""
     seen: dict[str, Tensor] = {}
     handles = []
-    for name, module in lm.model.named_modules():
-        if isinstance(module, nn.Linear):
-            hook = lambda _module, args, name=name: seen.update({name: args[0].flatten(0, -2).clone()})  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
+    for name, module in lm.linears().items():
+        hook = lambda _module, args, name=name: seen.update({name: args[0].flatten(0, -2).clone()})  # noqa: E731
+        handles.append(module.register_forward_pre_hook(hook))
     lm.model(tokens[None])
     for handle in handles:
         handle.remove()
-    return {name: values for name, values in seen.items() if "lm_head" not in name}
+    return seen
 
 
 def plain_ratio(values: Tensor, divisors: Tensor | None = None) -> float:

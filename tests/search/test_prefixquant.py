@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import UNLIKE, VARIANTS
+from conftest import EXPERTS, UNLIKE, VARIANTS
 from helpers import random_texts
 from planted import MODULE, plant_spikes
 from torch import Tensor
@@ -146,9 +146,11 @@ def enumerate_experts(lm: LanguageModel) -> list[tuple[str, torch.nn.Module]]:
 def test_the_table_names_the_down_projection_of_every_block(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     found, linears = down_projections(lm), lm.linears()
-    assert len(found) == len(lm.blocks)
+    assert len(found) == len(lm.blocks) * (2 if family == "qwen2_moe" else 1)  # routed experts, and the shared one
+    for layer, names in found.items():
+        assert len(names) == (4 if ".experts." in layer else 1)
+    assert any(".experts." in layer for layer in found) == (family in EXPERTS)
     for names in found.values():
-        assert len(names) == (4 if family == "mixtral" else 1)
         hidden = lm.model.config.hidden_size
         assert all(linears[name].out_features == hidden < linears[name].in_features for name in names)
 

@@ -1,4 +1,4 @@
-"""A model family in one file: StarCoder2, with a tiny model of it to try a configuration on."""
+"""A model family in one file: Phi-1, Phi-1.5 and Phi-2, with a tiny model of it to try a configuration on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def tiny() -> PreTrainedConfig:
-    """The configuration of `model.path=tiny:starcoder2`: the sizes of Cushion's own tiny models."""
-    from transformers import Starcoder2Config  # imports torch: only here
+    """The configuration of `model.path=tiny:phi`: the sizes of Cushion's own tiny models."""
+    from transformers import PhiConfig  # imports torch: only here
 
-    return Starcoder2Config(
+    return PhiConfig(
         vocab_size=260,
         bos_token_id=256,
         eos_token_id=257,
@@ -23,25 +23,22 @@ def tiny() -> PreTrainedConfig:
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        sliding_window=8,
     )
 
 
 register(
     Architecture(
-        model_type="starcoder2",
+        model_type="phi",
         blocks="model.layers",
-        smoothing=(
-            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("post_attention_layernorm", ("mlp.c_fc",)),
+        smoothing=(  # attention and MLP side by side behind one norm
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")),
         ),
-        down_projection="mlp.c_proj",
+        down_projection="mlp.fc2",
         residual=ResidualStream(
             embeddings=("model.embed_tokens",),
-            final_norm="model.norm",
-            writers=("self_attn.o_proj", "mlp.c_proj"),
+            final_norm="model.final_layernorm",
+            writers=("self_attn.dense", "mlp.fc2"),
         ),
         tiny=tiny,
     )
