@@ -392,7 +392,7 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "asked": list(tasks.asked),
         "in_mean": list(tasks.in_mean),
         "limit": evaluation.limit,
-        "task_batch_size": task_batch_size(evaluation, config.quantizer),
+        "task_batch_size": task_batch_size(evaluation, config.quantizer, prepared.lm.device.type),
         "accuracy": evaluation.accuracy,
         "losses": {},
         "ceilings": {},

@@ -85,7 +85,7 @@ def measure_row(
     if tasks.tasks:  # before the quantizer is on: lm-eval ties the weights of a model that it is given
         from cushion.evaluation.harness import PrefixedModel  # slow to import, and not needed without tasks
 
-        batch_size = task_batch_size(config, model.quantizer)
+        batch_size = task_batch_size(config, model.quantizer, context.lm.device.type)
         asked = PrefixedModel(context.lm, model.behind, batch_size, bos)
     with model:
         for corpus, text in blocks.items():

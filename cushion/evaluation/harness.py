@@ -46,7 +46,7 @@ class PrefixedModel(HFLM):
     Args:
         lm: the model; quantize it before it is asked, not before this object is made.
         prefix: stands before every request through the cache; the empty one changes nothing.
-        batch_size: requests per forward pass.
+        batch_size: requests per forward pass; `auto` for as many as fit, from 64 down, as lm-eval finds them.
         bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself.
 
     Attributes:
@@ -55,7 +55,7 @@ class PrefixedModel(HFLM):
 
     """
 
-    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, bos: bool = False) -> None:
+    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int | str, bos: bool = False) -> None:
         tokenizer = copy.deepcopy(lm.tokenizer)  # its padding is set and changed
         if bos:
             _put_bos_alone(tokenizer, lm)
@@ -192,12 +192,12 @@ def _put_bos_alone(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> Non
 
 
 def run_task(
-    model: PrefixedModel, task: EvaluationTask, limit: int | None
+    model: PrefixedModel, task: EvaluationTask, limit: float | None
 ) -> tuple[dict[str, Metric], int, list[dict[str, Any]]]:
     """Ask the model one task; `model.truncated` then says how many of its requests were cut.
 
     Args:
-        limit: number of records from the start; None for all.
+        limit: number of records from the start, or a share below 1 of them, rounded up; None for all.
 
     Raises:
         ConfigError: an answer alone is longer than the room behind the prefix.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from cushion.config import EvalConfig, QuantizerConfig
+from cushion.config.evaluation import AUTO
 from cushion.errors import ConfigError
 from cushion.evaluation.tasks import TaskSet
 from cushion.models import LanguageModel
@@ -10,18 +13,27 @@ from cushion.models import LanguageModel
 BATCH_SIZE = 8
 """Requests per forward pass where `eval.task_batch_size` names none and the quantizer allows several."""
 
+MEASURED_ON = "cuda"
+"""The kind of device whose memory says when it is full, so that `eval.task_batch_size=auto` can try; others have 8."""
+
 GENERATED_TOKENS = 256
 """What lm-eval lets a task generate that does not say how much."""
 
 
-def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None) -> int:
+def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None, device_type: str) -> int | Literal["auto"]:
     """Requests per forward pass: as configured, else one where a dynamic per-tensor range would span a batch.
 
     A dynamic per-tensor range is that of the whole batch: other requests and padding would decide a request's scale.
+
+    Returns:
+        A number, or `auto`, on a GPU alone: as many as fit, from lm-eval's 64 down, found anew for every task.
+
     """
-    if config.task_batch_size is not None:
+    if isinstance(config.task_batch_size, int):
         return config.task_batch_size
-    return 1 if quantizer is not None and quantizer.spans_batch else BATCH_SIZE
+    if quantizer is not None and quantizer.spans_batch:
+        return 1
+    return AUTO if config.task_batch_size == AUTO and device_type == MEASURED_ON else BATCH_SIZE
 
 
 def check_tasks(
@@ -55,8 +67,8 @@ def check_tasks(
                 f"no room is left for its context in the {lm.context_length} positions of {lm.label}: "
                 "shorten the prefix"
             )
-    if (config.task_batch_size or 1) > 1 and quantizer.spans_batch:
+    if isinstance(config.task_batch_size, int) and config.task_batch_size > 1 and quantizer.spans_batch:
         raise ConfigError(
             f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "
-            "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1 or null"
+            "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1, auto or null"
         )

@@ -39,7 +39,7 @@ class TaskStep(Step[AskedTask]):
         asked: the same model as lm-eval asks it.
         config: limit, examples and BOS policy.
         task: the task.
-        batch_size: requests per forward pass.
+        batch_size: requests per forward pass; `auto` for as many as fit.
         samples: folder for lm-eval's record of every sample, a JSON-lines file of the task's name; None for none.
 
     """
@@ -49,7 +49,7 @@ class TaskStep(Step[AskedTask]):
     asked: PrefixedModel
     config: EvalConfig
     task: EvaluationTask
-    batch_size: int
+    batch_size: int | str
     samples: Path | None
 
     def key(self, context: Context) -> dict[str, Any]:

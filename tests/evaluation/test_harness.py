@@ -66,7 +66,7 @@ def quick_stock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
 
 
-def plain(lm: LanguageModel, batch_size: int = 1) -> HFLM:
+def plain(lm: LanguageModel, batch_size: int | str = 1) -> HFLM:
     return HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
 
 
@@ -94,7 +94,7 @@ def stock_task(include_path: str, monkeypatch: pytest.MonkeyPatch, name: str) ->
         return manager.load([name])["tasks"][name]
 
 
-def stock_run(include_path: str, model: HFLM, task: Any, limit: int | None = None, shots: int | None = None) -> Any:
+def stock_run(include_path: str, model: HFLM, task: Any, limit: float | None = None, shots: int | None = None) -> Any:
     return evaluator.simple_evaluate(
         model=model,
         tasks=[task],
@@ -174,6 +174,43 @@ def test_a_limit_asks_the_first_records(
     assert found[1] == 2
     single = run_task(PrefixedModel(lm, Prefix.empty(), 2), task, 1)
     assert (single[1], single[0]["acc"]["stderr"]) == (1, None)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.01])
+def test_a_share_of_the_records_is_that_of_stock_lm_eval(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    lm, task = tiny(), our_task(include_path, tmp_path, "hellaswag", limit=share)
+    found = run_task(PrefixedModel(lm, Prefix.empty(), 2), task, share)
+    stock = stock_task(include_path, monkeypatch, "hellaswag")
+    assert_as_stock(found, stock_run(include_path, plain(lm, 2), stock, share), "hellaswag")
+    count = math.ceil(share * len(RECORDS["hellaswag"]))
+    assert found[1] == count < len(RECORDS["hellaswag"])
+    assert task.identity == our_task(include_path, tmp_path, "hellaswag", limit=count).identity
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "lambada_openai", "tiny_generation"])
+def test_the_largest_batch_is_found_as_by_stock_lm_eval_and_changes_no_result(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of a memory that holds five rows, five are used: what does not fit is tried again with fewer."""
+    lm, task = tiny(), our_task(include_path, tmp_path, name)
+    seen: list[int] = []
+
+    def with_little_memory(model: Any, inputs: Any, options: Any) -> None:
+        rows = (options.get("input_ids") if not inputs else inputs[0]).shape[0]
+        if rows > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 5 rows")
+        seen.append(rows)
+
+    handle = lm.model.register_forward_pre_hook(with_little_memory, with_kwargs=True)
+    found = run_task(PrefixedModel(lm, Prefix.empty(), "auto"), task, None)
+    assert max(seen) == 5
+    task_of_theirs = stock_task(include_path, monkeypatch, name)
+    assert_as_stock(found, stock_run(include_path, plain(lm, "auto"), task_of_theirs), name)
+    prefixed = run_task(PrefixedModel(lm, behind(lm), "auto"), task, None)
+    handle.remove()
+    assert plain_json(prefixed) == plain_json(run_task(PrefixedModel(lm, behind(lm), 5), task, None))
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["tokenizer without BOS", "tokenizer with BOS"])
