@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cushion.config import RunConfig
+from cushion.evaluation.chat import chat_warnings
 from cushion.execution.registry import load_execution
 from cushion.preparation import Prepared
 
@@ -62,7 +63,7 @@ def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     tasks = prepared.tasks
     if not tasks.asked:
         return []
-    found = []
+    found = chat_warnings(prepared.lm, config.eval, tasks, config.bos)
     left_out = [name for name in tasks.asked if name not in tasks.in_mean]
     if left_out:
         found.append(

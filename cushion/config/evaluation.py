@@ -31,6 +31,9 @@ class EvalConfig:
     limit: int | float | None = None
     shots: int | None = None
     task_batch_size: int | str | None = None
+    chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
     accuracy: str = "acc"
     include_path: str | None = None
     samples: bool = False
@@ -53,6 +56,7 @@ class EvalConfig:
         is_size = size is None or size == AUTO or (isinstance(size, int) and size >= 1)
         require(is_size, "eval.task_batch_size", size, "a whole number of at least 1, auto, or null")
         at_least("eval.shots", self.shots, 0)
+        require(self.chat_template != "", "eval.chat_template", "", "false, true, or the name of a template")
         at_least("eval.attention_texts", self.attention_texts, 0)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from cushion.errors import ConfigError, NotFiniteError
+from cushion.evaluation.chat import Chat
 from cushion.evaluation.lm_eval_log import silenced
 from cushion.evaluation.task_scores import Metric
 from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask
@@ -47,7 +48,9 @@ class PrefixedModel(HFLM):
         lm: the model; quantize it before it is asked, not before this object is made.
         prefix: stands before every request through the cache; the empty one changes nothing.
         batch_size: requests per forward pass; `auto` for as many as fit, from 64 down, as lm-eval finds them.
-        bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself.
+        bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself. A BOS that a
+            chat template writes stays, and gets no second one.
+        chat: how lm-eval writes the prompts.
 
     Attributes:
         truncated: how many requests of the task under way lost the start of their context, for lack of room behind the
@@ -55,8 +58,13 @@ class PrefixedModel(HFLM):
 
     """
 
-    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int | str, bos: bool = False) -> None:
+    def __init__(
+        self, lm: LanguageModel, prefix: Prefix, batch_size: int | str, bos: bool = False, chat: Chat | None = None
+    ) -> None:
         tokenizer = copy.deepcopy(lm.tokenizer)  # its padding is set and changed
+        self.chat = Chat() if chat is None else chat
+        if self.chat.template is not None:
+            tokenizer.chat_template = self.chat.template
         if bos:
             _put_bos_alone(tokenizer, lm)
         with silenced("lm_eval.models.huggingface"):  # it warns that a loaded model's options are taken as they are
@@ -76,6 +84,12 @@ class PrefixedModel(HFLM):
     def max_length(self) -> int:
         """Tokens that fit behind the prefix."""
         return int(super().max_length) - len(self._prefix)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as the template writes it, without its system message where the template takes none."""
+        with silenced("lm_eval.models.huggingface"):  # it would say the latter for every request
+            text = super().apply_chat_template(chat_history, add_generation_prompt)
+        return str(text)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
@@ -217,6 +231,9 @@ def run_task(
             limit=limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
+            system_instruction=model.chat.system,
+            apply_chat_template=model.chat.template is not None,
+            fewshot_as_multiturn=model.chat.multiturn,
         )
     assert found is not None
     samples = list(found["samples"][task.name])

@@ -7,6 +7,7 @@ from typing import Literal
 from cushion.config import EvalConfig, QuantizerConfig
 from cushion.config.evaluation import AUTO
 from cushion.errors import ConfigError
+from cushion.evaluation.chat import chat_of
 from cushion.evaluation.tasks import TaskSet
 from cushion.models import LanguageModel
 
@@ -39,7 +40,7 @@ def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None, devic
 def check_tasks(
     lm: LanguageModel, config: EvalConfig, tasks: TaskSet, quantizer: QuantizerConfig, prefix_length: int
 ) -> None:
-    """Refuse what cannot be evaluated right: no room behind the prefix, or scales that would span a batch.
+    """Refuse what cannot be evaluated right: a chat without template, no room behind the prefix, scales over a batch.
 
     Raises:
         ConfigError: names the key.
@@ -47,6 +48,7 @@ def check_tasks(
     """
     if not config.tasks:
         return
+    chat_of(lm, config)
     if lm.context_length is not None and lm.context_length - prefix_length < 2:
         raise ConfigError(
             f"a prefix of up to {prefix_length} tokens leaves no room for the context of eval.tasks in the "

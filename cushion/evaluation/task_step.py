@@ -53,7 +53,10 @@ class TaskStep(Step[AskedTask]):
     samples: Path | None
 
     def key(self, context: Context) -> dict[str, Any]:
-        """Prefix, quantizer, definition and records of the task, how it is asked, tokenizer and version of lm-eval."""
+        """Prefix, quantizer, definition and records of the task, how it is asked, tokenizer and version of lm-eval.
+
+        How it is asked: examples, BOS, requests per forward pass, chat template, system instruction.
+        """
         config = self.config
         return {
             **self.model.identity(),
@@ -63,6 +66,7 @@ class TaskStep(Step[AskedTask]):
                 "shots": config.shots,
                 "bos": self.asked.begins_with_bos,
                 "batch_size": self.batch_size,
+                **self.asked.chat.key(context.lm),
             },
             "lm_eval": version("lm_eval"),
             "tokenizer": context.lm.tokenizer_fingerprint,
