@@ -30,7 +30,7 @@ from cushion.errors import ConfigError, NotFiniteError
 from cushion.evaluation.chat import Chat
 from cushion.evaluation.lm_eval_log import silenced
 from cushion.evaluation.task_scores import Metric
-from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask
+from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask, records_asked
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -160,7 +160,7 @@ class PrefixedModel(HFLM):
                 own = self._model_generate(row[None, padding:], max_length - padding, stop, **generation_kwargs)
                 rows.append(torch.cat([row[:padding], own[0]]))
             return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask})
+        inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask}, warn=False)
         with self._prefix.kept(self.model):
             generated = super()._model_generate(
                 inputs["input_ids"],
@@ -244,6 +244,26 @@ def run_task(
         )
     asked = int(found["n-samples"][task.name]["effective"])
     return _metrics(found["results"][task.name]), asked, samples
+
+
+def longest_context(model: PrefixedModel, task: EvaluationTask, limit: float | None) -> int:
+    """Tokens of the longest context that a task will ask to go on from, by the prompts themselves.
+
+    Args:
+        limit: as in `run_task`.
+
+    """
+    one, chat = task.task, model.chat
+    one.set_fewshot_seed(seed=FEW_SHOT_SEED)
+    with _seeded(), _undisturbed():
+        one.build_all_requests(
+            limit=records_asked(limit, len(one.eval_docs)),
+            system_instruction=chat.system,
+            apply_chat_template=chat.template is not None,
+            fewshot_as_multiturn=chat.multiturn,
+            chat_template=None if chat.template is None else model.apply_chat_template,
+        )
+    return max(len(model.tok_encode(request.args[0])) for request in one.instances)
 
 
 def _has_nan(answers: Any) -> bool:

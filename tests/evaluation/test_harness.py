@@ -26,6 +26,7 @@ from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.evaluation import tasks as tasks_module
 from cushion.evaluation.harness import BOOTSTRAP, PrefixedModel, run_task
+from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.task_scores import (
     Metric,
     TaskScore,
@@ -764,6 +765,27 @@ def test_a_prefix_that_the_library_drops_on_the_way_is_missed(tiny: Tiny) -> Non
         with pytest.raises(ConfigError, match=r"'phi3' dropped the cache .* prefix of 4 tokens .*embeddings=16"):
             generate(model, [context], max_gen_toks=tokens, until=["no such text"])
     lm.model(input_ids=lm.encode("free again")[None])
+
+
+def test_a_task_on_whose_way_the_library_drops_the_prefix_is_refused_before_it_is_asked(
+    tiny: Tiny, tmp_path: Path, include_path: str
+) -> None:
+    """Where the longest context, behind the prefix and with its answer, would be dropped, and only there."""
+    lm = tiny("phi3")
+    config = EvalConfig(tasks=["tiny_generation"], include_path=include_path)
+    task = our_task(include_path, tmp_path, "tiny_generation")
+    tasks = TaskSet(("tiny_generation",), {"tiny_generation": task}, {})
+    longest = max(len(lm.encode(task.task.doc_to_text(record))) for record in task.task.eval_docs)
+    grown = 4 + longest + task.task.config.generation_kwargs["max_gen_toks"] - 1
+    for limit in (grown, grown - 1, 256):
+        lm.model.config.original_max_position_embeddings = limit
+        if limit == grown - 1:
+            with pytest.raises(ConfigError, match=rf"=tiny_generation may grow to {grown} tokens.*embeddings={limit}"):
+                check_tasks(lm, config, tasks, STATIC, 4)
+            check_tasks(lm, config, tasks, STATIC, 3)
+            check_tasks(lm, config, tasks, STATIC, 0)
+        else:
+            check_tasks(lm, config, tasks, STATIC, 4)
 
 
 def test_tokens_without_an_embedding_are_named(tiny: Tiny) -> None:
