@@ -29,7 +29,10 @@ def options_without_effect(config: RunConfig) -> list[str]:
     found.extend(_search_keys(search))
     if not config.eval.tasks:
         keys = ("limit", "shots", "task_batch_size", "accuracy", "include_path", "samples")
+        keys += ("chat_template", "system_instruction", "fewshot_as_multiturn")
         changed("eval", config.eval, keys, "without eval.tasks")
+    elif config.eval.chat_template is False:
+        changed("eval", config.eval, ("fewshot_as_multiturn",), "with eval.chat_template=false")
     if not config.eval.perplexity:
         keys = ("batch_size", "predict_first", "prefix_in_block")
         changed("eval", config.eval, keys, "with eval.perplexity=false")

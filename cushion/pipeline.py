@@ -31,7 +31,7 @@ from cushion.results import Row, RunResult, environment, finished_result, make_f
 from cushion.row import row_label
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
-from cushion.run_warnings import preparation_warnings, qfem_warnings, truncation_warning
+from cushion.run_warnings import found_warnings, preparation_warnings, qfem_warnings, truncation_warning
 from cushion.schema import FOUND, LEARNED, NO_PREFIX, RECONSTRUCTED, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
@@ -210,7 +210,7 @@ class _Run:
         self.result.search = {"method": method.name, **found.record}
         if found.seconds is not None:
             self.result.timings["search"] = found.seconds
-        for warning in found.warnings:
+        for warning in (*found.warnings, *found_warnings(self.lm, found.prefix, self.result.evaluation["bos"])):
             self._warn(warning)
         return None if found.prefix is None else _Stage(FOUND, method.title, found.prefix, found.seconds or 0.0)
 
@@ -391,7 +391,7 @@ def _evaluation(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "asked": list(tasks.asked),
         "in_mean": list(tasks.in_mean),
         "limit": evaluation.limit,
-        "task_batch_size": task_batch_size(evaluation, config.quantizer),
+        "task_batch_size": task_batch_size(evaluation, config.quantizer, prepared.lm.device.type),
         "accuracy": evaluation.accuracy,
         "losses": {},
         "ceilings": {},

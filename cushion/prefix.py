@@ -7,11 +7,12 @@ positions never reach a quantized linear, a scale or a statistic.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -136,11 +137,9 @@ class Prefix:
             cache = kwargs.get("past_key_values")
             if isinstance(cache, PrefixCache) and cache.get_seq_length() >= cache.prefix_length == len(self):
                 return
-            limit = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
-            at = "" if limit is None else f" (it does so beyond original_max_position_embeddings={limit} tokens)"
             raise ConfigError(
                 f"generate of {model.config.model_type!r} dropped the cache that holds the prefix of {len(self)} "
-                f"tokens{at}: generate fewer tokens, shorten the context, or go without a prefix"
+                f"tokens{dropped_beyond(model)}: generate fewer tokens, shorten the context, or go without a prefix"
             )
 
         hook = model.register_forward_pre_hook(check, with_kwargs=True) if len(self) else None
@@ -164,19 +163,33 @@ class Prefix:
                 f"{wanted}: it belongs to another model"
             )
 
-    def prepend(self, inputs: Any) -> dict[str, Any]:
+    def prepend(self, inputs: Any, warn: bool = True) -> dict[str, Any]:
         """Tokenizer output with the prefix's token ids in front, as `generate` wants it beside a filled cache.
+
+        Where every text begins with the token that the prefix ends in, as BOS does that a tokenizer adds, it stands
+        twice. It is left there, since a prefix that was found before texts with BOS (`evaluation.bos` of `result.json`)
+        belongs before such texts, and a `UserWarning` tells it.
 
         The mask is extended with ones, so rows that are padded on the left keep their padding between the prefix and
         their text.
 
         Args:
             inputs: mapping with `input_ids` and optionally `attention_mask`, both (batch, tokens).
+            warn: whether a token that stands twice is told.
 
         """
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
+        if warn and len(self) and ids.numel():
+            first = ids.gather(1, mask.long().argmax(dim=1, keepdim=True))
+            if bool((first == self.token_ids[-1]).all()):
+                warnings.warn(
+                    f"the prefix ends in the token {self.token_ids[-1]} and every text begins with it, so it stands "
+                    "twice: where it is a BOS that the tokenizer adds, and the prefix was found with bos=never, "
+                    "tokenize with add_special_tokens=False",
+                    stacklevel=2,
+                )
         own = torch.tensor(self.token_ids, dtype=ids.dtype, device=ids.device).expand(ids.shape[0], -1)
         return {
             "input_ids": torch.cat([own, ids], dim=1),
@@ -243,6 +256,29 @@ class Prefix:
         if prefix.fingerprint != record.get("fingerprint"):
             raise ArtifactError(f"{tensor_file} and {json_file} do not belong together: find or tune the prefix again")
         return prefix
+
+
+def dropped_beyond(model: PreTrainedModel) -> str:
+    """Where `generate` of a model drops its cache, in words; empty where the configuration does not say."""
+    limit = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
+    return "" if limit is None else f" (it does so beyond original_max_position_embeddings={limit} tokens)"
+
+
+def keeps_cache(model: PreTrainedModel, length: int) -> bool:
+    """Whether `generate` keeps the cache that it is given where a text grows to `length` tokens, cached ones included.
+
+    It is asked for what it would run on such a text; the model is not run on it.
+    """
+    cache, module = Prefix.from_tokens(model, [0]).cache(model), cast(Any, model)
+    ids = torch.zeros((1, length), dtype=torch.long, device=model.device)
+    inputs = module.prepare_inputs_for_generation(
+        ids,
+        past_key_values=cache,
+        attention_mask=torch.ones_like(ids),
+        use_cache=True,
+        next_sequence_length=length - 1,
+    )
+    return inputs.get("past_key_values") is cache
 
 
 def _base(path: str | Path) -> Path:

@@ -166,7 +166,7 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     method.check_model(config.search, lm, started)
     longest = method.longest(config.search, started)
     check_evaluation(lm, config.eval, longest, bos)
-    check_tasks(lm, config.eval, tasks, config.quantizer, longest)
+    check_tasks(lm, config.eval, tasks, config.quantizer, longest, bos)
     check_latency(lm, config.eval.latency, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning
     searched = bos and method.texts is not None and not method.leads_texts  # without BOS the method has checked it

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cushion.config import EvalConfig, QuantizerConfig
+from cushion.evaluation.chat import chat_of
 from cushion.evaluation.perplexity_step import PerplexityStep
 from cushion.evaluation.task_checks import task_batch_size
 from cushion.evaluation.task_scores import TaskScore, group_score
@@ -85,8 +86,8 @@ def measure_row(
     if tasks.tasks:  # before the quantizer is on: lm-eval ties the weights of a model that it is given
         from cushion.evaluation.harness import PrefixedModel  # slow to import, and not needed without tasks
 
-        batch_size = task_batch_size(config, model.quantizer)
-        asked = PrefixedModel(context.lm, model.behind, batch_size, bos)
+        batch_size = task_batch_size(config, model.quantizer, context.lm.device.type)
+        asked = PrefixedModel(context.lm, model.behind, batch_size, bos, chat_of(context.lm, config))
     with model:
         for corpus, text in blocks.items():
             stage = f"perplexity, {corpus}, {label}" if len(blocks) > 1 else f"perplexity, {label}"

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from cushion.config import RunConfig
+from cushion.evaluation.chat import chat_warnings
 from cushion.execution.registry import load_execution
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 
 
@@ -15,6 +18,18 @@ def preparation_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     if config.quantizer.is_full_precision:
         return found
     return found + load_execution(config.execution).warnings(prepared.lm, config.quantizer)
+
+
+def found_warnings(lm: LanguageModel, prefix: Prefix | None, bos: bool) -> list[str]:
+    """What a reader should know of the prefix that was found: whether a BOS at its end stands twice.
+
+    Args:
+        bos: whether every text of the run begins with BOS.
+
+    """
+    if not bos or prefix is None or prefix.token_ids[-1:] != (lm.bos_token_id,):
+        return []
+    return ["the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"]
 
 
 def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:
@@ -62,7 +77,7 @@ def task_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     tasks = prepared.tasks
     if not tasks.asked:
         return []
-    found = []
+    found = chat_warnings(prepared.lm, config.eval, tasks, config.bos)
     left_out = [name for name in tasks.asked if name not in tasks.in_mean]
     if left_out:
         found.append(

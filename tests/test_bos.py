@@ -23,6 +23,7 @@ from cushion.evaluation.harness import PrefixedModel
 from cushion.models import LanguageModel, load_language_model
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, begins_with_bos, prepare
+from cushion.run_warnings import found_warnings
 
 BOS = 256
 BEFORE = {"tokenizer": True, "always": True, "never": False}
@@ -125,6 +126,17 @@ def test_without_bos_nothing_changes(text_file: Path, tmp_path: Path) -> None:
         assert made
         found[-1]["made"] = made
     assert found[0] == found[1]
+
+
+def test_a_bos_that_stands_twice_is_told_by_a_run(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
+    told = "the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
+    config = small_config(text_file, tmp_path)
+    config = replace(config, model=ModelConfig(path=str(with_bos)), search=SearchConfig(name="bos", method="bos"))
+    config.eval = replace(config.eval, controls=False)
+    for policy, bos in BEFORE.items():
+        assert (told in pipeline.run(replace(config, bos=policy)).warnings) == bos
+    lm = model(with_bos)
+    assert found_warnings(lm, Prefix((BOS, 5), (), ()), bos=True) == found_warnings(lm, None, bos=True) == []
 
 
 def test_qfep_puts_its_own_bos_before_its_texts(text_file: Path, tmp_path: Path, with_bos: Path) -> None:

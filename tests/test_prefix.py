@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from helpers import random_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cushion.errors import ArtifactError
+from cushion.errors import ArtifactError, ConfigError
 from cushion.models import LanguageModel
 from cushion.models.tiny import TINY
-from cushion.prefix import Prefix
+from cushion.prefix import Prefix, keeps_cache
 
 TOKENS = (256, 10, 65)
 Tiny = Callable[..., LanguageModel]
@@ -129,6 +131,48 @@ def test_prepend_keeps_the_padding_between_prefix_and_text() -> None:
     assert extended["input_ids"].tolist() == [[7, 8, 0, 1, 2]]
     assert extended["attention_mask"].tolist() == [[1, 1, 0, 1, 1]]
     assert inputs["input_ids"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "tells"),
+    [
+        ([[8, 1], [8, 2]], None, True),
+        ([[0, 8], [8, 2]], [[0, 1], [1, 1]], True),
+        ([[8, 1], [3, 2]], None, False),
+        ([[7, 8]], None, False),
+    ],
+)
+def test_a_token_that_stands_twice_is_told_and_left(ids: list[list[int]], mask: Any, tells: bool) -> None:
+    inputs = {"input_ids": torch.tensor(ids)} | ({} if mask is None else {"attention_mask": torch.tensor(mask)})
+    prefix = Prefix((7, 8), (), ())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert prefix.prepend(inputs)["input_ids"].tolist() == [[7, 8, *row] for row in ids]
+        prefix.prepend(inputs, warn=False)
+        Prefix.empty().prepend(inputs)
+    assert len(told) == tells
+    if tells:
+        assert "ends in the token 8" in str(told[0].message) and "add_special_tokens=False" in str(told[0].message)
+        assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_what_generate_does_with_its_cache_is_known_before(tiny: Tiny, family: str) -> None:
+    lm = tiny(family)
+    drops = family == "phi3"
+    if drops:
+        lm.model.config.original_max_position_embeddings = 16
+    assert keeps_cache(lm.model, 16)
+    assert keeps_cache(lm.model, 17) != drops
+    prefix = Prefix.from_tokens(lm.model, TOKENS)
+    inputs = prefix.prepend({"input_ids": random_texts(1, 9)})
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    with prefix.kept(lm.model):
+        for grown in (16, 17):  # the last token is not run
+            refused = pytest.raises(ConfigError, match="dropped") if drops and grown == 17 else nullcontext()
+            with refused:
+                cache = prefix.cache(lm.model)
+                lm.model.generate(**inputs, past_key_values=cache, max_new_tokens=grown + 1 - 12, **options)
 
 
 # ---- another model --------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from cushion.checks import at_least, check_values, one_of, require
 from cushion.config.latency import LatencyConfig
 
 ACCURACIES = ("acc", "acc_norm")
+AUTO: Final = "auto"
+"""The value of `eval.task_batch_size` for the largest batch that fits."""
 
 
 @dataclass
@@ -25,9 +28,12 @@ class EvalConfig:
     predict_first: bool = False
     prefix_in_block: bool = False
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
+    limit: int | float | None = None
     shots: int | None = None
-    task_batch_size: int | None = None
+    task_batch_size: int | str | None = None
+    chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
     accuracy: str = "acc"
     include_path: str | None = None
     samples: bool = False
@@ -41,9 +47,16 @@ class EvalConfig:
         check_values("eval", self)
         at_least("eval.block_length", self.block_length, 2)
         at_least("eval.activation_blocks", self.activation_blocks, 1)
-        for key in ("blocks", "batch_size", "limit", "task_batch_size", "attention_first"):
+        for key in ("blocks", "batch_size", "attention_first"):
             at_least(f"eval.{key}", getattr(self, key), 1)
+        limit, size = self.limit, self.task_batch_size
+        is_limit = limit is None or (0 < limit < 1 if isinstance(limit, float) else limit >= 1)
+        reason = "a whole number of at least 1, a share of each task's records (above 0, below 1), or null for all"
+        require(is_limit, "eval.limit", limit, reason)
+        is_size = size is None or size == AUTO or (isinstance(size, int) and size >= 1)
+        require(is_size, "eval.task_batch_size", size, "a whole number of at least 1, auto, or null")
         at_least("eval.shots", self.shots, 0)
+        require(self.chat_template != "", "eval.chat_template", "", "false, true, or the name of a template")
         at_least("eval.attention_texts", self.attention_texts, 0)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"

@@ -27,9 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from cushion.errors import ConfigError, NotFiniteError
+from cushion.evaluation.chat import Chat
 from cushion.evaluation.lm_eval_log import silenced
 from cushion.evaluation.task_scores import Metric
-from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask
+from cushion.evaluation.tasks import FEW_SHOT_SEED, EvaluationTask, records_asked
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 
@@ -46,8 +47,10 @@ class PrefixedModel(HFLM):
     Args:
         lm: the model; quantize it before it is asked, not before this object is made.
         prefix: stands before every request through the cache; the empty one changes nothing.
-        batch_size: requests per forward pass.
-        bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself.
+        batch_size: requests per forward pass; `auto` for as many as fit, from 64 down, as lm-eval finds them.
+        bos: whether every context begins with BOS, also with a tokenizer that puts none there by itself. A BOS that a
+            chat template writes stays, and gets no second one.
+        chat: how lm-eval writes the prompts.
 
     Attributes:
         truncated: how many requests of the task under way lost the start of their context, for lack of room behind the
@@ -55,8 +58,13 @@ class PrefixedModel(HFLM):
 
     """
 
-    def __init__(self, lm: LanguageModel, prefix: Prefix, batch_size: int, bos: bool = False) -> None:
+    def __init__(
+        self, lm: LanguageModel, prefix: Prefix, batch_size: int | str, bos: bool = False, chat: Chat | None = None
+    ) -> None:
         tokenizer = copy.deepcopy(lm.tokenizer)  # its padding is set and changed
+        self.chat = Chat() if chat is None else chat
+        if self.chat.template is not None:
+            tokenizer.chat_template = self.chat.template
         if bos:
             _put_bos_alone(tokenizer, lm)
         with silenced("lm_eval.models.huggingface"):  # it warns that a loaded model's options are taken as they are
@@ -76,6 +84,12 @@ class PrefixedModel(HFLM):
     def max_length(self) -> int:
         """Tokens that fit behind the prefix."""
         return int(super().max_length) - len(self._prefix)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as the template writes it, without its system message where the template takes none."""
+        with silenced("lm_eval.models.huggingface"):  # it would say the latter for every request
+            text = super().apply_chat_template(chat_history, add_generation_prompt)
+        return str(text)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
@@ -146,7 +160,7 @@ class PrefixedModel(HFLM):
                 own = self._model_generate(row[None, padding:], max_length - padding, stop, **generation_kwargs)
                 rows.append(torch.cat([row[:padding], own[0]]))
             return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask})
+        inputs = self._prefix.prepend({"input_ids": context, "attention_mask": mask}, warn=False)
         with self._prefix.kept(self.model):
             generated = super()._model_generate(
                 inputs["input_ids"],
@@ -192,12 +206,12 @@ def _put_bos_alone(tokenizer: PreTrainedTokenizerBase, lm: LanguageModel) -> Non
 
 
 def run_task(
-    model: PrefixedModel, task: EvaluationTask, limit: int | None
+    model: PrefixedModel, task: EvaluationTask, limit: float | None
 ) -> tuple[dict[str, Metric], int, list[dict[str, Any]]]:
     """Ask the model one task; `model.truncated` then says how many of its requests were cut.
 
     Args:
-        limit: number of records from the start; None for all.
+        limit: number of records from the start, or a share below 1 of them, rounded up; None for all.
 
     Raises:
         ConfigError: an answer alone is longer than the room behind the prefix.
@@ -217,6 +231,9 @@ def run_task(
             limit=limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=True,
+            system_instruction=model.chat.system,
+            apply_chat_template=model.chat.template is not None,
+            fewshot_as_multiturn=model.chat.multiturn,
         )
     assert found is not None
     samples = list(found["samples"][task.name])
@@ -227,6 +244,26 @@ def run_task(
         )
     asked = int(found["n-samples"][task.name]["effective"])
     return _metrics(found["results"][task.name]), asked, samples
+
+
+def longest_context(model: PrefixedModel, task: EvaluationTask, limit: float | None) -> int:
+    """Tokens of the longest context that a task will ask to go on from, by the prompts themselves.
+
+    Args:
+        limit: as in `run_task`.
+
+    """
+    one, chat = task.task, model.chat
+    one.set_fewshot_seed(seed=FEW_SHOT_SEED)
+    with _seeded(), _undisturbed():
+        one.build_all_requests(
+            limit=records_asked(limit, len(one.eval_docs)),
+            system_instruction=chat.system,
+            apply_chat_template=chat.template is not None,
+            fewshot_as_multiturn=chat.multiturn,
+            chat_template=None if chat.template is None else model.apply_chat_template,
+        )
+    return max(len(model.tok_encode(request.args[0])) for request in one.instances)
 
 
 def _has_nan(answers: Any) -> bool:

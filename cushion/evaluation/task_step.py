@@ -39,7 +39,7 @@ class TaskStep(Step[AskedTask]):
         asked: the same model as lm-eval asks it.
         config: limit, examples and BOS policy.
         task: the task.
-        batch_size: requests per forward pass.
+        batch_size: requests per forward pass; `auto` for as many as fit.
         samples: folder for lm-eval's record of every sample, a JSON-lines file of the task's name; None for none.
 
     """
@@ -49,11 +49,14 @@ class TaskStep(Step[AskedTask]):
     asked: PrefixedModel
     config: EvalConfig
     task: EvaluationTask
-    batch_size: int
+    batch_size: int | str
     samples: Path | None
 
     def key(self, context: Context) -> dict[str, Any]:
-        """Prefix, quantizer, definition and records of the task, how it is asked, tokenizer and version of lm-eval."""
+        """Prefix, quantizer, definition and records of the task, how it is asked, tokenizer and version of lm-eval.
+
+        How it is asked: examples, BOS, requests per forward pass, chat template, system instruction.
+        """
         config = self.config
         return {
             **self.model.identity(),
@@ -63,6 +66,7 @@ class TaskStep(Step[AskedTask]):
                 "shots": config.shots,
                 "bos": self.asked.begins_with_bos,
                 "batch_size": self.batch_size,
+                **self.asked.chat.key(context.lm),
             },
             "lm_eval": version("lm_eval"),
             "tokenizer": context.lm.tokenizer_fingerprint,

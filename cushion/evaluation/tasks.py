@@ -6,6 +6,7 @@ tasks of `LOCAL_SETS` take their records from `<data_dir>/<folder>/<file>` inste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -72,6 +73,16 @@ class TaskSet:
         """The entries that the mean is over: those asked for that are no part of another, as `mmlu_stem` is."""
         members = {name: set(self.members(name)) for name in self.asked}
         return tuple(name for name in self.asked if not any(members[name] < other for other in members.values()))
+
+
+def records_asked(limit: float | None, count: int) -> int:
+    """How many of a task's `count` records are asked: `limit`, or that share of them where it is below 1, rounded up.
+
+    As lm-eval's `--limit` has it.
+    """
+    if limit is None:
+        return count
+    return min(count, math.ceil(count * limit) if limit < 1 else int(limit))
 
 
 def own_task_files(config: EvalConfig) -> list[Path]:
@@ -195,7 +206,8 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: b
     task.set_fewshot_seed(seed=FEW_SHOT_SEED)
     definition = task.config.to_dict(keep_callable=True)
     definition = {key: value for key, value in definition.items() if key not in ("metadata", "custom_dataset")}
-    records = list(task.eval_docs)[: config.limit]
+    records = list(task.eval_docs)
+    records = records[: records_asked(config.limit, len(records))]
     wanted = int(task.get_config("num_fewshot"))
     examples = list(task.fewshot_docs()) if wanted else []
     if wanted > len(examples):

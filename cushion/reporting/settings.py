@@ -137,6 +137,16 @@ def _limit(config: Config) -> str | None:
     return "none" if evaluation["limit"] is None else str(evaluation["limit"])
 
 
+def _chat(config: Config) -> str | None:
+    """The chat template of tasks, and the system instruction."""
+    evaluation = _part(config, "eval")
+    if not evaluation.get("tasks") or "chat_template" not in evaluation:
+        return None
+    template, system = evaluation["chat_template"], evaluation.get("system_instruction")
+    name = "none" if template is False else "default" if template is True else str(template)
+    return f"{name}, system instruction {system!r}" if system else name
+
+
 def _bos(run: Run) -> str | None:
     """Whether BOS stood before every text of a run; None where its result does not say, as of one that failed."""
     found = (run.record.get("evaluation") or {}).get("bos")
@@ -172,5 +182,6 @@ _SETTINGS: dict[str, Callable[[Config], str | None]] = {
     "perplexity": _blocks,
     "tasks": _tasks,
     "eval.limit": _limit,
+    "eval.chat_template": _chat,
 }
 """By title: what reads a setting off a configuration, in words, or None where it does not apply."""

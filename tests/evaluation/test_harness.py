@@ -26,6 +26,7 @@ from cushion.config import EvalConfig, PathsConfig, QuantizerConfig
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.evaluation import tasks as tasks_module
 from cushion.evaluation.harness import BOOTSTRAP, PrefixedModel, run_task
+from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.task_scores import (
     Metric,
     TaskScore,
@@ -66,7 +67,7 @@ def quick_stock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
 
 
-def plain(lm: LanguageModel, batch_size: int = 1) -> HFLM:
+def plain(lm: LanguageModel, batch_size: int | str = 1) -> HFLM:
     return HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=batch_size)
 
 
@@ -94,7 +95,7 @@ def stock_task(include_path: str, monkeypatch: pytest.MonkeyPatch, name: str) ->
         return manager.load([name])["tasks"][name]
 
 
-def stock_run(include_path: str, model: HFLM, task: Any, limit: int | None = None, shots: int | None = None) -> Any:
+def stock_run(include_path: str, model: HFLM, task: Any, limit: float | None = None, shots: int | None = None) -> Any:
     return evaluator.simple_evaluate(
         model=model,
         tasks=[task],
@@ -174,6 +175,43 @@ def test_a_limit_asks_the_first_records(
     assert found[1] == 2
     single = run_task(PrefixedModel(lm, Prefix.empty(), 2), task, 1)
     assert (single[1], single[0]["acc"]["stderr"]) == (1, None)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.01])
+def test_a_share_of_the_records_is_that_of_stock_lm_eval(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    lm, task = tiny(), our_task(include_path, tmp_path, "hellaswag", limit=share)
+    found = run_task(PrefixedModel(lm, Prefix.empty(), 2), task, share)
+    stock = stock_task(include_path, monkeypatch, "hellaswag")
+    assert_as_stock(found, stock_run(include_path, plain(lm, 2), stock, share), "hellaswag")
+    count = math.ceil(share * len(RECORDS["hellaswag"]))
+    assert found[1] == count < len(RECORDS["hellaswag"])
+    assert task.identity == our_task(include_path, tmp_path, "hellaswag", limit=count).identity
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "lambada_openai", "tiny_generation"])
+def test_the_largest_batch_is_found_as_by_stock_lm_eval_and_changes_no_result(
+    tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of a memory that holds five rows, five are used: what does not fit is tried again with fewer."""
+    lm, task = tiny(), our_task(include_path, tmp_path, name)
+    seen: list[int] = []
+
+    def with_little_memory(model: Any, inputs: Any, options: Any) -> None:
+        rows = (options.get("input_ids") if not inputs else inputs[0]).shape[0]
+        if rows > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 5 rows")
+        seen.append(rows)
+
+    handle = lm.model.register_forward_pre_hook(with_little_memory, with_kwargs=True)
+    found = run_task(PrefixedModel(lm, Prefix.empty(), "auto"), task, None)
+    assert max(seen) == 5
+    task_of_theirs = stock_task(include_path, monkeypatch, name)
+    assert_as_stock(found, stock_run(include_path, plain(lm, "auto"), task_of_theirs), name)
+    prefixed = run_task(PrefixedModel(lm, behind(lm), "auto"), task, None)
+    handle.remove()
+    assert plain_json(prefixed) == plain_json(run_task(PrefixedModel(lm, behind(lm), 5), task, None))
 
 
 @pytest.mark.parametrize("adds", [False, True], ids=["tokenizer without BOS", "tokenizer with BOS"])
@@ -727,6 +765,27 @@ def test_a_prefix_that_the_library_drops_on_the_way_is_missed(tiny: Tiny) -> Non
         with pytest.raises(ConfigError, match=r"'phi3' dropped the cache .* prefix of 4 tokens .*embeddings=16"):
             generate(model, [context], max_gen_toks=tokens, until=["no such text"])
     lm.model(input_ids=lm.encode("free again")[None])
+
+
+def test_a_task_on_whose_way_the_library_drops_the_prefix_is_refused_before_it_is_asked(
+    tiny: Tiny, tmp_path: Path, include_path: str
+) -> None:
+    """Where the longest context, behind the prefix and with its answer, would be dropped, and only there."""
+    lm = tiny("phi3")
+    config = EvalConfig(tasks=["tiny_generation"], include_path=include_path)
+    task = our_task(include_path, tmp_path, "tiny_generation")
+    tasks = TaskSet(("tiny_generation",), {"tiny_generation": task}, {})
+    longest = max(len(lm.encode(task.task.doc_to_text(record))) for record in task.task.eval_docs)
+    grown = 4 + longest + task.task.config.generation_kwargs["max_gen_toks"] - 1
+    for limit in (grown, grown - 1, 256):
+        lm.model.config.original_max_position_embeddings = limit
+        if limit == grown - 1:
+            with pytest.raises(ConfigError, match=rf"=tiny_generation may grow to {grown} tokens.*embeddings={limit}"):
+                check_tasks(lm, config, tasks, STATIC, 4)
+            check_tasks(lm, config, tasks, STATIC, 3)
+            check_tasks(lm, config, tasks, STATIC, 0)
+        else:
+            check_tasks(lm, config, tasks, STATIC, 4)
 
 
 def test_tokens_without_an_embedding_are_named(tiny: Tiny) -> None:

@@ -516,22 +516,28 @@ def test_values_out_of_range_are_refused(key: str, value: Any) -> None:
 
 def test_one_request_at_a_time_where_a_range_would_span_a_batch() -> None:
     config = EvalConfig(tasks=["copa"])
-    assert [task_batch_size(config, quantizer) for quantizer in (None, STATIC, PER_TOKEN)] == [8, 8, 8]
-    assert task_batch_size(config, DYNAMIC) == 1
+    assert [task_batch_size(config, quantizer, "cuda") for quantizer in (None, STATIC, PER_TOKEN)] == [8, 8, 8]
+    assert task_batch_size(config, DYNAMIC, "cpu") == 1
     weights_only = copy.deepcopy(DYNAMIC)
     weights_only.activations.bits = None
-    assert task_batch_size(config, weights_only) == 8
-    assert task_batch_size(EvalConfig(tasks=["copa"], task_batch_size=3), STATIC) == 3
+    assert task_batch_size(config, weights_only, "cpu") == 8
+    assert task_batch_size(EvalConfig(tasks=["copa"], task_batch_size=3), STATIC, "cuda") == 3
+
+
+def test_the_largest_batch_is_looked_for_where_memory_says_that_it_is_full() -> None:
+    config = EvalConfig(tasks=["copa"], task_batch_size="auto")
+    assert [task_batch_size(config, STATIC, device) for device in ("cuda", "cpu", "mps")] == ["auto", 8, 8]
+    assert task_batch_size(config, DYNAMIC, "cuda") == 1
 
 
 def test_a_batch_under_a_dynamic_range_per_tensor_is_refused(tiny: Tiny) -> None:
     lm = tiny()
-    for size in (1, None):
+    for size in (1, None, "auto"):
         check_tasks(lm, EvalConfig(tasks=["copa"], task_batch_size=size), TaskSet((), {}, {}), DYNAMIC, 0)
     for quantizer in (STATIC, PER_TOKEN):
         check_tasks(lm, EvalConfig(tasks=["copa"], task_batch_size=4), TaskSet((), {}, {}), quantizer, 0)
     check_tasks(lm, EvalConfig(task_batch_size=4), TaskSet((), {}, {}), DYNAMIC, 0)  # no task, no batch
-    message = r"eval\.task_batch_size=4 with quantizer=per_tensor_dynamic.*eval\.task_batch_size=1 or null"
+    message = r"eval\.task_batch_size=4 with quantizer=per_tensor_dynamic.*eval\.task_batch_size=1, auto or null"
     with pytest.raises(ConfigError, match=message):
         check_tasks(lm, EvalConfig(tasks=["copa"], task_batch_size=4), TaskSet((), {}, {}), DYNAMIC, 0)
 

@@ -21,6 +21,7 @@ WHOLE: dict[str, Any] = {
     "search.budget_token_forwards": 1e6, "search.budget_seconds": None,
     "tuning.method": "prefix", "tuning.steps": 60, "tuning.epochs": None,
     "eval.block_length": 512, "eval.blocks": 16, "eval.tasks": ["piqa", "copa"], "eval.limit": 40,
+    "eval.chat_template": False, "eval.system_instruction": None,
     "reconstruction.name": "none", "config.execution": "simulated", "config.bos": "tokenizer",
     "evaluation": {"bos": False},
 }  # fmt: skip
@@ -43,6 +44,7 @@ def test_everything_shared_is_stated(tmp_path: Path) -> None:
         "search.scoring pruned", "search budget 1e+06 token-forwards", "tuning short", "tuning steps 60",
         "reconstruction none", "execution simulated",
         "perplexity 512 x 16 (block_length x blocks)", "tasks piqa, copa", "eval.limit 40",
+        "eval.chat_template none",
         "BOS before every text no",
     ]  # fmt: skip
 
@@ -56,6 +58,7 @@ def test_what_differs_varies_and_nothing_else_does(tmp_path: Path) -> None:
         "perplexity": {"eval.blocks": None},
         "tasks": {"eval.tasks": ["piqa"]},
         "eval.limit": {"eval.limit": None},
+        "eval.chat_template": {"eval.chat_template": True},
         "reconstruction": {"reconstruction.name": "scales"},
         "execution": {"config.execution": "int8"},
         "BOS before every text": {"config.bos": "always", "evaluation": {"bos": True}},
