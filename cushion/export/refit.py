@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from cushion.config import EvalConfig
 from cushion.errors import ArtifactError
 from cushion.export.finished import FinishedRun, config_of
 from cushion.models import LanguageModel
@@ -21,6 +22,10 @@ from cushion.steps import Steps
 
 BLOCKS = 8
 """Blocks of the evaluation text, at most, on which an export is compared with the simulation."""
+
+
+_BLOCKS_OF = ("block_length", "blocks", "batch_size", "predict_first", "prefix_in_block")
+"""What of `eval` says which blocks a row is measured on: nothing else of it is wanted here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +62,8 @@ def refit(run: FinishedRun) -> Refitted:
 
     """
     config = config_of(run)
-    config.eval = replace(config.eval, perplexity=True, tasks=[], samples=False)  # its blocks are wanted, no task is
+    measured = config.eval
+    config.eval = EvalConfig(**{key: getattr(measured, key) for key in _BLOCKS_OF})
     prepared = prepare(config, choose_device(config))
     _check_same(run, "model.path", config.model.path, prepared.lm.fingerprint, run.record["model"].get("fingerprint"))
     if "calibration" in prepared.corpora:

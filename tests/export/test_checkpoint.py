@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from conftest import write_documents
 from finished_runs import TOKENS, tuned_prefix
 from helpers import random_texts
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
-from tiny_run import small_config
+from tiny_run import small_config, tuning_config
 from torch import Tensor
 
-from cushion.config import ActivationConfig, CalibrationConfig, QuantizerConfig, WeightConfig
-from cushion.errors import ConfigError
+from cushion import pipeline
+from cushion.config import (
+    ActivationConfig,
+    CalibrationConfig,
+    QFeMConfig,
+    QuantizerConfig,
+    ReconstructionConfig,
+    RunConfig,
+    SearchConfig,
+    WeightConfig,
+)
+from cushion.errors import ArtifactError, ConfigError
+from cushion.export import schemes
+from cushion.export.checkpoint_card import Agreement, checkpoint_card
+from cushion.export.cli import main
+from cushion.export.finished import FinishedRun
+from cushion.export.peft_adapter import prompt_embeddings
+from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
 from cushion.quantization.numerics import Grid
@@ -29,7 +47,6 @@ from cushion.steps import Steps
 
 pytest.importorskip("compressed_tensors")
 checkpoint = pytest.importorskip("cushion.export.checkpoint")
-schemes = pytest.importorskip("cushion.export.schemes")
 
 Tiny = Callable[..., LanguageModel]
 KEPT = ["model.layers.1.mlp.down_proj", "model.layers.2.self_attn.o_proj"]
@@ -247,3 +264,142 @@ def test_models_that_transformers_does_not_build_are_refused(
     fitted = FittedQuantizer(under(weights(), static(), rotation=rotation))
     with pytest.raises(ConfigError, match=message):
         checkpoint.check_architecture(tiny(family), fitted)
+
+
+def whole_runs(text: Path, output: Path) -> dict[str, RunConfig]:
+    """Runs whose own row needs something of the run besides its configuration, and one that needs nothing."""
+    runs = {}
+    for name in ("learned", "reconstructed", "kept", "plain"):
+        config = runs[name] = small_config(text, output)
+        config.quantizer = under(weights(), static(), smoothing_alpha=0.8)
+        config.search = SearchConfig(name="given", method="tokens", token_ids=TOKENS)
+        config.eval.controls = False
+    for name, ranges in (("learned", "learned"), ("kept", "static")):
+        tuning = tuning_config(text, output).tuning
+        runs[name].tuning = replace(tuning, ranges=ranges, learning_rate=0.05, scale_learning_rate=0.05, ranges_every=1)
+    runs["reconstructed"].reconstruction = ReconstructionConfig(
+        "it", "blockwise", True, epochs=1, weight_learning_rate=1e-3
+    )
+    runs["kept"].quantizer = under(weights(), static(), qfem=QFeMConfig(alpha=1.4))
+    runs["plain"].search = SearchConfig()
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of these runs."""
+    base, found = tmp_path_factory.mktemp("runs"), {}
+    for name, config in whole_runs(write_documents(base / "text.txt"), base / "out").items():
+        assert pipeline.run(config).status == "completed"
+        found[name] = pipeline.run_folder(config)
+    return found
+
+
+@pytest.mark.parametrize("name", ["learned", "reconstructed", "kept", "plain"])
+def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    export(FinishedRun.read(runs[name]), "compressed-tensors", made)
+    row = json.loads((runs[name] / "result.json").read_text())["rows"][-1]
+    card = (made / "README.md").read_text()
+    assert f"the model of the row {row['label']!r}" in card
+    perplexity = f"{row['values']['perplexity/text']:.4f}"
+    assert "on the first 4 blocks of 32 tokens of 'text': the largest difference of a logit" in card
+    assert f"is 0; perplexity {perplexity}, in the simulation {perplexity}." in card
+    folded = "Folded into the weights: smoothing (alpha 0.8)" in card
+    assert (folded, "(QFeM, arXiv 2405.14428)" in card) == (name != "kept", name == "kept")
+    assert (made / "prefix").is_dir() == ("in `prefix/` as a PEFT adapter" in card) == (name != "plain")
+    if name == "learned":
+        adapter = json.loads((made / "prefix" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == "made"
+        embeddings = load_file(made / "prefix" / "adapter_model.safetensors")["prompt_embeddings"]
+        assert torch.equal(embeddings, prompt_embeddings(FinishedRun.read(runs[name]).prefix()))
+
+
+def changed(folder: Path, run: Path, **record: Any) -> Path:
+    """A copy of a run whose record says something else."""
+    shutil.copytree(run, folder)
+    content = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**content, **record}))
+    return folder
+
+
+def test_a_run_that_cannot_be_made_again_is_refused(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((runs["plain"] / "result.json").read_text())
+    refused = {
+        "model.path='tiny:llama' is not what it was": {"model": {**record["model"], "fingerprint": "another"}},
+        "data.calibration='file' is not what it was": {"data": {**record["data"], "calibration": {}}},
+        "does not express scales in bfloat16 exactly (model.dtype)": {
+            "model": {**record["model"], "dtype": "bfloat16"}
+        },
+        "that this version does not read (Key 'seeds'": {"config": {**record["config"], "seeds": 1}},
+    }
+    for number, (message, changes) in enumerate(refused.items()):
+        run = changed(tmp_path / str(number), runs["plain"], **changes)
+        with pytest.raises(SystemExit):
+            main([str(run), "--to", "compressed-tensors", str(tmp_path / "made")])
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_with_other_logits_is_not_written(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = checkpoint._copy_scales
+    monkeypatch.setattr(checkpoint, "_copy_scales", lambda linear, scale, own: copy(linear, scale * 1.01, own))
+    with pytest.raises(ArtifactError, match=r"gives other logits than the simulation, by up to [\d.e-]+, where"):
+        export(FinishedRun.read(runs["plain"]), "compressed-tensors", tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Hub:
+    """Stands for `HfApi`: it remembers what it was asked."""
+
+    asked: ClassVar[list[tuple[str, Any]]] = []
+
+    def create_repo(self, repository: str, **options: Any) -> str:
+        self.asked.append((repository, options))
+        if repository == "nobody/it":
+            raise OfflineModeIsEnabled("the hub is out of reach")
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> None:
+        self.asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_it_is_uploaded_where_that_is_asked_for(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    command = [str(runs["kept"]), "--to", "peft", "--base-model", "owner/base"]
+    main([*command, str(tmp_path / "alone")])
+    assert not Hub.asked
+    capsys.readouterr()
+    main([*command, str(tmp_path / "made"), "--push", "owner/it"])
+    assert capsys.readouterr().out.splitlines()[-1] == "https://hub/owner/it"
+    files = sorted(path.name for path in (tmp_path / "made").iterdir())
+    assert Hub.asked == [("owner/it", {"repo_type": "model", "private": True, "exist_ok": True}), ("owner/it", files)]
+    for name, message in (
+        ("nobody/it", "is written, but --push='nobody/it' failed: the hub is out of reach; log in with"),
+        ("it", "--push='it' is not the id of a repository: write it as owner/name"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, str(tmp_path / name), "--push", name])
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "nobody" / "it").is_dir() and not (tmp_path / "it").exists()
+
+
+def test_the_card_names_where_it_is_published(runs: dict[str, Path]) -> None:
+    run = FinishedRun.read(runs["learned"], "owner/base", "owner/it")
+    card = checkpoint_card(
+        run, "made", schemes.scheme_of(OTHER_SCALES["token"]), [], Agreement("text", 4, 32, 0.5, 9, 8)
+    )
+    assert card.startswith(
+        '---\nbase_model: "owner/base"\nbase_model_relation: "quantized"\nlibrary_name: "transformers"'
+    )
+    assert 'from_pretrained("owner/it", dtype="float32")' in card
+    assert 'PeftModel.from_pretrained(model, "owner/it", subfolder="prefix")' in card
+    assert "pretrained=made,dtype=float32,peft=made/prefix --tasks wikitext" in card
+    assert "int8, one dynamic scale per token" in card and "is 0.5; perplexity 8.0000, in the simulation 9.0000" in card
