@@ -48,6 +48,11 @@ def _what(run: FinishedRun, base: str) -> list[str]:
 
 
 def _how(run: FinishedRun) -> list[str]:
+    return ["## How it was made", made_with(run, f", prefix {run.require_prefix()['fingerprint']}"), *figures(run)]
+
+
+def made_with(run: FinishedRun, further: str = "") -> str:
+    """The choices of a run by name, its model's fingerprint and the versions, in a sentence."""
     record = run.record
     groups = ", ".join(f"`{group}={run.config[group]['name']}`" for group in _GROUPS if group in run.config)
     packages = record["environment"].get("packages", {})
@@ -56,15 +61,19 @@ def _how(run: FinishedRun) -> list[str]:
         **{key: packages.get(key) for key in ("torch", "transformers")},
     }
     listed = ", ".join(f"{key} {value}" for key, value in versions.items())
-    made = (
+    return (
         f"Made by Cushion with {groups}, seed {run.config['seed']}, model "
-        f"{record['model'].get('fingerprint', NONE)}, prefix {run.require_prefix()['fingerprint']}; versions: {listed}."
+        f"{record['model'].get('fingerprint', NONE)}{further}; versions: {listed}."
     )
-    return ["## How it was made", made, "## Figures", _figures(run).rstrip()]
 
 
-def _figures(run: FinishedRun) -> str:
-    """The rows of the run, in the columns of a report."""
+def figures(run: FinishedRun, own: str | None = None) -> list[str]:
+    """A heading, and the rows of the run in the columns of a report.
+
+    Args:
+        own: what to say of the row that the export gives; None for what an adapter alone gives.
+
+    """
     rows = run.record["rows"]
     shown = columns(rows, Place.REPORT)
     head = [Cell("row"), *(Cell(column.named(Place.REPORT)) for column in shown)]
@@ -73,13 +82,16 @@ def _figures(run: FinishedRun) -> str:
         body.append([Cell(row["label"]), *(Cell(cell_text(column, row, Place.REPORT)) for column in shown)])
     asked = ", ".join(f"{key}={value}" for key, value in run.record["evaluation"].items() if key in _ASKED)
     note = f"As the run measured them{f' ({asked})' if asked else ''}; quantized rows are Cushion's. "
+    table = Table("figures", "Rows of the run", [head], body, 1, [note + (own or _of_adapter(run))])
+    return ["## Figures", markdown(table).rstrip()]
+
+
+def _of_adapter(run: FinishedRun) -> str:
     stage = "tuned" if run.require_prefix()["tuned"] else "found"
-    own = [row["label"] for row in rows if row["stage"] == stage and not row["quantized"]]
+    own = [row["label"] for row in run.record["rows"] if row["stage"] == stage and not row["quantized"]]
     if own:
-        note += f"This adapter on the model as it is gives the row {own[0]!r}."
-    else:
-        note += "No row is this adapter on the model as it is."
-    return markdown(Table("figures", "Rows of the run", [head], body, 1, [note]))
+        return f"This adapter on the model as it is gives the row {own[0]!r}."
+    return "No row is this adapter on the model as it is."
 
 
 _ASKED = ("block_length", "bos", "limit")

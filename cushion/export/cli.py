@@ -27,9 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             metavar="ID",
             help="what others load the run's model by, where model.path is not an id of the hub",
         )
+        parser.add_argument(
+            "--push",
+            metavar="REPO",
+            help="upload the folder to this repository of the hub, owner/name, too; a new one is private",
+        )
         given = parser.parse_args(arguments)
-        for path in export(FinishedRun.read(given.run, given.base_model), given.to, given.folder):
+        for path in export(FinishedRun.read(given.run, given.base_model, given.push), given.to, given.folder):
             print(path)
+        if given.push is not None:
+            from cushion.export.hub import push  # only where it is asked for
+
+            print(push(given.folder.expanduser().resolve(), given.push))
     except CushionError as error:
         print(f"cushion-export: error: {error}", file=sys.stderr)
         sys.exit(1)

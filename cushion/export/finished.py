@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from cushion.errors import ArtifactError, ConfigError
 from cushion.schema import FILE_NAME, current
 
 if TYPE_CHECKING:
+    from cushion.config import RunConfig
     from cushion.prefix import Prefix
 
 
@@ -25,20 +29,22 @@ class FinishedRun:
         folder: the run's folder.
         record: the content of its result.json, as docs/results.md describes it.
         named_base_model: what `--base-model` says the model is called; None where it says nothing.
+        published_as: id of the repository that the export is uploaded to; None where it is not.
 
     """
 
     folder: Path
     record: dict[str, Any]
     named_base_model: str | None = None
+    published_as: str | None = None
 
     @classmethod
-    def read(cls, folder: Path, named_base_model: str | None = None) -> FinishedRun:
+    def read(cls, folder: Path, named_base_model: str | None = None, published_as: str | None = None) -> FinishedRun:
         """Read a run's folder.
 
         Raises:
             ArtifactError: it holds no result, a damaged one, or that of a run that failed.
-            ConfigError: `--base-model` names neither a model of the hub nor a folder.
+            ConfigError: `--base-model` names neither a model of the hub nor a folder, or `--push` no repository.
 
         """
         path = folder / FILE_NAME
@@ -55,7 +61,9 @@ class FinishedRun:
                 f"--base-model={named_base_model!r} is neither the id of a model on the hub nor a folder: "
                 "write it as owner/name"
             )
-        return cls(folder, record, named_base_model)
+        if published_as is not None and not ("/" in published_as and _is_hub_id(published_as)):
+            raise ConfigError(f"--push={published_as!r} is not the id of a repository: write it as owner/name")
+        return cls(folder, record, named_base_model, published_as)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -107,12 +115,44 @@ class FinishedRun:
         if self.named_base_model is not None:
             return self.named_base_model, None
         model = self.config["model"]
-        path, gguf = model["path"], model.get("gguf_file")
+        if self._not_on_the_hub is not None:
+            raise ConfigError(f"{self._not_on_the_hub}: {_WAY_OUT}")
+        return model["path"], model.get("revision")
+
+    @property
+    def has_base_model(self) -> bool:
+        """Whether it is known what others load the run's model by."""
+        return self.named_base_model is not None or self._not_on_the_hub is None
+
+    @property
+    def _not_on_the_hub(self) -> str | None:
+        """Why `model.path` is not what others load the model by; None where it is."""
+        path, gguf = self.config["model"]["path"], self.config["model"].get("gguf_file")
         if gguf is not None:
-            raise ConfigError(f"model.gguf_file={gguf!r} is not what transformers loads by an id: {_WAY_OUT}")
+            return f"model.gguf_file={gguf!r} is not what transformers loads by an id"
         if not _is_hub_id(path) or Path(path).expanduser().exists():
-            raise ConfigError(f"model.path={path!r} is not the id of a model on the hub: {_WAY_OUT}")
-        return path, model.get("revision")
+            return f"model.path={path!r} is not the id of a model on the hub"
+        return None
+
+
+def config_of(run: FinishedRun) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        ArtifactError: it is that of another version of Cushion.
+
+    """
+    from cushion.config import RunConfig
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), run.config))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"RUN={str(run.folder)!r} has a configuration that this version does not read ({reason}): run it again"
+        ) from error
+    assert isinstance(config, RunConfig)
+    return config
 
 
 _WAY_OUT = "name the model that has the same weights there with --base-model owner/name"

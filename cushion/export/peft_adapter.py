@@ -28,12 +28,21 @@ def write(run: FinishedRun, folder: Path) -> None:
         ConfigError: what others load the model by is not known, or the layers' keys and values differ in shape.
 
     """
-    prefix = run.prefix()
+    write_adapter(run.prefix(), folder, *run.base_model())
+    (folder / "README.md").write_text(model_card(run, folder.name), encoding="utf-8")
+
+
+def write_adapter(prefix: Prefix, folder: Path, base_model: str, revision: str | None) -> None:
+    """Write the two files that PEFT reads.
+
+    Raises:
+        ConfigError: the layers' keys and values differ in shape.
+
+    """
     embeddings = prompt_embeddings(prefix)
-    settings = adapter_config(prefix, *run.base_model())
+    settings = adapter_config(prefix, base_model, revision)
     save_file({"prompt_embeddings": embeddings}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(run, folder.name), encoding="utf-8")
 
 
 def prompt_embeddings(prefix: Prefix) -> Tensor:

@@ -1,0 +1,169 @@
+"""What of a quantizer the format of compressed-tensors expresses: the one table, and what it refuses.
+
+compressed-tensors describes a linear by arguments of its weight and of its input (bits, type, symmetry, strategy), by
+which software computes it as it likes. Where the arithmetic of compressed-tensors itself, which transformers runs,
+differs from the simulation, `Scheme.differs` says how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cushion.errors import ConfigError
+from cushion.export.finished import FinishedRun, config_of
+from cushion.quantization.parts.registry import parts, rounds
+from cushion.quantization.quantizer import QuantizerConfig
+
+TARGET = "compressed-tensors"
+
+WEIGHT_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}
+INPUT_STRATEGIES = {"per_tensor": "tensor", "per_token": "token"}
+TYPES = {"int": "int", "fp8_e4m3": "float"}
+"""Formats of numbers whose scales are free, and the type that they are there."""
+
+EXPRESSED = ("weights", "gptq", "activations", "smoothing", "rotation", "qfem")
+"""Parts of a quantizer that are in the weights, the scales or the groups of a checkpoint."""
+
+_OFF = {
+    "kv_cache": "quantizer.kv_cache.bits=null",
+    "attention": "quantizer.attention.bits=null",
+    "input_rotation": "quantizer.input_rotation=none",
+}
+_WHY = {
+    "kv_cache": "its scales are static ones of a server's own cache, which would round the prefix too",
+    "attention": "it has no inputs of the products inside attention",
+    "input_rotation": "a rotation while the model runs is not part of a plain checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How compressed-tensors describes the linears of a quantizer.
+
+    Args:
+        weights: arguments of `QuantizationArgs`.
+        inputs: as `weights`; None where inputs stay in floating point.
+        format: how the weights lie in the file.
+        kept_format: the same for linears whose input QFeM keeps in floating point.
+        differs: why a loaded checkpoint does not give the simulated logits bit for bit; None where it does.
+
+    """
+
+    weights: dict[str, Any]
+    inputs: dict[str, Any] | None
+    format: str
+    kept_format: str
+    differs: str | None = None
+
+    @property
+    def kept_weights(self) -> dict[str, Any]:
+        """Arguments of the weights of linears whose input stays in floating point.
+
+        Servers run these with a scale for each output or group; one for the tensor is written once for each output.
+        """
+        return {**self.weights, "strategy": "channel"} if self.weights["strategy"] == "tensor" else self.weights
+
+
+def check_run(run: FinishedRun) -> None:
+    """Raise `ConfigError` where the format does not express a run's own row, as far as its configuration tells."""
+    scheme_of(config_of(run).quantizer)
+    dtype = run.record["model"]["dtype"]
+    if dtype != "float32":
+        raise ConfigError(
+            f"--to={TARGET} does not express scales in {dtype} exactly (model.dtype): software that loads them rounds "
+            "them to the model's own precision; run with model.dtype=float32, then export that run"
+        )
+
+
+def scheme_of(quantizer: QuantizerConfig) -> Scheme:
+    """The scheme of a quantizer.
+
+    Raises:
+        ConfigError: the format does not express it; the message names key, value and the way out.
+
+    """
+    if not rounds(quantizer):
+        raise ConfigError(f"--to={TARGET} has nothing to write of quantizer={quantizer.name}, which rounds nothing")
+    for part in parts():
+        if part.is_on(quantizer) and part.name not in EXPRESSED:
+            way_out = _OFF.get(part.name, f"{part.key}=null")
+            raise _refusal(f"{part.key}", _WHY.get(part.name, "it is a part of its own"), f"run with {way_out}")
+    weights, inputs = _weights(quantizer), _inputs(quantizer)
+    form = _format(weights, inputs)
+    return Scheme(weights, inputs, form, _format(weights, None), _difference(quantizer))
+
+
+def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
+    own = quantizer.weights
+    if own.bits is None:
+        raise _refusal("quantizer.weights.bits=null", "a scheme needs quantized weights", "run with 8 bits")
+    _check_type("quantizer.weights.format", own.format)
+    found = {
+        "num_bits": own.bits,
+        "type": TYPES[own.format],
+        "symmetric": True,
+        "strategy": WEIGHT_STRATEGIES[own.granularity],
+        "dynamic": False,
+    }
+    return {**found, "group_size": own.group_size} if own.granularity == "per_group" else found
+
+
+def _inputs(quantizer: QuantizerConfig) -> dict[str, Any] | None:
+    own, is_static = quantizer.activations, quantizer.activations.range == "static"
+    if own.bits is None:
+        return None
+    _check_type("quantizer.activations.format", own.format)
+    if own.format == "int" and own.symmetric and is_static and own.narrow_range:
+        raise _refusal(
+            "quantizer.activations.narrow_range=true",
+            f"it clamps codes at {-(2 ** (own.bits - 1))}, not at {1 - 2 ** (own.bits - 1)}",
+            "run with quantizer.activations.narrow_range=false",
+        )
+    if not own.symmetric and quantizer.zero_point == "real":
+        why, way_out = "an offset there is a whole number of steps", "run with quantizer.zero_point=integer"
+        raise _refusal("quantizer.zero_point=real", why, way_out)
+    if quantizer.levels == "paper" and own.format == "int" and not (own.symmetric and is_static):
+        raise _refusal("quantizer.levels=paper", "it uses all codes", "run with quantizer.levels=full")
+    return {
+        "num_bits": own.bits,
+        "type": TYPES[own.format],
+        "symmetric": own.symmetric,
+        "strategy": INPUT_STRATEGIES[own.granularity],
+        "dynamic": not is_static,
+    }
+
+
+def _check_type(key: str, form: str) -> None:
+    if form not in TYPES:
+        raise _refusal(f"{key}={form}", "its scales follow other rules there", f"run with one of {', '.join(TYPES)}")
+
+
+def _format(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str:
+    """How weights lie in the file: bytes where servers have kernels for both sides of 8 bits, else packed."""
+    if weights["type"] == "float":
+        return "float-quantized"
+    # servers read weights of less than 8 bits packed, but not 6 bits, which none of them runs
+    return "pack-quantized" if inputs is None or weights["num_bits"] == 4 else "int-quantized"
+
+
+def _difference(quantizer: QuantizerConfig) -> str | None:
+    own = quantizer.activations
+    if own.bits is None:
+        return None
+    if not own.symmetric:
+        return (
+            "With a zero point compressed-tensors computes (code - zero point) times scale, and the simulation code "
+            "times scale plus offset, which round differently in the last bit."
+        )
+    if own.format == "int" and own.range == "dynamic":
+        half = 2 ** (own.bits - 1) - 1
+        return (
+            f"Dynamic scales are not in the file. transformers computes them as the largest magnitude over {half}.5, "
+            f"the run and vLLM as the largest magnitude over {half}."
+        )
+    return None
+
+
+def _refusal(what: str, why: str, way_out: str) -> ConfigError:
+    return ConfigError(f"--to={TARGET} does not express {what}: {why}; {way_out}, then export that run")
