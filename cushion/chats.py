@@ -8,7 +8,7 @@ from cushion.errors import DataError
 from cushion.models import LanguageModel
 
 
-def chat_text(lm: LanguageModel, messages: list[dict[str, str]]) -> str:
+def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = False) -> str:
     """A chat as its model was trained on it.
 
     A BOS token with which the template begins is left out: whether texts begin with one is said by the key `bos`.
@@ -16,6 +16,7 @@ def chat_text(lm: LanguageModel, messages: list[dict[str, str]]) -> str:
     Args:
         lm: its tokenizer has the template.
         messages: each with `role` and `content`.
+        asks: let the text end where the model's answer begins.
 
     Raises:
         DataError: there is no template, or it does not take these messages.
@@ -28,7 +29,7 @@ def chat_text(lm: LanguageModel, messages: list[dict[str, str]]) -> str:
             "chats, or name a field of text in data.<purpose>.text_field"
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     except (TemplateError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the chat template of {lm.label} does not take these messages: {reason}") from error

@@ -50,7 +50,18 @@ INFRASTRUCTURE = frozenset(
 )
 """Modules that are in no step's version, whoever imports them."""
 
-SHOWN = ("cli", "composition", "export", "launching", "preflight", "progress", "reporting", "tracking")
+SHOWN = (
+    "cli",
+    "composition",
+    "export",
+    "generate",
+    "launching",
+    "preflight",
+    "progress",
+    "remade",
+    "reporting",
+    "tracking",
+)
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 

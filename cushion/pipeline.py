@@ -204,7 +204,7 @@ class _Run:
     def _find(self) -> _Stage | None:
         """The prefix that the search finds or the user names, or None."""
         method = METHODS[self.config.search.method]
-        found = self.steps.search(self._metadata())
+        found = self.steps.search()
         if found is None:
             return None
         self.result.search = {"method": method.name, **found.record}
@@ -213,13 +213,6 @@ class _Run:
         for warning in (*found.warnings, *found_warnings(self.lm, found.prefix, self.result.evaluation["bos"])):
             self._warn(warning)
         return None if found.prefix is None else _Stage(FOUND, method.title, found.prefix, found.seconds or 0.0)
-
-    def _metadata(self) -> dict[str, Any]:
-        return {
-            "model": self.config.model.path,
-            "model_fingerprint": self.lm.fingerprint,
-            "search": self.config.search.name,
-        }
 
     def _tune(self, found: _Stage) -> _Stage | None:
         """The tuned prefix, or None without tuning."""

@@ -62,21 +62,22 @@ class Steps:
         self._lm, self._texts = prepared.lm, prepared.texts
         self._context = Context(prepared.lm, ArtifactStore(config.paths.cache), emit)
 
-    def search(self, metadata: dict[str, Any]) -> Found | None:
-        """Find the prefix by the method of the configuration; None for a run without one.
-
-        Args:
-            metadata: kept with the prefix.
-        """
-        prepared = self._prepared
+    def search(self) -> Found | None:
+        """Find the prefix by the method of the configuration; None for a run without one."""
+        config, prepared = self._config, self._prepared
+        metadata = {
+            "model": config.model.path,
+            "model_fingerprint": self._lm.fingerprint,
+            "search": config.search.name,
+        }
 
         def count_tokens() -> Tensor:
             return prepared.corpora["search"].token_counts(self._lm.encode, self._lm.vocabulary_size)
 
         context = SearchContext(
-            self._config, self._lm, prepared.start_tokens, metadata, self._texts.search, count_tokens, self._context
+            config, self._lm, prepared.start_tokens, metadata, self._texts.search, count_tokens, self._context
         )
-        return METHODS[self._config.search.method].run(context)
+        return METHODS[config.search.method].run(context)
 
     def tune(self, found: Prefix) -> Tuned:
         """Tune the keys and values of a prefix.
@@ -233,6 +234,26 @@ class Steps:
             return None
         return compute(AttentionStep(behind, self._texts.activations[:count], first, title), self._context)
 
+    def model(
+        self,
+        behind: Prefix,
+        quantizer: QuantizerConfig | None,
+        keep: frozenset[str] = frozenset(),
+        learned: Learned | None = None,
+        fitted_behind: Prefix | None = None,
+    ) -> QuantizedLazily:
+        """What a row is measured on: the model behind a prefix, quantized or not.
+
+        Args:
+            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+            learned: ranges, and weights, that were learned with this prefix, for this quantizer.
+            fitted_behind: the prefix behind which the quantizer is calibrated; None for this row's own.
+
+        """
+        basis = behind if fitted_behind is None else fitted_behind
+        calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer, keep)
+        return QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
+
     def measure_row(
         self,
         behind: Prefix,
@@ -246,16 +267,13 @@ class Steps:
         """Perplexities and task scores behind a prefix, quantized or not; the seconds include its calibration.
 
         Args:
-            keep: the linears whose input stays in full precision, where the quantizer uses QFeM.
+            keep, learned, fitted_behind: as in `model`.
             samples: folder for lm-eval's record of every sample, None for none.
-            learned: ranges, and weights, that were learned with this prefix, for this quantizer.
-            fitted_behind: the prefix behind which the quantizer is calibrated; None for this row's own.
 
         """
-        basis = behind if fitted_behind is None else fitted_behind
-        calibrated = None if quantizer is None else self._calibrate_if_needed(basis, quantizer, keep)
-        model = QuantizedLazily(self._lm, behind, quantizer, calibrated, keep, self._config.execution, learned)
+        model = self.model(behind, quantizer, keep, learned, fitted_behind)
         blocks = self._prepared.blocks_behind(self._config.eval, len(behind))
         prepared, config = self._prepared, self._config.eval
         measured = measure_row(self._context, model, config, blocks, prepared.tasks, label, samples, prepared.bos)
+        calibrated = model.calibration
         return measured if calibrated is None else replace(measured, seconds=measured.seconds + calibrated.seconds)

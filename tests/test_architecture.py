@@ -37,12 +37,12 @@ RANKS = (
     {"row", "results", "ceilings"},
     {"preparation"},
     {"run_folder", "run_warnings", "steps"},
-    {"pipeline"},
+    {"pipeline", "remade"},
     {"reporting"},
     {"tracking"},
     {"export"},
     {"cli"},
-    {"preflight", "composition"},
+    {"preflight", "composition", "generate"},
 )
 """The packages, and the modules that stand in none, from the ground up: each imports only from ranks below its own."""
 

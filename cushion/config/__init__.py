@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
@@ -133,6 +136,21 @@ class RunConfig:
     def search_seed(self) -> int:
         """What tokens are drawn with: `search.seed`, else the run's seed."""
         return self.seed if self.search.seed is None else self.search.seed
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The configuration that `to_dict` made plain; what it lacks has its default.
+
+    Raises:
+        ConfigError: a key is not one of the schema, or a value is not allowed.
+
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
