@@ -82,6 +82,37 @@ def test_the_snippets_of_the_python_page_run(
     assert Path("curves.png").read_bytes() == Path("figures/activation_curves.png").read_bytes()
 
 
+def test_the_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = python_fences("README.md")
+    exec(compile(snippet.replace("smollm2_135m", "tiny"), "README.md", "exec"), {"__name__": "readme"})
+    without, with_prefix, text = capsys.readouterr().out.split("\n", 2)
+    assert float(without) != float(with_prefix)
+    assert "Once upon a time" in text
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = page("README.md")
+    assert len(text.splitlines()) <= 120
+    links = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert [target for target in links if not (ROOT / target).exists()] == []
+    assert len(links) > 10
+
+
+def test_the_readme_names_every_model_and_no_option_that_there_is_not() -> None:
+    tables = page("README.md").partition("## Models")[2]
+    options = {group: {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} for group in GROUPS}
+    models, methods = (body.splitlines() for body in tables.split("## Methods"))
+    named = {name for line in models for name in re.findall(r"`([\w.]+)`", line.split("|")[1] if "|" in line else "")}
+    assert named == options["model"]
+    for line in methods:
+        group = ""
+        for cell in re.findall(r"`([\w=*]+)`", line.split("|")[2] if line.startswith("|") else ""):
+            before, _, option = cell.rpartition("=")
+            group = before or group
+            pattern = option.replace("*", r"\w+")
+            assert [name for name in options[group] if re.search(rf"{pattern}$", name)], cell
+
+
 def test_every_key_has_a_row_in_the_configuration_page() -> None:
     undescribed = {name for name in DEFAULTS if not name.endswith(".name")}
     assert {name for name in GROUPS if f"{name}.name" in DEFAULTS} == GROUPS - {"model", "paths"}
