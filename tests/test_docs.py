@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import load_script
 
+from cushion import compose
 from cushion.config import CorpusConfig, RunConfig
+from cushion.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
@@ -141,6 +144,29 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 
 
+def test_the_page_on_trouble_is_what_the_messages_in_the_code_say() -> None:
+    assert page("docs/trouble.md") == load_script("trouble").page(), "run: python scripts/trouble.py"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("tuning=short", "search=none"),
+        ("search=qfep", "search.method=qfeb"),
+        ("reconstruction=scales", "quantizer=none"),
+        ("quantizer=mxfp4", "reconstruction=scales"),
+        ("model=hub",),
+    ],
+)
+def test_the_page_on_trouble_has_the_message_and_the_way_out_of_an_error(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose(*overrides)
+    rows = re.findall(r"^\| `(.*)` \| (.*) \|$", page("docs/trouble.md").partition("## `ModelNotFoundError`")[0], re.M)
+    templates = [f"{message}<>{way_out}" if way_out != "see the message" else message for message, way_out in rows]
+    patterns = [".+".join(map(re.escape, re.split(r"`?<[^>]*>`?", template))) for template in templates]
+    assert [pattern for pattern in patterns if re.match(pattern, str(raised.value))], str(raised.value)
+
+
 PAGES = (
     "docs/config.md",
     "docs/data.md",
@@ -148,6 +174,7 @@ PAGES = (
     "docs/export.md",
     "docs/method.md",
     "docs/results.md",
+    "docs/trouble.md",
     "README.md",
 )
 """The pages that speak of keys of the configuration."""
@@ -158,7 +185,7 @@ def test_no_page_names_a_key_that_there_is_not(name: str) -> None:
     text = page(name)
     code = [body for language, body in FENCE.findall(text) if language != "python"]
     code += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
-    pattern = rf"(?<![\w./-])((?:{'|'.join(GROUPS)})(?:\.(?:\w+|{PURPOSE}|\*))+)"
+    pattern = rf"(?<![\w./-])((?:{'|'.join(GROUPS)})(?:\.(?:\w+|{PURPOSE}|\*))+)(?![\w(])"
     mentioned = {key for piece in code for key in re.findall(pattern, piece)}
     known = set(DEFAULTS) | PARTS | {f"{part}.*" for part in PARTS | GROUPS}
     for purpose in ("evaluation", "calibration", "tuning", "search"):
