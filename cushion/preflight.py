@@ -61,7 +61,8 @@ def _check_launcher(config: DictConfig) -> None:
     target = config.hydra.launcher._target_
     if target.startswith("hydra_plugins.") and target not in Plugins.instance().class_name_to_class:
         chosen = config.hydra.runtime.choices["hydra/launcher"]
-        raise ConfigError(f"hydra/launcher={chosen} is not installed: pip install 'cushion[launchers]'")
+        package = target.split(".")[1].replace("_", "-")
+        raise ConfigError(f"hydra/launcher={chosen} is not installed: pip install {package}")
 
 
 def combinations(config: DictConfig) -> list[list[str]]:

@@ -222,7 +222,7 @@ def reason_to_skip(way: str) -> str | None:
         from importlib.util import find_spec
 
         if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None:
-            return f"{plugin} is not installed: pip install 'cushion[launchers]'"
+            return f"{plugin} is not installed: pip install {plugin.replace('_', '-')}"
     if way == "slurm":
         absent = [name for name in ("sbatch", "srun", "sinfo") if shutil.which(name) is None]
         if absent:

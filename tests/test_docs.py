@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import load_script
 
+from cushion import compose
 from cushion.config import CorpusConfig, RunConfig
+from cushion.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
@@ -82,6 +85,62 @@ def test_the_snippets_of_the_python_page_run(
     assert Path("curves.png").read_bytes() == Path("figures/activation_curves.png").read_bytes()
 
 
+def test_the_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = python_fences("README.md")
+    exec(compile(snippet.replace("smollm2_135m", "tiny"), "README.md", "exec"), {"__name__": "readme"})
+    without, with_prefix, text = capsys.readouterr().out.split("\n", 2)
+    assert float(without) != float(with_prefix)
+    assert "Once upon a time" in text
+
+
+def test_the_readme_is_short() -> None:
+    assert len(page("README.md").splitlines()) <= 120
+
+
+def slugs(path: Path) -> set[str]:
+    """The anchors of a page: its headings as repositories and the site write them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+@pytest.mark.parametrize("folder", [".", "docs", "docs/results", "experiments"])
+def test_links_lead_somewhere(folder: str) -> None:
+    """To a file, and to a heading of it; from a page of the site only to the site's own files."""
+    broken, count = [], 0
+    for path in (ROOT / folder).glob("*.md"):
+        for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text(encoding="utf-8"))):
+            name, _, anchor = link.partition("#")
+            target = path.parent / name if name else path
+            outside = path.is_relative_to(ROOT / "docs") and not target.resolve().is_relative_to(ROOT / "docs")
+            if "://" in link:
+                continue
+            count += 1
+            if outside or not target.exists() or (anchor and anchor not in slugs(target)):
+                broken.append(f"{path.name}: {link}")
+    assert count and broken == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r": ([\w/]+\.md|[\w/]+\.ipynb)$", page("mkdocs.yml"), re.MULTILINE)
+    pages = [path for kind in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(kind)]
+    assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in pages)
+
+
+def test_the_readme_names_every_model_and_no_option_that_there_is_not() -> None:
+    tables = page("README.md").partition("## Models")[2]
+    options = {group: {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")} for group in GROUPS}
+    models, methods = (body.splitlines() for body in tables.split("## Methods"))
+    named = {name for line in models for name in re.findall(r"`([\w.]+)`", line.split("|")[1] if "|" in line else "")}
+    assert named == options["model"]
+    for line in methods:
+        group = ""
+        for cell in re.findall(r"`([\w=*]+)`", line.split("|")[2] if line.startswith("|") else ""):
+            before, _, option = cell.rpartition("=")
+            group = before or group
+            pattern = option.replace("*", r"\w+")
+            assert [name for name in options[group] if re.search(rf"{pattern}$", name)], cell
+
+
 def test_every_key_has_a_row_in_the_configuration_page() -> None:
     undescribed = {name for name in DEFAULTS if not name.endswith(".name")}
     assert {name for name in GROUPS if f"{name}.name" in DEFAULTS} == GROUPS - {"model", "paths"}
@@ -110,6 +169,29 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 
 
+def test_the_page_on_trouble_is_what_the_messages_in_the_code_say() -> None:
+    assert page("docs/trouble.md") == load_script("trouble").page(), "run: python scripts/trouble.py"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("tuning=short", "search=none"),
+        ("search=qfep", "search.method=qfeb"),
+        ("reconstruction=scales", "quantizer=none"),
+        ("quantizer=mxfp4", "reconstruction=scales"),
+        ("model=hub",),
+    ],
+)
+def test_the_page_on_trouble_has_the_message_and_the_way_out_of_an_error(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose(*overrides)
+    rows = re.findall(r"^\| `(.*)` \| (.*) \|$", page("docs/trouble.md").partition("## `ModelNotFoundError`")[0], re.M)
+    templates = [f"{message}<>{way_out}" if way_out != "see the message" else message for message, way_out in rows]
+    patterns = [".+".join(map(re.escape, re.split(r"`?<[^>]*>`?", template))) for template in templates]
+    assert [pattern for pattern in patterns if re.match(pattern, str(raised.value))], str(raised.value)
+
+
 PAGES = (
     "docs/config.md",
     "docs/data.md",
@@ -117,6 +199,7 @@ PAGES = (
     "docs/export.md",
     "docs/method.md",
     "docs/results.md",
+    "docs/trouble.md",
     "README.md",
 )
 """The pages that speak of keys of the configuration."""
@@ -127,7 +210,7 @@ def test_no_page_names_a_key_that_there_is_not(name: str) -> None:
     text = page(name)
     code = [body for language, body in FENCE.findall(text) if language != "python"]
     code += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
-    pattern = rf"(?<![\w./-])((?:{'|'.join(GROUPS)})(?:\.(?:\w+|{PURPOSE}|\*))+)"
+    pattern = rf"(?<![\w./-])((?:{'|'.join(GROUPS)})(?:\.(?:\w+|{PURPOSE}|\*))+)(?![\w(])"
     mentioned = {key for piece in code for key in re.findall(pattern, piece)}
     known = set(DEFAULTS) | PARTS | {f"{part}.*" for part in PARTS | GROUPS}
     for purpose in ("evaluation", "calibration", "tuning", "search"):

@@ -104,9 +104,11 @@ def has(target: str) -> bool:
     return target in Plugins.instance().class_name_to_class
 
 
-@pytest.mark.parametrize("launcher", ["joblib_local", "slurm"])
+@pytest.mark.parametrize(
+    ("launcher", "package"), [("joblib_local", "hydra-joblib-launcher"), ("slurm", "hydra-submitit-launcher")]
+)
 def test_a_launcher_that_is_not_installed_is_named_with_the_way_out(
-    cushion: Callable[..., Outcome], arguments: list[str], launcher: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    cushion: Callable[..., Outcome], arguments: list[str], launcher: str, package: str, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
     known = {
         name: kind for name, kind in Plugins.instance().class_name_to_class.items() if "launcher.joblib" not in name
@@ -114,7 +116,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_the_way_out(
     known = {name: kind for name, kind in known.items() if "submitit" not in name}
     monkeypatch.setattr(Plugins.instance(), "class_name_to_class", known)
     line = one_error(cushion("-m", *arguments, f"hydra/launcher={launcher}", "seed=0,1"))
-    assert f"hydra/launcher={launcher} is not installed: pip install 'cushion[launchers]'" in line
+    assert f"hydra/launcher={launcher} is not installed: pip install {package}" in line
     assert not Path("outputs").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,7 +55,7 @@ def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: P
         names = set(archive.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cushion").rglob("*.py")}
     assert modules <= names
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cushion"}
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"cushion", "cushion_quant"}
     assert not [name for name in names if "test" in name]
     data = ("cushion/conf/", "cushion/experiments/")
     inside = {name for name in names if name.startswith("cushion/") and not name.startswith(data)}
@@ -62,6 +63,17 @@ def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: P
     assert inside == modules | templates
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
     assert [name for name in names if name.endswith("/entry_points.txt")]
+
+
+def test_nobody_is_told_to_install_the_other_project_that_is_called_cushion_on_pypi(wheel: Path) -> None:
+    name = re.compile(r"pip install[^\n]*[\s'\"]cushion(?![\w-])")
+    assert name.search("pip install -U 'cushion[dev]'") and name.search("pip install cushion")
+    assert not name.search("pip install cushion-quant")
+    with zipfile.ZipFile(wheel) as archive:
+        told = [file for file in archive.namelist() if name.search(archive.read(file).decode("utf-8", "ignore"))]
+    pages = [*ROOT.glob("*.*"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").iterdir()]
+    assert told + [path for path in pages if path.is_file() and name.search(path.read_text(encoding="utf-8"))] == []
+    assert wheel.name.startswith("cushion_quant-")
 
 
 def in_unpacked(unpacked: Path, folder: Path, code: str, *arguments: str) -> str:
