@@ -47,6 +47,23 @@ class ResidualStream:
 
 
 @dataclass(frozen=True)
+class Values:
+    """The linears of a block between which the values of attention are, for the rotation of its heads.
+
+    Args:
+        maker: the linear whose outputs hold the values, alone or with queries and keys. Path from the block.
+        reader: the linear that reads what attention makes of them, all heads side by side. Path from the block.
+        groups: key of the configuration with the number of groups that the outputs of `maker` fall into, where each
+            group ends with one head of values; None where all values stand together at the end.
+
+    """
+
+    maker: str
+    reader: str
+    groups: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the parts of one model family, or of one variant of it, are.
 
@@ -70,6 +87,7 @@ class Architecture:
         key_value_heads: how many heads the cache of a layer has: a number, or a key of the configuration. None:
             `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
         residual: where the residual stream is written and read; None where it is not known: rotation is refused.
+        values: where the values of attention are made and read; None where it is not known: rotating them is refused.
         tiny: a function that makes the configuration of a tiny model of the family, `model.path=tiny:<model_type>`;
             it imports transformers by itself. Cushion's own families have theirs in `cushion.models.tiny`.
 
@@ -86,6 +104,7 @@ class Architecture:
     full_precision: tuple[str, ...] = ()
     key_value_heads: str | int | None = None
     residual: ResidualStream | None = None
+    values: Values | None = None
     tiny: Callable[[], PreTrainedConfig] | None = field(default=None, compare=False)
 
     def cache_shape(self, config: Any) -> tuple[int, int, int]:
@@ -109,6 +128,7 @@ _LLAMA_SMOOTHING = (_ATTENTION, ("post_attention_layernorm", ("mlp.gate_proj", "
 _GEMMA2_SMOOTHING = (_ATTENTION, ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")))
 _EXPERTS = ("mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 
+_VALUES = Values("self_attn.v_proj", "self_attn.o_proj")
 _RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
 )
@@ -131,14 +151,25 @@ _FALCON = Architecture(
         final_norm="transformer.ln_f",
         writers=("self_attention.dense", "mlp.dense_4h_to_h"),
     ),
+    values=Values("self_attention.query_key_value", "self_attention.dense"),
 )
 """What Falcon's variants share; they differ in the norms of a block and in the heads of its cache."""
 
+_FALCON_GROUPS = Values("self_attention.query_key_value", "self_attention.dense", groups="num_kv_heads")
+_FALCON_HEADS = Values("self_attention.query_key_value", "self_attention.dense", groups="num_attention_heads")
+
 _ENTRIES = (
     Architecture(  # also SmolLM and SOLAR
-        "llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+        "llama",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        down_projection="mlp.down_proj",
+        residual=_RESIDUAL,
+        values=_VALUES,
     ),
-    Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(
+        "mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+    ),
     Architecture(
         "mixtral",
         "model.layers",
@@ -147,9 +178,14 @@ _ENTRIES = (
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        values=_VALUES,
     ),
-    Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
-    Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(
+        "qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+    ),
+    Architecture(
+        "qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+    ),
     Architecture(
         "gemma",
         "model.layers",
@@ -157,6 +193,7 @@ _ENTRIES = (
         norm_offset=1.0,
         down_projection="mlp.down_proj",
         residual=_RESIDUAL,
+        values=_VALUES,
     ),
     *(
         Architecture(
@@ -166,6 +203,7 @@ _ENTRIES = (
             norm_offset=1.0,
             down_projection="mlp.down_proj",
             residual=_GEMMA2_RESIDUAL,
+            values=_VALUES,
         )
         for model_type in ("gemma2", "gemma3_text")
     ),
@@ -178,6 +216,7 @@ _ENTRIES = (
         ),
         down_projection="mlp.down_proj",
         residual=_RESIDUAL,
+        values=Values("self_attn.qkv_proj", "self_attn.o_proj"),
     ),
     Architecture(
         "opt",
@@ -194,6 +233,7 @@ _ENTRIES = (
             writers=("self_attn.out_proj", "fc2"),
             requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
         ),
+        values=Values("self_attn.v_proj", "self_attn.out_proj"),
     ),
     Architecture(
         "bloom",
@@ -208,6 +248,7 @@ _ENTRIES = (
             writers=("self_attention.dense", "mlp.dense_4h_to_h"),
             requires=(("apply_residual_connection_post_layernorm", False),),
         ),
+        values=Values("self_attention.query_key_value", "self_attention.dense", groups="num_attention_heads"),
     ),
     Architecture(  # with and without a parallel residual, both norms read hidden states and have one reader each
         "gpt_neox",
@@ -222,22 +263,30 @@ _ENTRIES = (
             final_norm="gpt_neox.final_layer_norm",
             writers=("attention.dense", "mlp.dense_4h_to_h"),
         ),
+        values=Values("attention.query_key_value", "attention.dense", groups="num_attention_heads"),
     ),
     replace(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
         _FALCON,
         requires=(("new_decoder_architecture", True), ("num_ln_in_parallel_attn", 1)),
         key_value_heads="num_attention_heads",
+        values=_FALCON_GROUPS,
     ),
     replace(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
         _FALCON,
         smoothing=(("ln_attn", ("self_attention.query_key_value",)), ("ln_mlp", ("mlp.dense_h_to_4h",))),
         requires=(("new_decoder_architecture", True),),
         key_value_heads="num_attention_heads",
+        values=_FALCON_GROUPS,
     ),
     replace(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
         _FALCON, requires=(("parallel_attn", True), ("multi_query", True)), key_value_heads=1
     ),
-    replace(_FALCON, requires=(("parallel_attn", True), ("multi_query", False)), key_value_heads="num_kv_heads"),
+    replace(
+        _FALCON,
+        requires=(("parallel_attn", True), ("multi_query", False)),
+        key_value_heads="num_kv_heads",
+        values=_FALCON_HEADS,
+    ),
     replace(
         _FALCON,
         smoothing=_BLOOM_SMOOTHING,
@@ -249,6 +298,7 @@ _ENTRIES = (
         smoothing=_BLOOM_SMOOTHING,
         requires=(("parallel_attn", False), ("multi_query", False)),
         key_value_heads="num_kv_heads",
+        values=_FALCON_HEADS,
     ),
 )
 
