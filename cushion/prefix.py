@@ -37,6 +37,9 @@ class PrefixCache(DynamicCache):
 
     prefix_length: int = 0
 
+    values_rotated: bool = False
+    """Whether the values in it are those of a model with rotated heads (`cushion.quantization.head_rotation`)."""
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def refit(run: FinishedRun) -> Refitted:
         steps = Steps(config, prepared, bars, run.folder)
         behind = prefix
         if is_learned:  # ranges were learned on a quantizer that was fitted behind the prefix as it was found
-            found = steps.search({})
+            found = steps.search()
             assert found is not None and found.prefix is not None
             behind = found.prefix
         fitted = steps.fit(behind, config.quantizer, keep, learned)

@@ -6,103 +6,20 @@ registers it; docs/extending.md walks through it. Plugins import this module, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from cushion.errors import ConfigError, UnsupportedModelError, did_you_mean
+from cushion.models.architecture import Architecture as Architecture
+from cushion.models.architecture import Requirements as Requirements
+from cushion.models.architecture import ResidualStream as ResidualStream
+from cushion.models.architecture import Values as Values
+from cushion.models.architecture import cache_shape as cache_shape
 from cushion.registry import PLUGINS, Registry
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig
-
-Requirements = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class ResidualStream:
-    """Where the residual stream of one model family is written: with who reads it, what rotation folds its matrix into.
-
-    The readers are those of `Architecture.smoothing`: a norm that reads the stream, and all that reads its output.
-
-    Args:
-        embeddings: the embedding tables whose sum starts the stream, learned positions included. Paths from the causal
-            language model.
-        final_norm: path of the norm that lm_head reads, from the causal language model.
-        writers: the linears of a block whose output is added to the stream, or parameters whose last dimension but one
-            is the stream's. Paths from the block. `*` stands for every child there.
-        embedding_norm: path of a norm that stands between the embeddings and the stream, from the model.
-        post_norms: norms of a block that stand between a writer and the stream; their writers are then not named.
-        requires: values that the model's configuration must have for all this to be right.
-
-    """
-
-    embeddings: tuple[str, ...]
-    final_norm: str
-    writers: tuple[str, ...] = ()
-    embedding_norm: str | None = None
-    post_norms: tuple[str, ...] = ()
-    requires: Requirements = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where the parts of one model family, or of one variant of it, are.
-
-    Args:
-        model_type: `config.model_type` of the family in transformers.
-        blocks: path of the `ModuleList` of decoder blocks, from the causal language model.
-        smoothing: for each norm of a block, all modules that read its output: the pairs into which SmoothQuant's scale
-            is folded (arXiv 2211.10438, section 4). Paths from the block; `*` stands for every child there.
-        smoothing_requires: values that the model's configuration must have for those pairs to be right: variants of a
-            family that put their norms elsewhere cannot be smoothed.
-        down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
-            the block, in which `*` stands for any one part (the number of an expert). Several paths, where parts run
-            side by side, as routed and shared experts do: each is a down projection of its own.
-        norm_offset: what the norms named in `smoothing`, and the last one, add to their weight before they multiply
-            with it: 0, or 1 where they compute `(1 + weight)`. Norms with an offset must do so in float32.
-        requires: values of the model's configuration by which this entry holds, where the variants of a family need
-            entries of their own; the first entry of the family that holds is taken.
-        experts: path, from the block, of experts whose weights are fused into tensors of three dimensions; they are
-            replaced by linears on loading.
-        full_precision: modules of a block that multiply with a weight and are no linears to quantize: routers, whose
-            few weights the field leaves alone. Paths from the block.
-        key_value_heads: how many heads the cache of a layer has: a number, or a key of the configuration. None:
-            `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
-        residual: where the residual stream is written and read; None where it is not known: rotation is refused.
-        tiny: a function that makes the configuration of a tiny model of the family, `model.path=tiny:<model_type>`;
-            it imports transformers by itself. Cushion's own families have theirs in `cushion.models.tiny`.
-
-    """
-
-    model_type: str
-    blocks: str
-    smoothing: tuple[tuple[str, tuple[str, ...]], ...]
-    smoothing_requires: Requirements = ()
-    down_projection: str | tuple[str, ...] = ""
-    norm_offset: float = 0.0
-    requires: Requirements = ()
-    experts: str | None = None
-    full_precision: tuple[str, ...] = ()
-    key_value_heads: str | int | None = None
-    residual: ResidualStream | None = None
-    tiny: Callable[[], PreTrainedConfig] | None = field(default=None, compare=False)
-
-    def cache_shape(self, config: Any) -> tuple[int, int, int]:
-        """Layers, key-value heads and head size of the cache of a model with this configuration."""
-        return cache_shape(config, self.key_value_heads)
-
-
-def cache_shape(config: Any, key_value_heads: str | int | None = None) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size of a cache; `key_value_heads` as in the table."""
-    heads = key_value_heads
-    if heads is None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    elif isinstance(heads, str):
-        heads = getattr(config, heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, int(heads), size
 
 
 _ATTENTION = ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
@@ -114,6 +31,7 @@ _SHARED_EXPERT = ("mlp.shared_expert_gate", "mlp.shared_expert.gate_proj", "mlp.
 _EVERY_BLOCK_SPARSE: Requirements = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 """Every block of a Qwen mixture of experts has experts, and none a plain MLP in their place."""
 
+_VALUES = Values("self_attn.v_proj", "self_attn.o_proj")
 _RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
 )
@@ -136,14 +54,25 @@ _FALCON = Architecture(
         final_norm="transformer.ln_f",
         writers=("self_attention.dense", "mlp.dense_4h_to_h"),
     ),
+    values=Values("self_attention.query_key_value", "self_attention.dense"),
 )
 """What Falcon's variants share; they differ in the norms of a block and in the heads of its cache."""
 
+_FALCON_GROUPS = Values("self_attention.query_key_value", "self_attention.dense", groups="num_kv_heads")
+_FALCON_HEADS = Values("self_attention.query_key_value", "self_attention.dense", groups="num_attention_heads")
+
 _ENTRIES = (
     Architecture(  # also SmolLM and SOLAR
-        "llama", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+        "llama",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        down_projection="mlp.down_proj",
+        residual=_RESIDUAL,
+        values=_VALUES,
     ),
-    Architecture("mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
+    Architecture(
+        "mistral", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+    ),
     Architecture(
         "mixtral",
         "model.layers",
@@ -152,6 +81,13 @@ _ENTRIES = (
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        values=_VALUES,
+    ),
+    Architecture(
+        "qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+    ),
+    Architecture(
+        "qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
     ),
     Architecture(
         "qwen3_moe",
@@ -162,6 +98,7 @@ _ENTRIES = (
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        values=_VALUES,
     ),
     Architecture(
         "qwen2_moe",
@@ -174,6 +111,7 @@ _ENTRIES = (
         residual=replace(
             _RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj")
         ),
+        values=_VALUES,
     ),
     Architecture(
         "gpt_oss",
@@ -186,14 +124,13 @@ _ENTRIES = (
         full_precision=("mlp.router",),
         down_projection="mlp.experts.*.down_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        values=_VALUES,
     ),
-    Architecture("qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
-    Architecture("qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL),
     Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them
-        "granite", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL
+        "granite", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
     ),
     Architecture(  # its norms stand behind the linears, before the stream: nothing can take a scale or a rotation
-        "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj"
+        "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj", values=_VALUES
     ),
     Architecture(
         "starcoder2",
@@ -201,6 +138,7 @@ _ENTRIES = (
         (_ATTENTION, ("post_attention_layernorm", ("mlp.c_fc",))),
         down_projection="mlp.c_proj",
         residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.c_proj")),
+        values=_VALUES,
     ),
     Architecture(
         "gemma",
@@ -209,6 +147,7 @@ _ENTRIES = (
         norm_offset=1.0,
         down_projection="mlp.down_proj",
         residual=_RESIDUAL,
+        values=_VALUES,
     ),
     *(
         Architecture(
@@ -218,6 +157,7 @@ _ENTRIES = (
             norm_offset=1.0,
             down_projection="mlp.down_proj",
             residual=_GEMMA2_RESIDUAL,
+            values=_VALUES,
         )
         for model_type in ("gemma2", "gemma3_text")
     ),
@@ -230,6 +170,7 @@ _ENTRIES = (
         ),
         down_projection="mlp.down_proj",
         residual=_RESIDUAL,
+        values=Values("self_attn.qkv_proj", "self_attn.o_proj"),
     ),
     Architecture(
         "opt",
@@ -246,6 +187,7 @@ _ENTRIES = (
             writers=("self_attn.out_proj", "fc2"),
             requires=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
         ),
+        values=Values("self_attn.v_proj", "self_attn.out_proj"),
     ),
     Architecture(
         "bloom",
@@ -260,6 +202,7 @@ _ENTRIES = (
             writers=("self_attention.dense", "mlp.dense_4h_to_h"),
             requires=(("apply_residual_connection_post_layernorm", False),),
         ),
+        values=Values("self_attention.query_key_value", "self_attention.dense", groups="num_attention_heads"),
     ),
     Architecture(  # with and without a parallel residual, both norms read hidden states and have one reader each
         "gpt_neox",
@@ -274,22 +217,30 @@ _ENTRIES = (
             final_norm="gpt_neox.final_layer_norm",
             writers=("attention.dense", "mlp.dense_4h_to_h"),
         ),
+        values=Values("attention.query_key_value", "attention.dense", groups="num_attention_heads"),
     ),
     replace(  # Falcon2-11B: the decoder of Falcon-40B with one norm before attention and MLP
         _FALCON,
         requires=(("new_decoder_architecture", True), ("num_ln_in_parallel_attn", 1)),
         key_value_heads="num_attention_heads",
+        values=_FALCON_GROUPS,
     ),
     replace(  # Falcon-40B and -180B; the cache holds grouped heads once per query head
         _FALCON,
         smoothing=(("ln_attn", ("self_attention.query_key_value",)), ("ln_mlp", ("mlp.dense_h_to_4h",))),
         requires=(("new_decoder_architecture", True),),
         key_value_heads="num_attention_heads",
+        values=_FALCON_GROUPS,
     ),
     replace(  # Falcon-7B: attention and MLP in parallel behind one norm, one key-value head
         _FALCON, requires=(("parallel_attn", True), ("multi_query", True)), key_value_heads=1
     ),
-    replace(_FALCON, requires=(("parallel_attn", True), ("multi_query", False)), key_value_heads="num_kv_heads"),
+    replace(
+        _FALCON,
+        requires=(("parallel_attn", True), ("multi_query", False)),
+        key_value_heads="num_kv_heads",
+        values=_FALCON_HEADS,
+    ),
     replace(
         _FALCON,
         smoothing=_BLOOM_SMOOTHING,
@@ -301,6 +252,7 @@ _ENTRIES = (
         smoothing=_BLOOM_SMOOTHING,
         requires=(("parallel_attn", False), ("multi_query", False)),
         key_value_heads="num_kv_heads",
+        values=_FALCON_HEADS,
     ),
 )
 

@@ -26,9 +26,11 @@ from cushion.prefix import PrefixCache
 from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.effect import Effect, Work
 from cushion.quantization.formats.blocks import BlockQuantizer, quantizer_of
+from cushion.quantization.head_rotation import RotatedHeads
 from cushion.quantization.inputs import grid_of
 from cushion.quantization.linear import ActivationQuantizer
-from cushion.quantization.parts.kv_cache import CACHE_RANGES
+from cushion.quantization.parts.head_rotation import rotates_keys
+from cushion.quantization.parts.kv_cache import cache_ranges
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -42,7 +44,8 @@ class AttentionQuantizer:
     """Attention with quantized-dequantized keys and values, queries and probabilities.
 
     Args:
-        config: `kv_cache` and `attention` say what is quantized, `levels` and `zero_point` how.
+        config: `kv_cache` and `attention` say what is quantized, `levels` and `zero_point` how, and `head_rotation`
+            whether queries and keys are rotated before.
         straight_through: let gradients pass as if nothing had been rounded.
         ranges: with a static cache, the ranges of each layer's keys and values, by `keys_of` and `values_of` its
             number: minimum and maximum of each head, (key-value heads,).
@@ -69,6 +72,7 @@ class AttentionQuantizer:
             else:
                 fixed = low.amin(), high.amax()
             self._static[name] = quantizer(config.kv_cache, fixed)
+        self._rotated = RotatedHeads() if rotates_keys(config) else None
         self._past = self._prefix = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,6 +105,8 @@ class AttentionQuantizer:
             The output, (batch, tokens, heads, head size), and the probabilities, (batch, heads, tokens, positions).
 
         """
+        if self._rotated is not None:
+            query, key = self._rotated(query), self._rotated(key)
         # a sliding window drops the oldest positions of its layer, those of the prefix first
         dropped = self._past + query.shape[2] - key.shape[2]
         kept = max(0, self._prefix - dropped)
@@ -220,9 +226,10 @@ class _QuantizedAttention(Effect):
     def around(self, work: Work) -> AbstractContextManager[LanguageModel]:
         """The attention function in place."""
         ranges = None
-        if CACHE_RANGES in PARTS["kv_cache"].statistics(work.config):
+        needed = cache_ranges(work.config)
+        if needed in PARTS["kv_cache"].statistics(work.config):
             names = [of(layer) for layer in range(len(work.lm.blocks)) for of in (keys_of, values_of)]
-            ranges = {name: work.gathered(CACHE_RANGES, name) for name in names}
+            ranges = {name: work.gathered(needed, name) for name in names}
         return quantized_attention(work.lm, work.config, work.straight_through, ranges)
 
 

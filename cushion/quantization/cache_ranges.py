@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from cushion.artifacts import read_tensors
 from cushion.errors import CalibrationError
+from cushion.quantization.head_rotation import RotatedHeads
 from cushion.quantization.statistics.observer import InputObserver
 
 FILE_NAME = "cache_ranges.safetensors"
@@ -31,10 +32,15 @@ class CacheRanges(InputObserver):
     """Minimum and maximum of every head's keys and values, as they enter the cache.
 
     A prefix is in the cache from the start, and so never among them.
+
+    Args:
+        rotated_keys: take those of keys that are rotated as they are read, as `quantizer.head_rotation` says.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rotated_keys: bool = False) -> None:
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rotated = RotatedHeads() if rotated_keys else None
 
     def __call__(self, name: str, values: Tensor) -> None:
         """The inputs of linears are of no interest."""
@@ -44,7 +50,8 @@ class CacheRanges(InputObserver):
         update = cache.update
 
         def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            self._widen(keys_of(layer_idx), key_states)
+            keys = key_states if self._rotated is None else self._rotated(key_states)
+            self._widen(keys_of(layer_idx), keys)
             self._widen(values_of(layer_idx), value_states)
             return update(key_states, value_states, layer_idx, *args, **kwargs)
 

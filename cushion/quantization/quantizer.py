@@ -51,6 +51,7 @@ class QuantizerConfig:
     smoothing_alpha: float | None = None
     rotation: str = "none"
     rotation_seed: int = 0
+    head_rotation: str = "none"
     input_rotation: str = "none"
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -49,6 +49,7 @@ EVERYTHING = QuantizerConfig(
     smoothing_alpha=0.25,
     rotation="hadamard",
     rotation_seed=3,
+    head_rotation="all",
     input_rotation="all",
     targets=["q_proj"],
     qfem=QFeMConfig(alpha=3.0, texts=2),
@@ -83,6 +84,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
         ("rotation", set(), set(), False, " rotated"),
+        ("head_rotation", set(), set(), False, " values and keys rotated"),
         ("input_rotation", set(), {"targets"}, False, " all inputs rotated"),
         ("qfem", {RATIOS}, set(), False, ""),
     ],
@@ -107,7 +109,7 @@ CHANGES: dict[str, list[Any]] = {
                  KvCacheConfig(8, "per_tensor", True, "static")],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
-    "input_rotation": ["none"],
+    "head_rotation": ["none", "values", "keys"], "input_rotation": ["none"],
     "levels": ["full"], "zero_point": ["real"], "shared_exponent": [], "targets": [["all"]],
 }  # fmt: skip
 
@@ -123,7 +125,7 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS}
     assert EVERYTHING.gathered == {EXTREMES, RATIOS}
     assert EVERYTHING.spans_batch
-    assert EVERYTHING.scheme == "everything W4A6KV4 GPTQ attention 5 rotated all inputs rotated"
+    assert EVERYTHING.scheme == "everything W4A6KV4 GPTQ attention 5 rotated values and keys rotated all inputs rotated"
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
     assert nothing.is_full_precision

@@ -8,6 +8,7 @@ from cushion.checks import one_of, require
 from cushion.quantization.formats.registry import check_format
 from cushion.quantization.parts.base import NOTHING, Needed, Quantizer
 from cushion.quantization.parts.grids import DynamicGrid, width
+from cushion.quantization.parts.head_rotation import rotates_keys
 from cushion.quantization.parts.registry import register
 
 GRANULARITIES = {"dynamic": ("per_token", "per_tensor", "per_block"), "static": ("per_tensor", "per_head")}
@@ -15,6 +16,11 @@ GRANULARITIES = {"dynamic": ("per_token", "per_tensor", "per_block"), "static": 
 
 CACHE_RANGES = Needed("cushion.quantization.cache_ranges:CacheRanges")
 """What static ranges follow from."""
+
+
+def cache_ranges(quantizer: Quantizer) -> Needed:
+    """What static ranges follow from where keys are rotated before they are rounded, or are not."""
+    return CACHE_RANGES._replace(options=(("rotated_keys", True),)) if rotates_keys(quantizer) else CACHE_RANGES
 
 
 @dataclass
@@ -54,7 +60,7 @@ class KvCache(DynamicGrid):
 
     def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
         """The ranges of keys and values, where they are static."""
-        return frozenset({CACHE_RANGES}) if self._is_static(quantizer) else NOTHING
+        return frozenset({cache_ranges(quantizer)}) if self._is_static(quantizer) else NOTHING
 
     def spans_batch(self, quantizer: Quantizer) -> bool:
         """One dynamic range per tensor, or a dynamic scale for the tensor that blocks are a part of."""
