@@ -147,10 +147,8 @@ def _apply(model: nn.Module, scheme: Scheme, quantized: list[str], kept: list[st
 
 
 def _group(targets: list[str], weights: dict[str, Any], inputs: dict[str, Any] | None, form: str) -> QuantizationScheme:
-    arguments = None if inputs is None else QuantizationArgs(**inputs)
-    return QuantizationScheme(
-        targets=targets, weights=QuantizationArgs(**weights), input_activations=arguments, format=form
-    )
+    arguments = {"input_activations": None if inputs is None else QuantizationArgs(**inputs), "format": form}
+    return QuantizationScheme(targets=targets, **arguments, **{"weights": QuantizationArgs(**weights)})
 
 
 def _copy_scales(linear: nn.Linear, scale: Tensor, activation: ActivationQuantizer | None) -> None:

@@ -7,11 +7,12 @@ differs from the simulation, `Scheme.differs` says how.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from cushion.errors import ConfigError
 from cushion.export.finished import FinishedRun, config_of
+from cushion.quantization.parts.base import Part
 from cushion.quantization.parts.registry import parts, rounds
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -21,20 +22,6 @@ WEIGHT_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_grou
 INPUT_STRATEGIES = {"per_tensor": "tensor", "per_token": "token"}
 TYPES = {"int": "int", "fp8_e4m3": "float"}
 """Formats of numbers whose scales are free, and the type that they are there."""
-
-EXPRESSED = ("weights", "gptq", "activations", "smoothing", "rotation", "qfem")
-"""Parts of a quantizer that are in the weights, the scales or the groups of a checkpoint."""
-
-_OFF = {
-    "kv_cache": "quantizer.kv_cache.bits=null",
-    "attention": "quantizer.attention.bits=null",
-    "input_rotation": "quantizer.input_rotation=none",
-}
-_WHY = {
-    "kv_cache": "its scales are static ones of a server's own cache, which would round the prefix too",
-    "attention": "it has no inputs of the products inside attention",
-    "input_rotation": "a rotation while the model runs is not part of a plain checkpoint",
-}
 
 
 @dataclass(frozen=True)
@@ -86,9 +73,9 @@ def scheme_of(quantizer: QuantizerConfig) -> Scheme:
     if not rounds(quantizer):
         raise ConfigError(f"--to={TARGET} has nothing to write of quantizer={quantizer.name}, which rounds nothing")
     for part in parts():
-        if part.is_on(quantizer) and part.name not in EXPRESSED:
-            way_out = _OFF.get(part.name, f"{part.key}=null")
-            raise _refusal(f"{part.key}", _WHY.get(part.name, "it is a part of its own"), f"run with {way_out}")
+        if part.is_on(quantizer) and not part.in_linears:
+            why = "it is neither in the codes nor in the scales of linears"
+            raise _refusal(part.key, why, f"run with {_switched_off(part, quantizer)}")
     weights, inputs = _weights(quantizer), _inputs(quantizer)
     form = _format(weights, inputs)
     return Scheme(weights, inputs, form, _format(weights, None), _difference(quantizer))
@@ -163,6 +150,14 @@ def _difference(quantizer: QuantizerConfig) -> str | None:
             f"the run and vLLM as the largest magnitude over {half}."
         )
     return None
+
+
+def _switched_off(part: Part, quantizer: QuantizerConfig) -> str:
+    """What turns a part off, as it is written: `quantizer.kv_cache.bits=null`."""
+    if not part.fields:
+        return f"{part.key}=null"
+    off = getattr(part.off(quantizer), part.fields[0])
+    return f"{part.key}.bits=null" if is_dataclass(off) else f"{part.key}={off}"
 
 
 def _refusal(what: str, why: str, way_out: str) -> ConfigError:

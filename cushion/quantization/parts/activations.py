@@ -96,6 +96,7 @@ class Activations(Part):
     order = 20
     effect = "cushion.quantization.inputs:INPUTS"
     fields = ("activations",)
+    in_linears = True
 
     def is_on(self, quantizer: Quantizer) -> bool:
         """Whether there are bits."""

@@ -61,6 +61,9 @@ class Part(ABC):
     mixes_channels: ClassVar[bool] = False
     """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
 
+    in_linears: ClassVar[bool] = False
+    """Whether codes, scales and the choice of linears hold all that it does: a plain checkpoint then expresses it."""
+
     @property
     def key(self) -> str:
         """What messages call it."""

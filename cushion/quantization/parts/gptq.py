@@ -17,6 +17,7 @@ class Gptq(Part):
     name = "gptq"
     order = 11
     effect = "cushion.quantization.gptq:GPTQ"
+    in_linears = True
     blockwise = True
 
     @property

@@ -44,6 +44,7 @@ class QFeM(Part):
     order = 70
     effect = "cushion.quantization.qfem:QFEM"
     fields = ("qfem",)
+    in_linears = True
 
     def is_on(self, quantizer: Quantizer) -> bool:
         """Whether there is an alpha, given or looked for, and an input to leave in full precision."""

@@ -18,6 +18,7 @@ class Rotation(Part):
     order = 50
     effect = "cushion.quantization.rotation:ROTATION"
     fields = ("rotation", "rotation_seed")
+    in_linears = True
     keeps_function = True
 
     def is_on(self, quantizer: Quantizer) -> bool:

@@ -16,6 +16,7 @@ class Smoothing(Part):
     order = 60
     effect = "cushion.quantization.smoothing:SMOOTHING"
     fields = ("smoothing_alpha",)
+    in_linears = True
     keeps_function = True
 
     def is_on(self, quantizer: Quantizer) -> bool:

@@ -59,6 +59,7 @@ class Weights(Part):
     order = 10
     effect = "cushion.quantization.weights:WEIGHTS"
     fields = ("weights",)
+    in_linears = True
 
     def is_on(self, quantizer: Quantizer) -> bool:
         """Whether there are bits."""
