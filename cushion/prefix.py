@@ -294,7 +294,10 @@ def _layer_devices(model: PreTrainedModel) -> list[torch.device]:
     config = model.config.get_text_config()
     if config.model_type not in ARCHITECTURES:
         return [model.device] * config.num_hidden_layers
-    blocks = model.get_submodule(ARCHITECTURES[config.model_type][0].blocks)
+    path = ARCHITECTURES[config.model_type][0].blocks
+    if config is not model.config:  # of a multimodal model, inside of which the text part stands
+        path = path.replace("model.", "model.language_model.", 1)
+    blocks = model.get_submodule(path)
     return [next(block.parameters()).device for block in blocks.children()]
 
 

@@ -28,6 +28,7 @@ MODEL_TYPES = {
     "gemma_2b": "gemma",
     "gemma2_2b": "gemma2",
     "gemma3_1b": "gemma3_text",
+    "gemma3_4b": "gemma3_text",
     "gpt_oss_20b": "gpt_oss",
     "granite_8b": "granite",
     "llama2_7b": "llama",
@@ -52,7 +53,8 @@ MODEL_TYPES = {
     "solar_10.7b": "llama",
     "starcoder2_7b": "starcoder2",
 }
-"""The architecture of every model that is named in conf/model, as its own config.json has it."""
+"""The architecture of every model that is named in conf/model, as its own config.json has it;
+of a multimodal one, that of its text part."""
 
 NEEDED = {"search/tokens": ["search.tokens=a"]}
 """What a user has to say beside an option, where the option alone is not a whole configuration."""

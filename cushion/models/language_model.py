@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models.architectures import Architecture, expand, find_architecture, plugin_identity
 from cushion.models.embedded import embedded_model
 from cushion.models.experts import with_linear_experts
+from cushion.models.multimodal import text_part_options, without_report
 from cushion.models.tiny import byte_tokenizer, tiny_model
 
 
@@ -338,14 +340,17 @@ def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel,
     folder = str(Path(folder).expanduser()) if _looks_like_a_folder(folder) else folder
     try:
         dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=config.device_map,
-            weights_only=True,
-            output_loading_info=True,
-            **shared,
-        )
+        part = text_part_options(AutoConfig.from_pretrained(folder, **shared))
+        with without_report() if part else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=config.device_map,
+                weights_only=True,
+                output_loading_info=True,
+                **part,
+                **shared,
+            )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
     except torch.OutOfMemoryError:

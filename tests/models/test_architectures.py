@@ -10,7 +10,19 @@ import pytest
 import torch
 from conftest import EXPERTS, FAMILIES, SMOOTHABLE, VARIANTS
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, FalconConfig, GPT2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DynamicCache,
+    FalconConfig,
+    GPT2Config,
+    Llama4Config,
+    Llama4TextConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 from cushion.errors import ConfigError, UnsupportedModelError
 from cushion.models import LanguageModel
@@ -233,6 +245,21 @@ def test_a_variant_without_an_entry_is_refused_by_the_keys_that_decide() -> None
         find_architecture(config, "me/mine")
     with pytest.raises(UnsupportedModelError, match=r"a variant of 'qwen3_moe'.*mlp_only_layers=\[0\]"):
         find_architecture(Qwen3MoeConfig(mlp_only_layers=[0]), "me/mine")
+
+
+@pytest.mark.parametrize("config", [DeepseekV2Config(), DeepseekV3Config(), Llama4Config(), Llama4TextConfig()])
+def test_a_family_that_an_entry_cannot_add_is_refused_with_the_reason(config: PreTrainedConfig) -> None:
+    message = rf"'me/mine' has the architecture '{config.model_type}'.* cannot add it: its .*blocks"
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_architecture(config, "me/mine")
+
+
+def test_a_multimodal_model_whose_text_part_alone_is_known_is_refused() -> None:
+    """Which of its tensors are the text part's, and whether that is all that reads text, is not known."""
+    config = LlavaConfig(text_config=TINY["llama"]())
+    assert config.get_text_config().model_type == "llama"
+    with pytest.raises(UnsupportedModelError, match=r"has the architecture 'llava', which is not supported"):
+        find_architecture(config, "me/mine")
 
 
 @pytest.mark.parametrize(

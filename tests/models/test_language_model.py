@@ -21,14 +21,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import AutoModelForImageTextToText, Gemma3Config, GPT2Config, Mistral3Config, PreTrainedConfig
 from transformers.utils import hub
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from cushion.models import LanguageModel, check_model, load_language_model
 from cushion.models.language_model import _fingerprint
-from cushion.models.tiny import tiny_model
+from cushion.models.tiny import TINY, tiny_model
+from cushion.prefix import Prefix
 
 Tiny = Callable[..., LanguageModel]
 IDS = torch.tensor([[5, 80, 200, 7]])
@@ -82,6 +83,44 @@ def test_saved_model_is_the_model(tiny: Tiny, tmp_path: Path, family: str) -> No
     assert loaded.architecture is original.architecture
     assert loaded.label == "saved"
     assert loaded.encode("A téxt").tolist() == original.encode("A téxt").tolist()
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEEING: dict[str, PreTrainedConfig] = {
+    "gemma3_text": Gemma3Config(
+        text_config=TINY["gemma3_text"](), vision_config={**VISION, "image_size": 28, "patch_size": 14}
+    ),
+    "mistral": Mistral3Config(
+        text_config=TINY["mistral"](), vision_config={**VISION, "model_type": "pixtral", "head_dim": 8}
+    ),
+}
+"""Multimodal models by the family of their text part."""
+
+
+@pytest.mark.parametrize("names", ["the hub's", "transformers' own"])
+@pytest.mark.parametrize("family", SEEING)
+@torch.no_grad()
+def test_the_text_part_of_a_multimodal_model_is_loaded_alone(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, names: str
+) -> None:
+    """And is the multimodal model, where that reads text alone; a prefix that is made with one serves the other."""
+    torch.manual_seed(3)
+    whole: Any = AutoModelForImageTextToText.from_config(SEEING[family]).eval()
+    for parameter in whole.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path / "saved"
+    whole.save_pretrained(folder, save_original_format=names == "the hub's")
+    tiny(family).tokenizer.save_pretrained(folder)
+    check_model(ModelConfig(path=str(folder)))
+    lm = load(folder)
+    assert "UNEXPECTED" not in capsys.readouterr().err
+    assert type(lm.model) is type(tiny_model(family))
+    assert lm.architecture is tiny(family).architecture
+    torch.testing.assert_close(lm.model(input_ids=IDS).logits, whole(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    prefix = Prefix.from_tokens(lm.model, [17, 42])
+    behind = [m(IDS, past_key_values=prefix.cache(m), use_cache=True).logits for m in (lm.model, whole)]
+    torch.testing.assert_close(behind[0], behind[1], rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in lm.model.parameters()) < sum(p.numel() for p in whole.parameters())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One entry of the architecture table: what it says of a model family, and how a cache of it is shaped. No torch."""
+"""What there is to know of a model family: where the decoder blocks, their linears and the norms before them are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Requirements = tuple[tuple[str, Any], ...]
-"""Keys of a model's configuration with the values that they must have."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Architecture:
             `num_key_value_heads` where the configuration has it, else `num_attention_heads`.
         residual: where the residual stream is written and read; None where it is not known: rotation is refused.
         values: where the values of attention are made and read; None where it is not known: rotating them is refused.
+        multimodal: model types whose text part is of this family and is loaded alone (`cushion.models.multimodal`).
         tiny: a function that makes the configuration of a tiny model of the family, `model.path=tiny:<model_type>`;
             it imports transformers by itself. Cushion's own families have theirs in `cushion.models.tiny`.
 
@@ -99,6 +99,7 @@ class Architecture:
     key_value_heads: str | int | None = None
     residual: ResidualStream | None = None
     values: Values | None = None
+    multimodal: tuple[str, ...] = ()
     tiny: Callable[[], PreTrainedConfig] | None = field(default=None, compare=False)
 
     def cache_shape(self, config: Any) -> tuple[int, int, int]:
