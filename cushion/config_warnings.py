@@ -31,7 +31,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
         keys = ("limit", "shots", "task_batch_size", "accuracy", "include_path", "samples")
         changed("eval", config.eval, keys, "without eval.tasks")
     if not config.eval.perplexity:
-        keys = ("batch_size", "predict_first", "prefix_in_block")
+        keys = ("batch_size", "predict_first", "prefix_in_block", "prefix_as_tokens")
         changed("eval", config.eval, keys, "with eval.perplexity=false")
         if config.data.further:
             found.append(

@@ -117,7 +117,7 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     made = tmp_path / "made"
     line = refused(capsys, run, "--to", "pfet", made)
-    assert line == "--to='pfet' is not allowed: choose one of peft; did you mean 'peft'?"
+    assert line == "--to='pfet' is not allowed: choose one of peft, tokens; did you mean 'peft'?"
     line = refused(capsys, tmp_path, "--to", "peft", made)
     assert line == f"RUN='{tmp_path}' holds no result.json: name the folder of a finished run"
     line = refused(capsys, run, "--to", "peft", made, "--base-model", "a/b/c")
