@@ -34,7 +34,7 @@ def options_without_effect(config: RunConfig) -> list[str]:
     elif config.eval.chat_template is False:
         changed("eval", config.eval, ("fewshot_as_multiturn",), "with eval.chat_template=false")
     if not config.eval.perplexity:
-        keys = ("batch_size", "predict_first", "prefix_in_block")
+        keys = ("batch_size", "predict_first", "prefix_in_block", "prefix_as_tokens")
         changed("eval", config.eval, keys, "with eval.perplexity=false")
         if config.data.further:
             found.append(

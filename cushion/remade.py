@@ -86,16 +86,23 @@ class RemadeRun:
         asked = config.eval
         if not measures:
             asked = replace(asked, perplexity=True, blocks=1)
-            config = replace(config, data=replace(config.data, further={}))
         self.config = replace(config, eval=replace(asked, tasks=[]))
         self.prepared = prepare(self.config, choose_device(self.config))
-        own, wanted = self.prepared.lm.fingerprint, record["model"].get("fingerprint")
-        if own != wanted:
-            raise ArtifactError(
-                f"model.path={config.model.path!r} is not the model of the run in {folder} any more (fingerprint "
-                f"{own}, and it was {wanted}): run it again"
-            )
+        self._check_same(
+            "model.path", config.model.path, self.prepared.lm.fingerprint, record["model"].get("fingerprint")
+        )
+        for purpose, corpus in self.prepared.corpora.items():
+            was, now = record["data"].get(purpose), corpus.provenance
+            if was is not None:
+                self._check_same(f"data.{purpose}", now["source"], now["sha256"], was["sha256"])
         self._steps = Steps(self.config, self.prepared, emit, folder)
+
+    def _check_same(self, key: str, value: str, now: str, then: str | None) -> None:
+        if now != then:
+            raise ArtifactError(
+                f"{key}={value!r} is not what it was for the run in {self._folder} (hash {now}, and it was {then}): "
+                "run it again"
+            )
 
     @cached_property
     def _found(self) -> Prefix:

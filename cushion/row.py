@@ -102,7 +102,7 @@ def measure_row(
             scores[name], records[name] = answered.score, answered.records
             seconds += answered.seconds
             context.progress(f"tasks, {label}", done + 1, len(tasks.tasks), "task")
-        row = RowContext(context, model, config, blocks)
+        row = RowContext(context, model, config, blocks, bos)
         further = {metric.name: located(metric.measure)(row) for metric in metrics() if metric.measure is not None}
     for name, group in tasks.groups.items():
         grouped = group_score(group, scores)

@@ -160,7 +160,8 @@ def test_what_cannot_be_is_refused_in_one_line(
         (tmp_path / "run" / "result.json").write_text(json.dumps({**record, **changed}))
 
     change(model={**record["model"], "fingerprint": "0123"})
-    assert "is not the model of the run" in refused(capsys, tmp_path / "run", "x", "--row", "full_precision")
+    line = refused(capsys, tmp_path / "run", "x", "--row", "full_precision")
+    assert line.startswith("model.path='tiny:llama' is not what it was for the run")
     change(config={**record["config"], "search": {**record["config"]["search"], "former": 1}})
     line = refused(capsys, tmp_path / "run", "x")
     assert "whose configuration this version does not read (Key 'former' not in 'SearchConfig'" in line

@@ -90,7 +90,7 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
         config = small_config(text, folder / "out")
         config.search = SearchConfig(name=method, method=method, texts=2, text_length=20)
         config.reconstruction = ReconstructionConfig(name="weights", method="blockwise", weights=True, epochs=1)
-        config.eval = replace(config.eval, controls=False)
+        config.eval = replace(config.eval, controls=False, prefix_as_tokens=True)
         found.append(config)
     config = small_config(text, folder / "out")
     config.quantizer = replace(config.quantizer, plugins={"codes": {}})

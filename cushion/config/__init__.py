@@ -147,7 +147,9 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
-    except OmegaConfBaseException as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     return config

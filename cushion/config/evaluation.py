@@ -27,6 +27,7 @@ class EvalConfig:
     batch_size: int = 1
     predict_first: bool = False
     prefix_in_block: bool = False
+    prefix_as_tokens: bool = False
     tasks: list[str] = field(default_factory=list)
     limit: int | float | None = None
     shots: int | None = None

@@ -54,7 +54,13 @@ def perplexity(losses: list[BlockLoss]) -> float:
 
 @torch.no_grad()
 def block_losses(
-    lm: LanguageModel, prefix: Prefix, blocks: Tensor, config: EvalConfig, start: int = 0, bos: bool = False
+    lm: LanguageModel,
+    prefix: Prefix,
+    blocks: Tensor,
+    config: EvalConfig,
+    start: int = 0,
+    bos: bool = False,
+    in_front: int = 0,
 ) -> Iterator[BlockLoss]:
     """Loss of each batch of blocks, in order.
 
@@ -63,11 +69,13 @@ def block_losses(
         config: batch size, and whether the first token is predicted.
         start: number of batches to leave out, because an earlier run has them.
         bos: whether the blocks begin with BOS.
+        in_front: how many tokens stand before that in each block, which are not predicted either.
 
     """
+    first = in_front + (2 if bos and not config.predict_first else 1)
     for index in range(start, math.ceil(len(blocks) / config.batch_size)):
         batch = blocks[index * config.batch_size : (index + 1) * config.batch_size].to(lm.device)
-        yield _batch_loss(lm, prefix, batch, 2 if bos and not config.predict_first else 1)
+        yield _batch_loss(lm, prefix, batch, first)
 
 
 def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, first: int) -> BlockLoss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class PerplexityStep(Step[MeasuredPerplexity]):
         started = time.perf_counter() - state["seconds"]
         self.model.put_on()
         total = -(-len(self.blocks) // config.batch_size)
-        for loss in block_losses(context.lm, self.model.behind, self.blocks, config, len(losses), self.bos):
+        for loss in self.losses(context, len(losses)):
             losses.append(loss)
             context.progress(self.stage, len(losses), total, "block")
             if workspace.checkpoint.due():
@@ -80,6 +81,10 @@ class PerplexityStep(Step[MeasuredPerplexity]):
             "seconds": time.perf_counter() - started,
         }
         write_json(workspace.folder / "perplexity.json", record)
+
+    def losses(self, context: Context, start: int) -> Iterator[BlockLoss]:
+        """The loss of each batch of blocks from number `start` on."""
+        return block_losses(context.lm, self.model.behind, self.blocks, self.config, start, self.bos)
 
     def read(self, context: Context, folder: Path) -> MeasuredPerplexity:
         """The perplexity and what it was averaged over."""

@@ -176,7 +176,8 @@ class RowContext:
         cached: with the model; what `cushion.step.compute` needs.
         model: the row's prefix and quantizer; `put_on` puts the latter on the model.
         config: how rows are measured.
-        blocks: by corpus, token ids, (blocks, block length).
+        blocks: by corpus, token ids, (blocks, block length), or one more with BOS in front.
+        bos: whether the blocks begin with BOS.
 
     """
 
@@ -184,6 +185,7 @@ class RowContext:
     model: QuantizedLazily
     config: EvalConfig
     blocks: Mapping[str, Tensor]
+    bos: bool = False
 
 
 def _nothing(_: Measured) -> Values:

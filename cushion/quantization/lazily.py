@@ -52,8 +52,7 @@ class QuantizedLazily:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_on = False
-        self._stack.close()
+        self.take_off()
 
     def put_on(self) -> None:
         """Put the quantizer on the model, unless it is there already."""
@@ -61,6 +60,11 @@ class QuantizedLazily:
             fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep, self.learned)
             self._stack.enter_context(fitted.on(self.lm, execution=self.execution, replacements=self._replacements))
             self._is_on = True
+
+    def take_off(self) -> None:
+        """Leave the model as it was before, until `put_on` is called again."""
+        self._is_on = False
+        self._stack.close()
 
     def suspended(self) -> AbstractContextManager[None]:
         """Full-precision linears for the length of a `with` block, behind rotation and smoothing."""

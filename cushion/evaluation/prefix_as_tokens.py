@@ -1,0 +1,189 @@
+"""The prefix as a server without a cache for it has it: tokens before the text, which the quantized linears read too.
+
+A prefix takes the outliers upon itself. Static ranges that are calibrated behind it leave them out, so its own tokens
+are clipped, come out as something else, and the model is worse than without any prefix. A few linears are the reason:
+those at which the prefix's own tokens are far beyond the static range. There the input stays in full precision, as
+QFeM (arXiv 2405.14428) leaves it, chosen by the prefix and not by texts; the weights are quantized all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cushion.activations import observe_inputs
+from cushion.artifacts import Workspace, read_json, write_json
+from cushion.config import EvalConfig
+from cushion.evaluation.perplexity import BlockLoss, block_losses
+from cushion.evaluation.perplexity_step import MeasuredPerplexity, PerplexityStep
+from cushion.execution.registry import SIMULATED
+from cushion.metrics.columns import RowContext, Values
+from cushion.metrics.prefix_as_tokens import values_of
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.lazily import QuantizedLazily
+from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
+from cushion.step import Context, Step, compute
+
+BEYOND = 2.0
+"""A linear keeps its input where a value of the prefix's tokens is more than so many times the end of its range."""
+
+
+@dataclass(frozen=True, eq=False)
+class AsTokens:
+    """What became of a row whose prefix is tokens.
+
+    Args:
+        keep: by linear that keeps its input in full precision, in the model's order, how far the prefix's tokens go:
+            `beyond_range`. Those that QFeM keeps anyway are not among them.
+        perplexity: by corpus.
+
+    """
+
+    keep: dict[str, float]
+    perplexity: dict[str, MeasuredPerplexity]
+
+
+def measure_as_tokens(
+    context: Context, model: QuantizedLazily, config: EvalConfig, blocks: Mapping[str, Tensor], bos: bool
+) -> AsTokens:
+    """Choose the linears that keep their input, and measure the perplexity of every corpus.
+
+    The same tokens are predicted as in the row, whose prefix predicts none.
+
+    Args:
+        context: with the model.
+        model: with a prefix that was not tuned, and a quantizer; it is not on the model at the moment.
+        config: as for the row.
+        blocks: as for the row: by corpus, (blocks, block length), or one more with BOS in front.
+        bos: whether they begin with BOS.
+
+    """
+    assert len(model.behind) > 0 and not model.behind.tuned and model.quantizer is not None
+    beyond = compute(BeyondRangeStep(model), context)
+    keep = chosen(model.lm, beyond)
+    found = {}
+    with _variant(model, model.keep | keep.keys(), model.execution) as served:
+        for corpus, text in blocks.items():
+            stage = f"perplexity, {corpus}, prefix as tokens"
+            step = TokensPerplexityStep(served, config, text, stage, bos, model.behind.token_ids)
+            found[corpus] = compute(step, context)
+    return AsTokens(keep, found)
+
+
+def chosen(lm: LanguageModel, beyond: Mapping[str, float]) -> dict[str, float]:
+    """Of the linears in `beyond` those above `BEYOND`, with all that read the same norm: kernels run these as one."""
+    names = {name for name, ratio in beyond.items() if ratio > BEYOND}
+    for index in range(len(lm.blocks)):
+        for _, readers in lm.norm_readers(index):
+            if names & readers.keys():
+                names |= readers.keys() & beyond.keys()
+    return {name: ratio for name, ratio in beyond.items() if name in names}
+
+
+def _variant(model: QuantizedLazily, keep: frozenset[str], execution: str) -> QuantizedLazily:
+    """The model of a row without its prefix, its quantizer fitted as it was, with other linears kept."""
+    return QuantizedLazily(model.lm, Prefix.empty(), model.quantizer, model.calibration, keep, execution, model.learned)
+
+
+@torch.no_grad()
+def beyond_ranges(model: QuantizedLazily) -> dict[str, float]:
+    """By linear with a static range of its input: how far the prefix's own tokens go beyond it, in one pass.
+
+    All inputs are in full precision in this pass, the weights are quantized. A linear that reads none of the tokens, an
+    expert, is left out.
+    """
+    lm, inputs = model.lm, dict[str, Tensor]()
+    assert model.quantizer is not None
+    linears = lm.linears(model.quantizer.targets)
+    with _variant(model, frozenset(linears), SIMULATED) as free:
+        free.put_on()
+        placed = {name: lm.model.get_submodule(name) for name in linears}
+        with observe_inputs(placed, lambda name, values: inputs.update({name: values.clone()})):
+            lm.body(torch.tensor([model.behind.token_ids]))
+    found = {}
+    with _variant(model, model.keep, SIMULATED) as own:
+        own.put_on()
+        for name in linears:
+            module = lm.model.get_submodule(name)
+            if name in inputs and isinstance(module, QuantizedLinear) and module.activation is not None:
+                found[name] = beyond_range(module.activation, inputs[name])
+    return found
+
+
+def beyond_range(quantizer: ActivationQuantizer, values: Tensor) -> float:
+    """How far `values`, any shape, go beyond a static range: 1 where none does, or where there is no such range.
+
+    In units of the end of the range that is farther from 0: with a symmetric range, 3 is three times its end.
+    """
+    if quantizer.parameters is None:
+        return 1.0
+    scale, offset = quantizer.parameters
+    low, high = (scale * bound + offset for bound in quantizer.grid.bounds)
+    outside = torch.maximum(values.float() - high, low - values.float()).amax().clamp(min=0)
+    return float(1 + outside / torch.maximum(low.abs(), high.abs()))
+
+
+@dataclass(frozen=True, eq=False)
+class BeyondRangeStep(Step[dict[str, float]]):
+    """`beyond_ranges` of a row.
+
+    Args:
+        model: with its prefix and quantizer.
+
+    """
+
+    name = "beyond_range"
+    model: QuantizedLazily
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """Prefix and quantizer."""
+        return self.model.identity()
+
+    def make(self, context: Context, workspace: Workspace) -> None:
+        """One pass."""
+        write_json(workspace.folder / "beyond_range.json", beyond_ranges(self.model))
+
+    def read(self, context: Context, folder: Path) -> dict[str, float]:
+        """By linear, in the model's order."""
+        found: dict[str, float] = read_json(folder / "beyond_range.json")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class TokensPerplexityStep(PerplexityStep):
+    """Perplexity with tokens in front of every block, in the same pass.
+
+    Args:
+        tokens: their ids.
+
+    """
+
+    name = "perplexity_as_tokens"
+    tokens: tuple[int, ...] = ()
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """That of a perplexity, and the tokens."""
+        return {**super().key(context), "tokens": list(self.tokens)}
+
+    def losses(self, context: Context, start: int) -> Iterator[BlockLoss]:
+        """The loss of each batch of blocks from number `start` on, over what is predicted without the tokens too."""
+        front = torch.tensor([self.tokens]).expand(len(self.blocks), -1).to(self.blocks)
+        blocks = torch.cat([front, self.blocks], dim=1)
+        none, count = Prefix.empty(), len(self.tokens)
+        return block_losses(context.lm, none, blocks, self.config, start, self.bos, count)
+
+
+def measure(row: RowContext) -> Values:
+    """The values of a row whose prefix could be tokens, where `eval.prefix_as_tokens` asks for them."""
+    model = row.model
+    if not row.config.prefix_as_tokens or model.quantizer is None or model.behind.tuned or not len(model.behind):
+        return {}
+    model.take_off()
+    found = measure_as_tokens(row.cached, model, row.config, row.blocks, row.bos)
+    return values_of({corpus: one.value for corpus, one in found.perplexity.items()}, len(found.keep))
