@@ -32,7 +32,9 @@ from cushion.quantization.lazily import QuantizedLazily
 from cushion.quantization.learned import Learned
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import without_rounding
+from cushion.quantization.parts.rotation_sites import LEFT_ALONE
 from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
+from cushion.quantization.rotation_sites_step import RotationSitesStep
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
@@ -150,7 +152,11 @@ class Steps:
         texts = self._texts.calibration
         assert texts is not None
         plain = self._ranges_if_needed(behind, without_rounding(quantizer))
-        return compute(InputStatisticsStep(behind, quantizer, plain, texts, title), self._context)
+        if LEFT_ALONE not in quantizer.gathered:
+            return compute(InputStatisticsStep(behind, quantizer, plain, texts, title), self._context)
+        chosen = compute(RotationSitesStep(behind, quantizer, plain, texts), self._context)
+        found = compute(InputStatisticsStep(behind, quantizer, chosen, texts, title), self._context)
+        return replace(found, seconds=found.seconds + chosen.seconds - (0.0 if plain is None else plain.seconds))
 
     def measure_activations(self, behind: Prefix, title: str) -> tuple[MagnitudeCurve, float]:
         """The magnitude curve and the mean L_q per text behind a prefix, on the full-precision model."""

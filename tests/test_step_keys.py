@@ -93,7 +93,9 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
         config.eval = replace(config.eval, controls=False, prefix_as_tokens=True)
         found.append(config)
     config = small_config(text, folder / "out")
-    config.quantizer = replace(config.quantizer, plugins={"codes": {}})
+    config.quantizer = replace(
+        config.quantizer, plugins={"codes": {}}, input_rotation="down", rotation_sites="adaptive"
+    )
     timing = LatencyConfig([1], [4], new_tokens=2, repeats=3, warmup=1)
     config.eval = replace(config.eval, controls=False, latency=timing)
     return [*found, config]

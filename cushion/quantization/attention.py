@@ -26,7 +26,7 @@ from cushion.prefix import PrefixCache
 from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.effect import Effect, Work
 from cushion.quantization.formats.blocks import BlockQuantizer, quantizer_of
-from cushion.quantization.head_rotation import RotatedHeads
+from cushion.quantization.hadamard import HadamardTransform
 from cushion.quantization.inputs import grid_of
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.parts.head_rotation import rotates_keys
@@ -72,7 +72,7 @@ class AttentionQuantizer:
             else:
                 fixed = low.amin(), high.amax()
             self._static[name] = quantizer(config.kv_cache, fixed)
-        self._rotated = RotatedHeads() if rotates_keys(config) else None
+        self._rotated = HadamardTransform() if rotates_keys(config) else None
         self._past = self._prefix = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

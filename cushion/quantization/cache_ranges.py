@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from cushion.artifacts import read_tensors
 from cushion.errors import CalibrationError
-from cushion.quantization.head_rotation import RotatedHeads
+from cushion.quantization.hadamard import HadamardTransform
 from cushion.quantization.statistics.observer import InputObserver
 
 FILE_NAME = "cache_ranges.safetensors"
@@ -40,7 +40,7 @@ class CacheRanges(InputObserver):
 
     def __init__(self, rotated_keys: bool = False) -> None:
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
-        self._rotated = RotatedHeads() if rotated_keys else None
+        self._rotated = HadamardTransform() if rotated_keys else None
 
     def __call__(self, name: str, values: Tensor) -> None:
         """The inputs of linears are of no interest."""

@@ -33,6 +33,21 @@ def randomized_hadamard(size: int, seed: int = 0) -> Tensor:
     return signs[:, None] * torch.kron(doubled / power**0.5, _random_orthogonal(size // power, generator))
 
 
+class HadamardTransform:
+    """Multiplies the last dimension, whatever its size, with `randomized_hadamard` of that size and seed 0."""
+
+    def __init__(self) -> None:
+        self._matrices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """`values`: (..., size) -> the same shape and dtype; multiplied in float32, or in float64 if they are."""
+        place = values.shape[-1], values.device
+        if place not in self._matrices:
+            self._matrices[place] = randomized_hadamard(place[0]).to(place[1])
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return (values.to(dtype) @ self._matrices[place].to(dtype)).to(values.dtype)
+
+
 def hadamard(size: int) -> Tensor | None:
     """A Hadamard matrix of order `size`, float64, or None where neither Sylvester nor Paley constructs one."""
     doublings, core = 0, _paley(size)

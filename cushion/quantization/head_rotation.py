@@ -15,37 +15,23 @@ orthogonal H of the size of a head, one for all heads and layers:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import PrefixCache
 from cushion.quantization.effect import Effect, Work
-from cushion.quantization.hadamard import randomized_hadamard
+from cushion.quantization.hadamard import HadamardTransform, randomized_hadamard
 from cushion.quantization.parts.head_rotation import rotates_values
+from cushion.quantization.parts.rotation_sites import left_alone, values_site
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.rotation import times
-
-
-class RotatedHeads:
-    """Multiplies the last dimension, the channels of a head, with the matrix H of its size."""
-
-    def __init__(self) -> None:
-        self._matrices: dict[tuple[int, torch.device], Tensor] = {}
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """`values`: (..., head size) -> the same shape and dtype; multiplied in float32, or in float64 if they are."""
-        place = values.shape[-1], values.device
-        if place not in self._matrices:
-            self._matrices[place] = randomized_hadamard(place[0]).to(place[1])
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        return (values.to(dtype) @ self._matrices[place].to(dtype)).to(values.dtype)
 
 
 class _HeadRotation(Effect):
@@ -64,40 +50,58 @@ class _HeadRotation(Effect):
         if not rotates_values(work.config):
             yield
             return
-        replacements = Replacements()
-        decoder = work.lm.model.get_submodule(work.lm.architecture.blocks.rpartition(".")[0])
-        handle = decoder.register_forward_pre_hook(_enter, with_kwargs=True)
+        lm, replacements = work.lm, Replacements()
+        alone = left_alone(work.config, work.inputs)
+        layers = [layer for layer in range(len(lm.blocks)) if values_site(layer) not in alone]
+        decoder = lm.model.get_submodule(lm.architecture.blocks.rpartition(".")[0])
+        handle = decoder.register_forward_pre_hook(partial(_enter, layers), with_kwargs=True)
         try:
-            _fold_values(work.lm, replacements)
+            for layer in layers:
+                _fold_values(lm, layer, replacements)
             yield
         finally:
             handle.remove()
             replacements.undo()
 
 
-def _fold_values(lm: LanguageModel, replacements: Replacements) -> None:
-    config = lm.model.config.get_text_config()
+def value_linears(lm: LanguageModel, layer: int) -> tuple[str, str]:
+    """The full names of the linear that makes the values of a layer, and of the one that reads what becomes of them."""
     values = lm.architecture.values
+    assert values is not None, "checked"
+    path = f"{lm.architecture.blocks}.{layer}."
+    return path + values.maker, path + values.reader
+
+
+def turned_maker(lm: LanguageModel, tensor: Tensor) -> Tensor:
+    """The weight or the bias of the linear that makes values, (out_features, ...), with the rows of values rotated."""
+    config, values = lm.model.config.get_text_config(), lm.architecture.values
     assert values is not None, "checked"
     _, heads, size = lm.architecture.cache_shape(config)
     groups, heads = (1, heads) if values.groups is None else (int(getattr(config, values.groups)), 1)
-    matrix = randomized_hadamard(size)
-    for block in lm.blocks:
-        maker, reader = (cast(nn.Linear, block.get_submodule(path)) for path in (values.maker, values.reader))
-        for name in ("weight", "bias"):
-            old = getattr(maker, name)
-            if old is not None:
-                new = old.detach().clone()
-                own = new.view(groups, -1, size, new.numel() // new.shape[0])[:, -heads:]
-                own.copy_(times(own.mT, matrix).mT)
-                replacements.put(maker, name, nn.Parameter(new, requires_grad=False))
-        columns = reader.weight.detach().unflatten(1, (-1, size))
-        turned = times(columns, matrix).flatten(1).to(reader.weight.dtype)
-        replacements.put(reader, "weight", nn.Parameter(turned, requires_grad=False))
+    turned = tensor.detach().clone()
+    rows = turned.view(groups, -1, size, turned.numel() // len(turned))[:, -heads:]
+    rows.copy_(times(rows.mT, randomized_hadamard(size)).mT)
+    return turned
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before every forward pass of the decoder: the values of a prefix are turned, once for each cache.
+def turned_reader(lm: LanguageModel, weight: Tensor) -> Tensor:
+    """The weight of the linear that reads values, (out_features, heads x head size), with every head rotated back."""
+    _, _, size = lm.architecture.cache_shape(lm.model.config.get_text_config())
+    columns = weight.detach().unflatten(1, (-1, size))
+    return times(columns, randomized_hadamard(size)).flatten(1).to(weight.dtype)
+
+
+def _fold_values(lm: LanguageModel, layer: int, replacements: Replacements) -> None:
+    maker, reader = (cast(nn.Linear, lm.model.get_submodule(name)) for name in value_linears(lm, layer))
+    turned = [(maker, "weight", turned_maker(lm, maker.weight)), (reader, "weight", turned_reader(lm, reader.weight))]
+    if maker.bias is not None:
+        turned.append((maker, "bias", turned_maker(lm, maker.bias)))
+    for owner, name, tensor in turned:
+        replacements.put(owner, name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _enter(layers: Sequence[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before every forward pass of the decoder: the values of a prefix are turned in `layers`, once for each cache.
 
     Raises:
         ConfigError: the cache holds more than a prefix, from outside, whose values are plain.
@@ -112,9 +116,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             "a cache that was filled by the plain model cannot be continued under quantizer.head_rotation, which "
             "keeps rotated values: take a new one (Prefix.cache)"
         )
-    rotate = RotatedHeads()
-    for layer in cache.layers if own else ():
-        layer.values = rotate(layer.values)
+    rotate = HadamardTransform()
+    for layer in layers if own else ():
+        cache.layers[layer].values = rotate(cache.layers[layer].values)
     cache.values_rotated = True
 
 

@@ -19,6 +19,7 @@ from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Work
 from cushion.quantization.hadamard import randomized_hadamard
+from cushion.quantization.parts.rotation_sites import input_site, left_alone
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.rotation import Rotation, times
@@ -41,7 +42,10 @@ class _InputRotation(Effect):
         replacements, handles = Replacements(), []
         rotations: dict[tuple[int, torch.device], tuple[Tensor, Hook]] = {}
         try:
+            alone = left_alone(work.config, work.inputs)
             for name, linear in rotated_linears(work.lm, work.config).items():
+                if input_site(name) in alone:
+                    continue
                 weight = linear.weight.detach()
                 place = linear.in_features, weight.device
                 if place not in rotations:

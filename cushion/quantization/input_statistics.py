@@ -30,8 +30,10 @@ from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.identity import quantizer_identity, rotation_of
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS, without_rounding
+from cushion.quantization.parts.rotation_sites import LEFT_ALONE, rotated_nowhere
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.rotation import rotated
+from cushion.quantization.rotation_sites import SiteErrors, better_alone
 from cushion.quantization.statistics.gathered import GatheredStatistics, read_statistics
 from cushion.quantization.statistics.observer import InputObserver
 from cushion.registry import located
@@ -70,6 +72,27 @@ def observe_fitted(
             yield done
 
 
+def observe_sites(
+    lm: LanguageModel, behind: Prefix, texts: Tensor, quantizer: QuantizerConfig, ranges: ChannelRanges | None
+) -> Iterator[tuple[int, SiteErrors]]:
+    """Run `texts` through the model with no site rotated, and collect the errors that a rotation of each would lower.
+
+    Args:
+        texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
+        quantizer: its errors are collected.
+        ranges: with which it smooths.
+
+    Yields:
+        The number of texts done, and the errors so far. Close the generator before using the model for anything else.
+
+    """
+    plain = FittedQuantizer(without_rounding(rotated_nowhere(quantizer)), ranges)
+    with plain.on(lm):
+        errors = SiteErrors(lm, quantizer)
+    for done in observe_fitted(lm, behind, texts, plain, [errors]):
+        yield done, errors
+
+
 @dataclass(frozen=True)
 class InputStatistics:
     """What was gathered, by what was needed; the artifact's key, and the seconds it took."""
@@ -86,7 +109,7 @@ class InputStatisticsStep(Step[InputStatistics]):
     Args:
         behind: the prefix.
         quantizer: its smoothing and rotation are in place.
-        calibration: statistics behind the same prefix, where the quantizer smooths.
+        calibration: statistics behind the same prefix, where the quantizer smooths, and the sites that it leaves alone.
         texts: token ids, (texts, tokens).
         title: how progress calls the prefix.
 
@@ -114,7 +137,7 @@ class InputStatisticsStep(Step[InputStatistics]):
         observers = [_observer(needed) for needed in self._needed()]
         fitted = FittedQuantizer.of(self.quantizer, self.calibration)
         seen = observe_fitted(context.lm, self.behind, self.texts, fitted, observers)
-        for done in seen:
+        for done in seen if observers else ():
             context.progress(f"statistics, {self.title}", done, len(self.texts), "text")
         _write(observers, workspace.folder)
         write_json(workspace.folder / "inputs.json", {"seconds": time.perf_counter() - started})
@@ -122,10 +145,12 @@ class InputStatisticsStep(Step[InputStatistics]):
     def read(self, context: Context, folder: Path) -> InputStatistics:
         """Everything that was gathered, on the model's device."""
         seconds = float(read_json(folder / "inputs.json")["seconds"])
-        return InputStatistics(_read_all(self._needed(), folder, context.lm.device), folder.name, seconds)
+        known = {} if self.calibration is None else self.calibration.inputs
+        found = {**known, **_read_all(self._needed(), folder, context.lm.device)}
+        return InputStatistics(found, folder.name, seconds)
 
     def _needed(self) -> list[Needed]:
-        return sorted(self.quantizer.gathered)
+        return sorted(self.quantizer.gathered - {LEFT_ALONE})
 
 
 def fitted_behind(
@@ -149,14 +174,17 @@ def fitted_behind(
         with rotated(lm, rotation, seed):
             deque(calibrate(lm, behind, texts, ranges), maxlen=0)
     fitted = FittedQuantizer(quantizer, ranges, keep)
-    needed = sorted(PARTS["qfem"].off(quantizer).gathered)
+    if LEFT_ALONE in quantizer.gathered:
+        *_, (_, errors) = observe_sites(lm, behind, texts, quantizer, ranges)
+        fitted = replace(fitted, inputs={LEFT_ALONE: better_alone(errors.errors)})
+    needed = sorted(PARTS["qfem"].off(quantizer).gathered - {LEFT_ALONE})
     if not needed:
         return fitted
     observers = [_observer(one) for one in needed]
     deque(observe_fitted(lm, behind, texts, fitted, observers), maxlen=0)
     with TemporaryDirectory() as folder:  # through files, as the cached step has it
         _write(observers, Path(folder))
-        return replace(fitted, inputs=_read_all(needed, Path(folder), lm.device))
+        return replace(fitted, inputs={**fitted.inputs, **_read_all(needed, Path(folder), lm.device)})
 
 
 def _write(observers: Sequence[InputObserver | GatheredStatistics], into: Path) -> None:

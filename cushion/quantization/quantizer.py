@@ -52,6 +52,7 @@ class QuantizerConfig:
     rotation: str = "none"
     rotation_seed: int = 0
     head_rotation: str = "none"
+    rotation_sites: str = "all"
     input_rotation: str = "none"
     targets: list[str] = field(default_factory=lambda: ["all"])
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

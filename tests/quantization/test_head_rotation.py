@@ -21,8 +21,7 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix, PrefixCache
 from cushion.quantization.attention import AttentionQuantizer
 from cushion.quantization.check import check_quantizer
-from cushion.quantization.hadamard import randomized_hadamard
-from cushion.quantization.head_rotation import RotatedHeads
+from cushion.quantization.hadamard import HadamardTransform, randomized_hadamard
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.numerics import Grid, fake_quantize
@@ -150,7 +149,7 @@ def test_weights_are_rounded_in_the_rotated_basis(tiny: Tiny) -> None:
 @pytest.mark.parametrize("range_", ["dynamic", "static"])
 def test_the_cache_is_rounded_in_the_rotated_basis(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, range_: str) -> None:
     """Against transformers' own attention on the plain model, with rotated heads put into its hands."""
-    lm, rotate, grid = tiny("llama"), RotatedHeads(), Grid(4, False)
+    lm, rotate, grid = tiny("llama"), HadamardTransform(), Grid(4, False)
     monkeypatch.setattr(lm.model.config, "_attn_implementation", "eager")
     prefix, calibration = tuned(lm, [17, 42]), random_texts(3, 16, seed=3)
     granularity = "per_token" if range_ == "dynamic" else "per_tensor"

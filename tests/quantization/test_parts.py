@@ -35,6 +35,7 @@ from cushion.quantization.parts.activations import EXTREMES
 from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
+from cushion.quantization.parts.rotation_sites import LEFT_ALONE
 from cushion.tuning_ranges import tuning_quantizer
 
 FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
@@ -51,6 +52,7 @@ EVERYTHING = QuantizerConfig(
     rotation_seed=3,
     head_rotation="all",
     input_rotation="all",
+    rotation_sites="adaptive",
     targets=["q_proj"],
     qfem=QFeMConfig(alpha=3.0, texts=2),
 )
@@ -85,6 +87,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
         ("smoothing", {RANGES}, set(), False, ""),
         ("rotation", set(), set(), False, " rotated"),
         ("head_rotation", set(), set(), False, " values and keys rotated"),
+        ("rotation_sites", {LEFT_ALONE}, set(), False, " adaptive"),
         ("input_rotation", set(), {"targets"}, False, " all inputs rotated"),
         ("qfem", {RATIOS}, set(), False, ""),
     ],
@@ -109,7 +112,7 @@ CHANGES: dict[str, list[Any]] = {
                  KvCacheConfig(8, "per_tensor", True, "static")],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
-    "head_rotation": ["none", "values", "keys"], "input_rotation": ["none"],
+    "head_rotation": ["none", "values", "keys"], "input_rotation": ["none"], "rotation_sites": ["all"],
     "levels": ["full"], "zero_point": ["real"], "shared_exponent": [], "targets": [["all"]],
 }  # fmt: skip
 
@@ -122,10 +125,13 @@ def test_everything_that_decides_is_in_the_identity() -> None:
 
 
 def test_a_quantizer_is_what_its_parts_are_together() -> None:
-    assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS}
-    assert EVERYTHING.gathered == {EXTREMES, RATIOS}
+    assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS, LEFT_ALONE}
+    assert EVERYTHING.gathered == {EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.spans_batch
-    assert EVERYTHING.scheme == "everything W4A6KV4 GPTQ attention 5 rotated values and keys rotated all inputs rotated"
+    assert (
+        EVERYTHING.scheme
+        == "everything W4A6KV4 GPTQ attention 5 rotated adaptive values and keys rotated all inputs rotated"
+    )
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
     assert nothing.is_full_precision
