@@ -1,66 +1,51 @@
-"""Options that are set but have no effect in the combination at hand: worth a warning, not an error."""
+"""Options that are set but have no effect in the combination at hand: worth a warning, not an error.
+
+Which these are is known from what the steps of the run read (`cushion.config_reads`): an option that is away from its
+default has no effect where its default would be read as the same. What a warning gives as the reason is the one option
+that would have to be another, or what a part of the quantizer or a search method says of itself.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from cushion.checks import without_effect
-from cushion.config import QuantizerConfig, RunConfig, SearchConfig, TuningConfig
+from cushion.checks import without_effect, written
+from cushion.config import RunConfig
+from cushion.errors import ConfigError
 from cushion.quantization.formats.registry import FORMATS
-from cushion.quantization.parts.registry import parts, unread
+from cushion.quantization.parts.registry import parts
 from cushion.registry import SEARCH_METHODS
 
-_GRID = ("bits", "symmetric", "levels", "format")
-"""The search keys that have an effect with every method: the activations are measured with them."""
+_SECTIONS = ("search", "quantizer", "tuning", "reconstruction", "eval", "execution")
+"""What of a configuration only steps read. Models, texts and places are read before there is a step."""
 
-
-def options_without_effect(config: RunConfig) -> list[str]:
-    """Warnings about options that are set away from their default but have no effect in this combination."""
-    found: list[str] = []
-
-    def changed(section: str, part: Any, keys: tuple[str, ...], why: str) -> None:
-        found.extend(without_effect(section, part, keys, why))
-
-    keys: tuple[str, ...]
-    search, tuning, quantizer = config.search, config.tuning, config.quantizer
-    if config.model.path.partition(":")[0] in ("embedded", "tiny"):
-        changed("model", config.model, ("revision", "gguf_file"), f"with model.path={config.model.path}")
-    found.extend(_search_keys(search))
-    if not config.eval.tasks:
-        keys = ("limit", "shots", "task_batch_size", "accuracy", "include_path", "samples")
-        keys += ("chat_template", "system_instruction", "fewshot_as_multiturn")
-        changed("eval", config.eval, keys, "without eval.tasks")
-    elif config.eval.chat_template is False:
-        changed("eval", config.eval, ("fewshot_as_multiturn",), "with eval.chat_template=false")
-    if not config.eval.perplexity:
-        keys = ("batch_size", "predict_first", "prefix_in_block", "prefix_as_tokens")
-        changed("eval", config.eval, keys, "with eval.perplexity=false")
-        if config.data.further:
-            found.append(
-                f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
-                "its share where another purpose names the same source"
-            )
-    if not config.eval.latency.is_on:
-        keys, why = ("prompt_lengths", "new_tokens", "repeats", "warmup"), "with eval.latency.batch_sizes=[]"
-        changed("eval.latency", config.eval.latency, keys, why)
-    if tuning.method == "none":
-        keys = tuple(f.name for f in dataclasses.fields(tuning) if f.name not in ("name", "method"))
-        changed("tuning", tuning, keys, "with tuning.method=none")
-    else:
-        found += _tuning_keys(tuning)
-    reconstruction = config.reconstruction
-    if not reconstruction.is_on:
-        keys = tuple(f.name for f in dataclasses.fields(reconstruction) if f.name not in ("name", "method"))
-        changed("reconstruction", reconstruction, keys, "with reconstruction.method=none")
-    elif not reconstruction.weights:
-        changed("reconstruction", reconstruction, ("weight_learning_rate",), "with reconstruction.weights=false")
-    found += _of_quantizer(quantizer)
-    if quantizer.is_full_precision:
-        changed_execution = without_effect("", config, ("execution",), f"with quantizer={quantizer.name}")
-        found += [warning.removeprefix(".") for warning in changed_execution]
-    return found
-
+_SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("eval.chat_template", {"eval.chat_template": True}),
+    ("eval.tasks", {"eval.tasks": ["copa"], "eval.chat_template": True}),
+    ("eval.perplexity", {"eval.perplexity": True}),
+    ("eval.attention_texts", {"eval.attention_texts": 1}),
+    ("eval.latency.batch_sizes", {"eval.latency.batch_sizes": [1]}),
+    ("tuning.method", {"tuning.method": "prefix", "tuning.steps": 1, "tuning.epochs": None, "search.method": "bos"}),
+    ("tuning.method", {"tuning.method": "prefix", "tuning.steps": None, "tuning.epochs": 1.0, "search.method": "bos"}),
+    ("tuning.lambda_q", {"tuning.lambda_q": 1.0}),
+    ("tuning.ranges", {"tuning.ranges": "static"}),
+    ("tuning.ranges", {"tuning.ranges": "learned"}),
+    ("reconstruction.method", {"reconstruction.method": "blockwise"}),
+    ("reconstruction.weights", {"reconstruction.weights": True}),
+    ("quantizer.weights.bits", {"quantizer.weights.bits": 8}),
+    ("quantizer.weights.granularity", {"quantizer.weights.granularity": "per_group"}),
+    ("quantizer.weights.method", {"quantizer.weights.method": "gptq"}),
+    ("quantizer.activations.bits", {"quantizer.activations.bits": 8}),
+    ("quantizer.activations.range", {"quantizer.activations.range": "static"}),
+    ("quantizer.activations.symmetric", {"quantizer.activations.symmetric": True}),
+    ("quantizer.kv_cache.bits", {"quantizer.kv_cache.bits": 8}),
+    ("quantizer.attention.bits", {"quantizer.attention.bits": 8}),
+    ("quantizer.rotation", {"quantizer.rotation": "hadamard"}),
+    ("quantizer.qfem.search", {"quantizer.qfem.search": True}),
+)
+"""The options on which the effect of others hangs, each with a change of it that can let them have one."""
 
 _WITHOUT_A_READER = {
     "levels": "without quantized weights, activations, cache or attention on integers",
@@ -68,42 +53,112 @@ _WITHOUT_A_READER = {
     "shared_exponent": "without an MX format (mxfp8, mxfp6, mxfp4)",
     "targets": "without quantized weights or activations",
 }
+_SEVERAL = {
+    **{f"quantizer.{key}": reason for key, reason in _WITHOUT_A_READER.items()},
+    "quantizer.calibration.samples": "without static ranges, smoothing or QFeM",
+    "quantizer.calibration.length": "without static ranges, smoothing or QFeM",
+    "tuning.prediction_model": "with a quantizer that rounds nothing",
+}
+"""Reasons where any of several options would do; the first ones are of what the parts of a quantizer share."""
 
 
-def _of_quantizer(quantizer: QuantizerConfig) -> list[str]:
-    found = [
-        warning
-        for key in unread(quantizer)
-        for warning in without_effect("quantizer", quantizer, (key,), _WITHOUT_A_READER[key])
-    ]
-    for part in parts():
-        found += part.warnings(quantizer)
-    if not quantizer.needs_calibration_text:
-        keys, why = ("samples", "length"), "without static ranges, smoothing or QFeM"
-        found += without_effect("quantizer.calibration", quantizer.calibration, keys, why)
+def options_without_effect(config: RunConfig) -> list[str]:
+    """Warnings about options that are set away from their default but have no effect in this combination."""
+    found = list(_told(config))
+    named, read = {warning.partition("=")[0] for warning in found}, _read(config)
+    for key, value, default in _set(config):
+        if key not in named and _has_no_effect(config, key, default, read):
+            found.append(f"{key}={value!r} has no effect {_reason(config, key, value, default)}")
     return found
 
 
-def _tuning_keys(tuning: TuningConfig) -> list[str]:
-    found, why = list[str](), f"with tuning.ranges={tuning.ranges}"
-    if tuning.lambda_q == 0:
-        found += without_effect("tuning", tuning, ("gradient", "error_site", "reduction"), "with tuning.lambda_q=0")
-    elif tuning.gradient == "straight_through":
-        found.append(
+def _told(config: RunConfig) -> Iterator[str]:
+    """What the search method and the parts of the quantizer say of their options, and what no key of a step tells."""
+    model, search, quantizer = config.model, config.search, config.quantizer
+    if model.path.partition(":")[0] in ("embedded", "tiny"):
+        yield from without_effect("model", model, ("revision", "gguf_file"), f"with model.path={model.path}")
+    yield from SEARCH_METHODS[search.method].idle(search)
+    for part in parts():
+        yield from part.warnings(quantizer)
+    if config.data.further and not config.eval.perplexity:
+        yield (
+            f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
+            "its share where another purpose names the same source"
+        )
+    if config.tuning.method != "none" and config.tuning.gradient == "straight_through" and config.tuning.lambda_q:
+        yield (
             "tuning.gradient=straight_through gives L_q a gradient of exactly zero: tuning.lambda_q has no effect on it"
         )
-    if tuning.ranges != "static":
-        found += without_effect("tuning", tuning, ("ranges_every",), why)
-    if tuning.ranges != "learned":
-        found += without_effect("tuning", tuning, ("scale_learning_rate",), why)
-    return found
 
 
-def _search_keys(search: SearchConfig) -> list[str]:
-    method = SEARCH_METHODS[search.method]
-    used = ("name", "method", *_GRID, *method.reads)
-    unread = tuple(field.name for field in dataclasses.fields(search) if field.name not in used)
-    found = without_effect("search", search, unread, f"with search.method={search.method}")
-    if "levels" not in FORMATS[search.format].reads:
-        found += without_effect("search", search, ("levels",), f"with search.format={search.format}")
-    return [*found, *method.idle(search)]
+def _set(config: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The options away from their default, but for names: key, value and default."""
+
+    def below(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
+        if not is_dataclass(value):
+            if value != default:
+                yield key, value, default
+            return
+        for field in fields(value):
+            if field.name != "name":
+                yield from below(f"{key}.{field.name}", getattr(value, field.name), getattr(default, field.name))
+
+    defaults = RunConfig()
+    for section in _SECTIONS:
+        yield from below(section, getattr(config, section), getattr(defaults, section))
+
+
+def _read(config: RunConfig) -> list[Any]:
+    from cushion.config_reads import reads  # imports torch, which a configuration does without
+
+    return reads(config)
+
+
+def _has_no_effect(config: RunConfig, key: str, default: Any, read: list[Any]) -> bool:
+    try:
+        return _read(_changed(config, {key: default})) == read
+    except ConfigError:  # the rest of the configuration needs the option
+        return False
+
+
+def _reason(config: RunConfig, key: str, value: Any, default: Any) -> str:
+    """The first option that would have to be another for this one to have an effect."""
+    search = config.search
+    if key == "search.levels" and "levels" not in FORMATS[search.format].reads:
+        return f"with search.format={search.format}"
+    if key.startswith("search."):
+        return f"with search.method={search.method}"
+    if key == "execution":
+        return f"with quantizer={config.quantizer.name}"
+    if key in _SEVERAL and (config.tuning.method != "none" or not key.startswith("tuning.")):
+        return _SEVERAL[key]
+    for switch, changes in _SWITCHES:
+        try:
+            switched = _changed(config, {**changes, key: value})
+            read = _read(switched)
+        except ConfigError:
+            continue
+        if not _has_no_effect(switched, key, default, read):
+            current = _value(config, switch)
+            return f"with {switch}={current if isinstance(current, str) else written(current)}"
+    return "in this combination: every step of the run reads the same without it"
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    """The configuration with other values of some keys, all checked together."""
+    own: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        name, _, rest = key.partition(".")
+        if rest:
+            below.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    own |= {name: _changed(getattr(config, name), inner) for name, inner in below.items()}
+    return replace(config, **own)

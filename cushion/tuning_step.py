@@ -33,7 +33,6 @@ _KEYS = (
     "warmup_steps",
     "gradient_clip",
     "lambda_q",
-    "prediction_model",
     "loss",
     "evaluate_every",
 )

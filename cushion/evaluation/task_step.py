@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,12 @@ from cushion.step import Context, Step
 
 if TYPE_CHECKING:
     from cushion.evaluation.harness import PrefixedModel
+
+
+@cache
+def _version() -> str:
+    """That of lm-eval, whose metadata take a while to read."""
+    return version("lm_eval")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class TaskStep(Step[AskedTask]):
                 "batch_size": self.batch_size,
                 **self.asked.chat.key(context.lm),
             },
-            "lm_eval": version("lm_eval"),
+            "lm_eval": _version(),
             "tokenizer": context.lm.tokenizer_fingerprint,
             "samples": self.samples is not None,
         }
