@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cushion import sweeps
 from cushion.checks import written
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError, did_you_mean
@@ -85,8 +86,15 @@ def unknown_keys(config: DictConfig, above: str = "") -> Iterator[tuple[str, lis
             yield from unknown_keys(below, f"{above}{name}.")
 
 
-def execute(config: RunConfig) -> Path:
-    """Do one run with progress bars and the configured tracker, print its table, return the path of result.json."""
+def execute(config: RunConfig, heading: str = "", swept: Sequence[str] = ()) -> Path:
+    """Do one run with progress bars and the configured tracker, print its table, return the path of result.json.
+
+    Args:
+        config: what to do.
+        heading: what is printed above the table.
+        swept: the overrides that tell the run from the others of its sweep.
+
+    """
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
     from cushion.events import Event, Listener, RunFinished
     from cushion.progress import ProgressBars
@@ -100,7 +108,7 @@ def execute(config: RunConfig) -> Path:
             draw_figures(event.result, event.folder)
 
     folder = pipeline.run_folder(config)
-    tracker = WandbTracker(config.tracking) if config.tracking.backend == "wandb" else None
+    tracker = WandbTracker(config.tracking, swept) if config.tracking.backend == "wandb" else None
     with ProgressBars() as bars:
         listeners: list[Listener] = [bars, draw]  # figures are drawn before the tracker looks for them
         if tracker is not None:
@@ -115,6 +123,8 @@ def execute(config: RunConfig) -> Path:
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
+    if heading:
+        print(heading)
     print(comparison_table(record))
     print()
     for table in further_tables(record):
@@ -136,13 +146,27 @@ def _hydra_main(config: DictConfig) -> str:
     _set_up()  # again: a launcher may have started this process
     try:
         with _full_disk_is_no_fault_of_logging(), _place():  # likewise
-            return str(execute(to_run_config(config)))
+            sweep = sweeps.current() if HydraConfig.get().mode == RunMode.MULTIRUN else None
+            return str(execute(to_run_config(config)) if sweep is None else _of_sweep(sweep, to_run_config(config)))
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         report(error)
         _release(error)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(1)
     raise _ReportedError  # without its cause: Hydra keeps it, and with it would keep the failed job's model
+
+
+def _of_sweep(sweep: sweeps.Sweep, config: RunConfig) -> Path:
+    """Do one run of a sweep, and say which it is; beside others at work, once more above its table."""
+    from cushion.config_warnings import options_without_effect
+
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    heading = sweep.heading(hydra_config.job.num, overrides)
+    print(f"\n{heading}" if hydra_config.job.num else heading, flush=True)
+    alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
+    with sweeps.said_before(options_without_effect(config) if sweep.runs is not None else []):
+        return execute(config, "" if alone else heading, sweep.of(overrides))
 
 
 def _set_up() -> None:
@@ -220,15 +244,27 @@ def main() -> None:
     try:
         with _full_disk_is_no_fault_of_logging():
             check_choices(sys.argv[1:], config_folder())
-            _hydra_main()
-    except _ReportedError:
-        sys.exit(1)
+            try:
+                _hydra_main()
+            except _ReportedError:
+                _close_sweep()
+                sys.exit(1)
+            _close_sweep()
     except Exception as error:  # noqa: BLE001 - told to the user, and the exit status says so
         report(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("cushion: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    finally:
+        sweeps.end()
+
+
+def _close_sweep() -> None:
+    """Print what a sweep came to, behind its last run."""
+    text = sweeps.closing()
+    if text is not None:
+        print(f"\n{text}", flush=True)
 
 
 def check_choices(words: list[str], folder: Path) -> None:

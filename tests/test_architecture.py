@@ -40,7 +40,7 @@ RANKS = (
     {"pipeline"},
     {"reporting"},
     {"tracking"},
-    {"export"},
+    {"export", "sweeps"},
     {"cli"},
     {"preflight", "composition"},
 )

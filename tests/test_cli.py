@@ -272,8 +272,31 @@ def test_a_sweep_over_quantizers_completes_every_run(cushion: Callable[..., Outc
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert {result["config"]["quantizer"]["name"] for result in results} == {"per_tensor_dynamic", "smoothquant_o1"}
     assert {result["status"] for result in results} == {"completed"}
-    assert len([line for line in outcome.out.splitlines() if line.endswith(FILE_NAME)]) == 2
-    assert Path(outcome.out.splitlines()[-1]).is_file()
+    lines = outcome.out.splitlines()
+    assert len([line for line in lines if line.endswith(FILE_NAME)]) == 2
+    assert [line for line in lines if line.startswith("[")] == [
+        "[1/2] quantizer=per_tensor_dynamic", "[2/2] quantizer=smoothquant_o1",
+    ]  # fmt: skip
+    assert lines[-1] == "2 runs: 2 completed"
+
+
+def test_a_single_run_says_nothing_of_sweeps(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+    outcome = cushion(*arguments)
+    assert not [line for line in outcome.out.splitlines() if line.startswith("[") or " runs: " in line]
+    assert "CUSHION_SWEEP" not in os.environ
+
+
+def test_a_sweep_says_once_that_an_option_has_no_effect(
+    cushion: Callable[..., Outcome], arguments: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cushion("-m", *arguments, "search.tau=0.25,0.3", "seed=0,1").code == 0
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert said == [
+        "search.tau=0.25 has no effect with search.method=none (run 1 and 1 more: search.tau=0.25 seed=0)",
+        "search.tau=0.3 has no effect with search.method=none (run 3 and 1 more: search.tau=0.3 seed=0)",
+    ]
+    results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
+    assert [len(result["warnings"]) for result in results] == [1] * 4, "the result keeps its own warnings"
 
 
 def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
@@ -289,6 +312,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
     assert {result["config"]["eval"]["blocks"]: result["status"] for result in results} == {
         100000: "failed", 2: "completed",
     }  # fmt: skip
+    assert outcome.out.splitlines()[-1] == "2 runs: 1 completed, 1 failed"
 
 
 def living_models() -> int:
