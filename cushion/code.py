@@ -49,7 +49,10 @@ INFRASTRUCTURE = frozenset(
 )
 """Modules that are in no step's version, whoever imports them."""
 
-SHOWN = ("cli", "composition", "export", "launching", "preflight", "progress", "reporting", "sweeps", "tracking")
+SHOWN = (
+    "cli", "composition", "export", "journal", "launching", "preflight", "progress", "reporting", "rerun", "start",
+    "sweeps", "tracking", "words", "__main__",
+)  # fmt: skip
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 

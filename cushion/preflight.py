@@ -23,6 +23,7 @@ from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
 from cushion.registry import SEARCH_METHODS
+from cushion.start import interrupt_with_care
 from cushion.sweeps import Sweep, begin, swept_keys, warn_once, which
 
 PLAN = "plan-{}.json"
@@ -43,6 +44,8 @@ class Preflight(Callback):
             SystemExit: a combination is invalid, and it has been reported on standard error.
 
         """
+        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            interrupt_with_care()
         if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
             begin(Sweep(None, _chosen_keys(config)))
             return

@@ -22,6 +22,8 @@ from typing import Any
 from check_sweep import make_text  # sets the environment: no network, no GPU, one thread
 from compare_results import exact
 
+from cushion.journal import FILES
+
 _COMMON = [
     "tracking=none", "model=tiny", "data=file", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
     "eval.block_length=32", "eval.blocks=4", "eval.activation_blocks=2",
@@ -190,7 +192,7 @@ def contents(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(output.rglob("*")):
         place = path.relative_to(output)
-        if place.parts[0] in ("cache", "sweeps") or path.name == ".lock" or is_aside(place) or path.is_dir():
+        if place.parts[0] in ("cache", "sweeps") or path.name in (".lock", *FILES) or is_aside(place) or path.is_dir():
             continue
         try:
             content: Any = path.read_bytes()

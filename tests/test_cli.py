@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
@@ -107,8 +108,15 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     assert {figure.name for figure in drawn} == {"activation_curves.png", "activation_map.png", "attention_maps.png"}
     assert all(figure.is_file() for figure in drawn)
     assert "perplexity" in first.err, "progress bars go to standard error"
+    log = (path.parent / "run.log").read_text()
+    assert f"{result['rows'][-1]['label']}: perplexity text" in log
+    assert log.splitlines()[-1].endswith(" INFO done")
     second = cushion(*arguments)
     assert (second.code, second.out, second.err) == (0, first.out, "")
+    assert (path.parent / "run.log").read_text() == log, "nothing was done"
+    (path.parent / "config.yaml").unlink()
+    (path.parent / "run.log").write_text("anything")
+    assert cushion(*arguments).out == first.out, "whether a run is done does not depend on them"
 
 
 def test_the_command_works_as_a_program_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
@@ -186,6 +194,8 @@ MISTAKES = {
     "missing text": (["data.path=/nowhere.txt"], "no data file /nowhere.txt", "check the path"),
     "missing data folder": (["data=wikitext2", "paths.data_dir=/nowhere"], "paths.data_dir='/nowhere'", "folder"),
     "override without value": (["data.path"], "data.path", "missing EQUAL"),
+    "folder of Hydra's": (["hydra.run.dir=here"], "hydra.run.dir=here is not supported", "use paths.output_dir="),
+    "rerun of Hydra's": (["--experimental-rerun=here"], "--experimental-rerun needs a file", "cushion rerun RESULT_OR"),
     "no such device": (["device=gpu"], "device='gpu' is not allowed", "auto, cpu, cuda"),
     "no such linear": (["quantizer.targets=[q_prj]"], "quantizer.targets names 'q_prj'", "did you mean 'q_proj'?"),
 }  # fmt: skip
@@ -231,10 +241,19 @@ def test_a_damaged_result_is_named_and_a_damaged_artifact_is_made_again(
     assert "was changed after it was made (ranges.safetensors): it was moved to" in caplog.text
 
 
-def test_a_refused_run_leaves_a_failed_result(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
-    one_error(cushion(*arguments, "eval.blocks=100000"))
+def test_a_refused_run_leaves_a_failed_result_and_how_it_came_about(
+    cushion: Callable[..., Outcome], arguments: list[str]
+) -> None:
+    given = [argument for argument in arguments if not argument.startswith("eval.blocks=")]
+    one_error(cushion(*given, "eval.blocks=100000"))
     (path,) = Path("outputs").rglob(FILE_NAME)
-    assert json.loads(path.read_text())["status"] == "failed"
+    result = json.loads(path.read_text())
+    assert result["status"] == "failed"
+    assert yaml.safe_load((path.parent / "overrides.yaml").read_text()) == [*given, "eval.blocks=100000"]
+    assert yaml.safe_load((path.parent / "config.yaml").read_text()) == result["config"]
+    log = (path.parent / "run.log").read_text().splitlines()
+    assert log[0].endswith(f"cushion {' '.join([*given, 'eval.blocks=100000'])}")
+    assert "100000 were asked for" in log[-1]
 
 
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(

@@ -11,11 +11,12 @@ imported from `cushion.config`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, one_of, require
+from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, from_plain, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
@@ -128,6 +129,20 @@ class RunConfig:
                 f"tuning.loss=kl compares the quantized model with full precision, and quantizer={quantizer.name} "
                 "rounds nothing: choose a quantizer, or tuning.loss=next_token"
             )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` made these values of: `RunConfig.from_dict(result["config"])`.
+
+        Args:
+            values: as `config` of a result.json holds them. A key that it lacks has its default: results of older
+                versions are from before there was one.
+
+        Raises:
+            ConfigError: a key is not of the schema, or a value is not allowed.
+
+        """
+        return from_plain(cls, values)
 
     @property
     def search_seed(self) -> int:
