@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+import cushion
 from cushion.errors import ArtifactError, CushionError
 from cushion.reporting.collect import FILE_NAME, Run, read_result
 
@@ -155,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Which runs are done, running, failed, interrupted or missing.",
         epilog="Exit status: 0 all done, 1 some failed or damaged, 3 none failed but some not done.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {cushion.__version__}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of results, for example outputs")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the counts and what is not done")
     given = parser.parse_args(arguments)
