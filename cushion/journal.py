@@ -19,8 +19,9 @@ from cushion.config import RunConfig, to_dict
 from cushion.events import Event, Listener, Progress, RowMeasured
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.tables import cell_text
+from cushion.schema import LOG
 
-OVERRIDES, CONFIG, LOG = "overrides.yaml", "config.yaml", "run.log"
+OVERRIDES, CONFIG = "overrides.yaml", "config.yaml"
 FILES = (OVERRIDES, CONFIG, LOG)
 
 _LINE = "%(asctime)s %(levelname)s %(message)s"

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 from cushion import cli, preparation
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
+from cushion.schema import LOGGED
 
 SMALL = ["tracking=none", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
          "eval.block_length=32", "eval.blocks=2", "eval.activation_blocks=1"]  # fmt: skip
@@ -111,6 +112,7 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     log = (path.parent / "run.log").read_text()
     assert f"{result['rows'][-1]['label']}: perplexity text" in log
     assert log.splitlines()[-1].endswith(" INFO done")
+    assert all(LOGGED.fullmatch(line) for line in log.splitlines()), "cushion-status reads it"
     second = cushion(*arguments)
     assert (second.code, second.out, second.err) == (0, first.out, "")
     assert (path.parent / "run.log").read_text() == log, "nothing was done"
@@ -194,6 +196,7 @@ MISTAKES = {
     "missing text": (["data.path=/nowhere.txt"], "no data file /nowhere.txt", "check the path"),
     "missing data folder": (["data=wikitext2", "paths.data_dir=/nowhere"], "paths.data_dir='/nowhere'", "folder"),
     "override without value": (["data.path"], "data.path", "missing EQUAL"),
+    "tiny model, usual sizes": (["eval.block_length=512"], "but tiny_llama has 256", "(experiment=smoke has sizes"),
     "folder of Hydra's": (["hydra.run.dir=here"], "hydra.run.dir=here is not supported", "use paths.output_dir="),
     "rerun of Hydra's": (["--experimental-rerun=here"], "--experimental-rerun needs a file", "cushion rerun RESULT_OR"),
     "no such device": (["device=gpu"], "device='gpu' is not allowed", "auto, cpu, cuda"),
