@@ -4,10 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test docs lint format clean
+.PHONY: run said test docs lint format clean
 
-run: $(STAMP)  ## the main job on the embedded model: outliers, greedy prefix, tuned prefix, quantized perplexity
+run: said $(STAMP)  ## the main job on the embedded model: outliers, greedy prefix, tuned prefix, quantized perplexity
 	$(BIN)/cushion experiment=main
+
+said:
+	@test -e $(STAMP) || echo "Installs into $(VENV) first; the time is that of the download, which on Linux has gigabytes of CUDA libraries."
+	@echo "SmolLM2-135M on English text, on this machine alone: searches a prefix among all 49,152 tokens, tunes it in 60 steps, and"
+	@echo "measures six rows, in full precision and in W8A8, over 16 blocks of 512 tokens. About 7 minutes on two free CPU cores, most of"
+	@echo "them search and tuning; bars show the time that is left. cushion experiment=quick shows the effect sooner."
 
 test: $(STAMP)  ## the test suite, a worker for each core
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cushion.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
 
 LARGEST = 2**31 - 1
 """The largest number that any key but a seed may have, up or down."""
@@ -82,6 +84,24 @@ def structured(cls: type[Any], values: Any, key: str) -> Any:
         allowed = ", ".join(field.name for field in fields(cls)) or "nothing"
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{key}={values!r} is not allowed: {reason}; its keys are: {allowed}") from error
+
+
+def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `cls`, and those in it, with plain values, as JSON holds them; what is not given has its default.
+
+    Raises:
+        ConfigError: a key does not belong, or a value is not allowed; the message names the key.
+
+    """
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(values)))
+    except OmegaConfBaseException as error:
+        parent: Any = error.parent_node
+        known = [str(key) for key in parent] if OmegaConf.is_dict(parent) else []
+        hint = did_you_mean(str(error.key), known) if error.key not in known else ""
+        raise ConfigError(f"{error.full_key or error.key}: {str(error).splitlines()[0]}{hint}") from error
+    assert isinstance(made, cls)
+    return made
 
 
 def check_values(section: str, config: Any) -> None:

@@ -13,8 +13,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,16 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cushion.checks import written
+from cushion import start, sweeps
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.launching import gpu_of_its_own, share_threads
+from cushion.words import check_words
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -85,14 +84,23 @@ def unknown_keys(config: DictConfig, above: str = "") -> Iterator[tuple[str, lis
             yield from unknown_keys(below, f"{above}{name}.")
 
 
-def execute(config: RunConfig) -> Path:
-    """Do one run with progress bars and the configured tracker, print its table, return the path of result.json."""
+def execute(config: RunConfig, overrides: Sequence[str], heading: str = "", swept: Sequence[str] = ()) -> Path:
+    """Do one run with progress bars and the configured tracker, print its table, return the path of result.json.
+
+    Args:
+        config: what to do.
+        overrides: what was asked for, as Hydra has it.
+        heading: what is printed above the table.
+        swept: the overrides that tell the run from the others of its sweep.
+
+    """
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
     from cushion.events import Event, Listener, RunFinished
+    from cushion.journal import kept
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table, further_tables
-    from cushion.results import FILE_NAME
+    from cushion.results import FILE_NAME, finished_result
     from cushion.tracking import TRACKING_FILE, WandbTracker, noted
 
     def draw(event: Event) -> None:
@@ -100,9 +108,13 @@ def execute(config: RunConfig) -> Path:
             draw_figures(event.result, event.folder)
 
     folder = pipeline.run_folder(config)
-    tracker = WandbTracker(config.tracking) if config.tracking.backend == "wandb" else None
-    with ProgressBars() as bars:
-        listeners: list[Listener] = [bars, draw]  # figures are drawn before the tracker looks for them
+    tracker = WandbTracker(config.tracking, swept) if config.tracking.backend == "wandb" else None
+    with ExitStack() as stack:
+        stack.enter_context(start.interruptible())
+        listeners: list[Listener] = [stack.enter_context(ProgressBars())]
+        if finished_result(folder) is None:
+            listeners.append(stack.enter_context(kept(folder, config, overrides)))
+        listeners.append(draw)  # figures are drawn before the tracker looks for them
         if tracker is not None:
             listeners.append(tracker)
         try:
@@ -115,6 +127,8 @@ def execute(config: RunConfig) -> Path:
         finally:
             if tracker is not None:
                 tracker.close(exit_code=0 if sys.exc_info()[0] is None else 1)
+    if heading:
+        print(heading)
     print(comparison_table(record))
     print()
     for table in further_tables(record):
@@ -136,13 +150,29 @@ def _hydra_main(config: DictConfig) -> str:
     _set_up()  # again: a launcher may have started this process
     try:
         with _full_disk_is_no_fault_of_logging(), _place():  # likewise
-            return str(execute(to_run_config(config)))
+            sweep = sweeps.current() if HydraConfig.get().mode == RunMode.MULTIRUN else None
+            overrides = list(HydraConfig.get().overrides.task)
+            run = to_run_config(config)
+            return str(execute(run, overrides) if sweep is None else _of_sweep(sweep, run, overrides))
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
+        start.end_if_output_is_closed(error)
         report(error)
         _release(error)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(1)
     raise _ReportedError  # without its cause: Hydra keeps it, and with it would keep the failed job's model
+
+
+def _of_sweep(sweep: sweeps.Sweep, config: RunConfig, overrides: list[str]) -> Path:
+    """Do one run of a sweep, and say which it is; beside others at work, once more above its table."""
+    from cushion.config_warnings import options_without_effect
+
+    hydra_config = HydraConfig.get()
+    heading = sweep.heading(hydra_config.job.num, overrides)
+    print(f"\n{heading}" if hydra_config.job.num else heading, flush=True)
+    alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
+    with sweeps.said_before(options_without_effect(config) if sweep.runs is not None else []):
+        return execute(config, overrides, "" if alone else heading, sweep.of(overrides))
 
 
 def _set_up() -> None:
@@ -219,46 +249,29 @@ def main() -> None:
     register_schema()
     try:
         with _full_disk_is_no_fault_of_logging():
-            check_choices(sys.argv[1:], config_folder())
-            _hydra_main()
-    except _ReportedError:
-        sys.exit(1)
+            check_words(sys.argv[1:], config_folder())
+            try:
+                _hydra_main()
+            except _ReportedError:
+                _close_sweep()
+                sys.exit(1)
+            _close_sweep()
     except Exception as error:  # noqa: BLE001 - told to the user, and the exit status says so
+        start.end_if_output_is_closed(error)
         report(error)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("cushion: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        start.say_interrupted()
+        sys.exit(start.INTERRUPTED)
+    finally:
+        sweeps.end()
 
 
-def check_choices(words: list[str], folder: Path) -> None:
-    """Refuse an option of a group that is not named by text; Hydra ends with a traceback there.
-
-    Args:
-        words: of the command line.
-        folder: of the configuration, in which every group is a folder.
-
-    Raises:
-        ConfigError: such as `experiment=123` or `search=null`.
-
-    """
-    for word in words:
-        key = word.partition("=")[0].partition("@")[0].lstrip("+~")
-        if word.startswith("-") or "=" not in word or not key or not (folder / key).is_dir():
-            continue
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException:
-            continue  # not a value at all: Hydra says so itself
-        value = override.value()
-        chosen = value.list if isinstance(value, ChoiceSweep) else [value]
-        for option in chosen:
-            if not isinstance(option, str | list | dict | QuotedString | Sweep):
-                text = written(option)
-                raise ConfigError(
-                    f"{key}={text} is not allowed: {key} chooses a file by its name, and {text} is not read as text; "
-                    f"for a file of that name write {key}='\"{text}\"', for the default leave {key} out"
-                )
+def _close_sweep() -> None:
+    """Print what a sweep came to, behind its last run."""
+    text = sweeps.closing()
+    if text is not None:
+        print(f"\n{text}", flush=True)
 
 
 MOVED = {

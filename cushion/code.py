@@ -51,17 +51,9 @@ INFRASTRUCTURE = frozenset(
 """Modules that are in no step's version, whoever imports them."""
 
 SHOWN = (
-    "cli",
-    "composition",
-    "export",
-    "generate",
-    "launching",
-    "preflight",
-    "progress",
-    "remade",
-    "reporting",
-    "tracking",
-)
+    "cli", "composition", "export", "generate", "journal", "launching", "preflight", "progress", "remade", "reporting", "rerun", "start",
+    "sweeps", "tracking", "words", "__main__",
+)  # fmt: skip
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 

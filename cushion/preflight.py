@@ -7,7 +7,6 @@ and a report which seeds.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
 from cushion.registry import SEARCH_METHODS
+from cushion.start import interrupt_with_care
+from cushion.sweeps import Sweep, begin, swept_keys, warn_once, which
 
 PLAN = "plan-{}.json"
 _JOBLIB = ".JoblibLauncher"
@@ -43,17 +44,32 @@ class Preflight(Callback):
             SystemExit: a combination is invalid, and it has been reported on standard error.
 
         """
+        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            interrupt_with_care()
         if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+            begin(Sweep(None, _chosen_keys(config)))
             return
         from cushion.cli import report
+        from cushion.config_warnings import options_without_effect
 
         try:
             _check_launcher(config)
             jobs = combinations(config)
-            write_plan(jobs, _composed(config, jobs))
+            configs = _composed(config, jobs)
+            begin(Sweep(len(jobs), swept_keys(jobs)), jobs, write_plan(jobs, configs))
+            warn_once(jobs, configs, options_without_effect)
         except Exception as error:  # noqa: BLE001 - reported here, since Hydra would make it a warning and go on
             report(error)
             raise SystemExit(1) from None
+
+
+def _chosen_keys(config: DictConfig) -> tuple[str, ...]:
+    """The keys that a sweep names values for, whatever its sweeper makes of them."""
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    assert isinstance(given, list)
+    overrides = OverridesParser.create().parse_overrides(list(map(str, given)))
+    swept = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    return tuple(dict.fromkeys([*map(str, config.hydra.sweeper.params or {}), *swept]))
 
 
 def _check_launcher(config: DictConfig) -> None:
@@ -103,7 +119,7 @@ def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
             refused.setdefault(one_line(error), []).append(number)
     _check_experiments(sweeping)
     if refused:
-        told = [f"{reason} ({_which(jobs, numbers)})" for reason, numbers in refused.items()]
+        told = [f"{reason} ({which(jobs, numbers)})" for reason, numbers in refused.items()]
         wrong = sum(map(len, refused.values()))
         raise ConfigError(
             f"{wrong} of the {len(jobs)} runs of this sweep are invalid, none was started: {'; '.join(told)}"
@@ -147,15 +163,10 @@ def _check_experiments(sweeping: dict[str, bool]) -> None:
         )
 
 
-def _which(jobs: list[list[str]], numbers: list[int]) -> str:
-    """The first of some runs by what tells it from the others of the sweep, and how many more there are."""
-    swept = [override for override in jobs[numbers[0]] if any(override not in job for job in jobs)]
-    more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-    return f"run {numbers[0] + 1}{more}: {shlex.join(swept or jobs[numbers[0]])}"
-
-
-def write_plan(jobs: list[list[str]], configs: list[RunConfig]) -> None:
+def write_plan(jobs: list[list[str]], configs: list[RunConfig]) -> list[list[Path]]:
     """Write which runs the sweep consists of; the same sweep started again writes the same file again.
+
+    Returns the folders that each run may have.
 
     A run's folder depends on the kind of device. Where the runs will have one that this machine lacks (the log-in node
     of a cluster, say) is not known here, so with `device=auto` the folders of both kinds are named.
@@ -164,12 +175,15 @@ def write_plan(jobs: list[list[str]], configs: list[RunConfig]) -> None:
     from cushion.pipeline import run_folder
 
     by_place: dict[Path, list[dict[str, Any]]] = {}
+    places: list[list[Path]] = []
     for job, config in zip(jobs, configs, strict=True):
         output = Path(config.paths.output_dir).expanduser()
         kinds = ("cpu", "cuda") if config.device == "auto" else (config.device.partition(":")[0],)
-        folders = [run_folder(config, kind).relative_to(output).as_posix() for kind in kinds]
+        places.append([run_folder(config, kind) for kind in kinds])
+        folders = [folder.relative_to(output).as_posix() for folder in places[-1]]
         run = {"overrides": job, "experiment": config.experiment, "folders": folders}
         by_place.setdefault(output, []).append({**run, "seed": config.seed, "model": config.model.label})
     for output, runs in by_place.items():
         name = PLAN.format(digest([run["overrides"] for run in runs], 12))
         write_json(output / "sweeps" / name, {"runs": runs})
+    return places

@@ -136,7 +136,12 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     method = METHODS[config.search.method]
     start_tokens = method.start_tokens(lm, config)
     bos = begins_with_bos(lm, config.bos)
-    _check(lm, config, tasks, start_tokens, bos)
+    try:
+        _check(lm, config, tasks, start_tokens, bos)
+    except ConfigError as error:
+        if not config.model.path.startswith("tiny:"):
+            raise
+        raise ConfigError(f"{error} (experiment=smoke has sizes for the tiny models)") from error
     blocks = {
         name: _led(lm, bos, corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks))
         for name, purpose in measured.items()

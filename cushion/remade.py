@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cushion.config import QuantizerConfig, RunConfig, from_dict
+from cushion.config import QuantizerConfig, RunConfig
 from cushion.errors import ArtifactError, ConfigError
 from cushion.events import Event
 from cushion.prefix import Prefix
@@ -40,7 +40,7 @@ def run_config(folder: Path, record: dict[str, Any]) -> RunConfig:
 
     """
     try:
-        config = from_dict(record["config"])
+        config = RunConfig.from_dict(record["config"])
     except ConfigError as error:
         raise ArtifactError(
             f"{folder} is of a run whose configuration this version does not read ({error}): run it again"

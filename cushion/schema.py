@@ -5,6 +5,7 @@ Light to import, unlike `cushion.results`, which writes the file: reports read i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from cushion.integrity import opened
 from cushion.results_v1 import upgraded
 
 FILE_NAME = "result.json"
+LOG = "run.log"
+"""In a run's folder: what it logged. `LOGGED` reads a line of it, or of the lines of a message the first."""
+
+LOGGED = re.compile(r"[\d-]+ (?P<time>[\d:]+),\d+ [A-Z]+ (?P<message>.*)")
+
 LEARNED = "learned.safetensors"
 """What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -55,8 +55,9 @@ class WandbTracker:
     server has what an offline one would log anew: the offline run was sent meanwhile, or the run was online before.
     """
 
-    def __init__(self, config: TrackingConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrackingConfig, swept: Sequence[str] = ()) -> None:
+        """`swept` are the overrides that tell the run from the others of its sweep: its name and tags say them."""
+        self._config, self._swept = config, list(swept)
         self._run: Any = None
         self._failed = False
         self._place = Path(TRACKING_FILE)
@@ -156,18 +157,19 @@ class WandbTracker:
             self._id = secrets.token_hex(8)  # the server has a part, and would get it again
         self._mode = mode
         names = chosen(event.config)
+        labels = [name for name in names.values() if name != "none"]
         self._note()
         self._run = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
             group=self._config.group or event.config["experiment"],
             job_type="tuning" if names["tuning"] != "none" else "search" if names["search"] != "none" else "evaluation",
-            name=event.name,
+            name=" ".join([event.name, *self._swept]),
             id=self._id,
             resume="allow" if mode == "online" else None,
             mode=cast(Any, mode),
             dir=str(event.folder),
-            tags=list(dict.fromkeys([*self._config.tags, *(name[:64] for name in names.values() if name != "none")])),
+            tags=list(dict.fromkeys([*self._config.tags, *(name[:64] for name in [*labels, *self._swept])])),
             config={**flatten(event.config, separator="/"), **names},
             settings=wandb.Settings(
                 console="off", silent=True, init_timeout=30, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True

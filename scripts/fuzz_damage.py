@@ -17,8 +17,10 @@ from pathlib import Path
 from fuzz_report import Case, Limits
 from fuzz_runs import KINDS, Ended, Runs, contents, finished
 
-_LEFT_OUT = (".lock",)
-"""Ends of names of files that hold nothing."""
+from cushion.journal import FILES
+
+_LEFT_OUT = (".lock", *FILES)
+"""Ends of names of files that hold nothing, or only say how a run came about."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

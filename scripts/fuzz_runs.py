@@ -23,6 +23,7 @@ from check_sweep import make_text  # sets the environment: no network, no GPU, o
 from compare_results import exact
 
 from cushion.integrity import is_aside
+from cushion.journal import FILES
 
 _COMMON = [
     "tracking=none", "model=tiny", "data=file", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
@@ -200,7 +201,7 @@ def contents(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(output.rglob("*")):
         place = path.relative_to(output)
-        if place.parts[0] in ("cache", "sweeps") or path.name == ".lock" or is_aside(place) or path.is_dir():
+        if place.parts[0] in ("cache", "sweeps") or path.name in (".lock", *FILES) or is_aside(place) or path.is_dir():
             continue
         try:
             content: Any = path.read_bytes()

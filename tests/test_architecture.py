@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
 
 RANKS = (
-    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals"},
+    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals", "start"},
     {"syntax", "integrity"},
     {"artifacts", "code", "registry", "progress", "checks", "schema", "text_files"},
     {"metrics"},
@@ -40,9 +40,11 @@ RANKS = (
     {"pipeline", "remade"},
     {"reporting"},
     {"tracking"},
-    {"export"},
+    {"export", "journal", "sweeps"},
+    {"words"},
     {"cli"},
     {"preflight", "composition", "generate"},
+    {"rerun", "__main__"},
 )
 """The packages, and the modules that stand in none, from the ground up: each imports only from ranks below its own."""
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from cushion.checks import LARGEST, LARGEST_SEED, NAME_BYTES, check_values, written
-from cushion.cli import check_choices, config_folder
+from cushion.cli import config_folder
 from cushion.config import (
     CorpusConfig,
     DataConfig,
@@ -23,6 +23,7 @@ from cushion.config import (
     TuningConfig,
 )
 from cushion.errors import ConfigError
+from cushion.words import check_words
 
 INFINITE = (float("inf"), float("-inf"), float("nan"))
 BEYOND = {int: (2**31, -(2**31), 2**63, 10**5000), float: (*INFINITE, 10**400), str: ("\udc80", "a\ud800")}
@@ -170,9 +171,9 @@ def test_a_model_in_the_current_folder_is_called_by_the_name_of_the_folder(
 )
 def test_an_option_of_a_group_is_named_by_text(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_choices(["model=tiny", word], config_folder())
+        check_words(["model=tiny", word], config_folder())
 
 
 def test_what_is_text_or_no_group_is_left_to_hydra() -> None:
     words = ["seed=1", "experiment='123'", "model=tiny,hub", "search={name: x}", "--multirun", "search=[", "=", "/=1"]
-    check_choices(words, config_folder())
+    check_words(words, config_folder())

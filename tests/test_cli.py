@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 from cushion import cli, preparation
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
+from cushion.schema import LOGGED
 
 SMALL = ["tracking=none", "quantizer.calibration.samples=2", "quantizer.calibration.length=16",
          "eval.block_length=32", "eval.blocks=2", "eval.activation_blocks=1"]  # fmt: skip
@@ -107,8 +109,16 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     assert {figure.name for figure in drawn} == {"activation_curves.png", "activation_map.png", "attention_maps.png"}
     assert all(figure.is_file() for figure in drawn)
     assert "perplexity" in first.err, "progress bars go to standard error"
+    log = (path.parent / "run.log").read_text()
+    assert f"{result['rows'][-1]['label']}: perplexity text" in log
+    assert log.splitlines()[-1].endswith(" INFO done")
+    assert all(LOGGED.fullmatch(line) for line in log.splitlines()), "cushion-status reads it"
     second = cushion(*arguments)
     assert (second.code, second.out, second.err) == (0, first.out, "")
+    assert (path.parent / "run.log").read_text() == log, "nothing was done"
+    (path.parent / "config.yaml").unlink()
+    (path.parent / "run.log").write_text("anything")
+    assert cushion(*arguments).out == first.out, "whether a run is done does not depend on them"
 
 
 def test_the_command_works_as_a_program_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
@@ -186,6 +196,9 @@ MISTAKES = {
     "missing text": (["data.path=/nowhere.txt"], "no data file /nowhere.txt", "check the path"),
     "missing data folder": (["data=wikitext2", "paths.data_dir=/nowhere"], "paths.data_dir='/nowhere'", "folder"),
     "override without value": (["data.path"], "data.path", "missing EQUAL"),
+    "tiny model, usual sizes": (["eval.block_length=512"], "but tiny_llama has 256", "(experiment=smoke has sizes"),
+    "folder of Hydra's": (["hydra.run.dir=here"], "hydra.run.dir=here is not supported", "use paths.output_dir="),
+    "rerun of Hydra's": (["--experimental-rerun=here"], "--experimental-rerun needs a file", "cushion rerun RESULT_OR"),
     "no such device": (["device=gpu"], "device='gpu' is not allowed", "auto, cpu, cuda"),
     "no such linear": (["quantizer.targets=[q_prj]"], "quantizer.targets names 'q_prj'", "did you mean 'q_proj'?"),
 }  # fmt: skip
@@ -234,10 +247,19 @@ def test_a_damaged_result_and_a_damaged_artifact_are_named_and_made_again(
     assert "was changed after it was made (ranges.safetensors): it was moved to" in caplog.text
 
 
-def test_a_refused_run_leaves_a_failed_result(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
-    one_error(cushion(*arguments, "eval.blocks=100000"))
+def test_a_refused_run_leaves_a_failed_result_and_how_it_came_about(
+    cushion: Callable[..., Outcome], arguments: list[str]
+) -> None:
+    given = [argument for argument in arguments if not argument.startswith("eval.blocks=")]
+    one_error(cushion(*given, "eval.blocks=100000"))
     (path,) = Path("outputs").rglob(FILE_NAME)
-    assert json.loads(path.read_text())["status"] == "failed"
+    result = json.loads(path.read_text())
+    assert result["status"] == "failed"
+    assert yaml.safe_load((path.parent / "overrides.yaml").read_text()) == [*given, "eval.blocks=100000"]
+    assert yaml.safe_load((path.parent / "config.yaml").read_text()) == result["config"]
+    log = (path.parent / "run.log").read_text().splitlines()
+    assert log[0].endswith(f"cushion {' '.join([*given, 'eval.blocks=100000'])}")
+    assert "100000 were asked for" in log[-1]
 
 
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
@@ -275,8 +297,31 @@ def test_a_sweep_over_quantizers_completes_every_run(cushion: Callable[..., Outc
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert {result["config"]["quantizer"]["name"] for result in results} == {"per_tensor_dynamic", "smoothquant_o1"}
     assert {result["status"] for result in results} == {"completed"}
-    assert len([line for line in outcome.out.splitlines() if line.endswith(FILE_NAME)]) == 2
-    assert Path(outcome.out.splitlines()[-1]).is_file()
+    lines = outcome.out.splitlines()
+    assert len([line for line in lines if line.endswith(FILE_NAME)]) == 2
+    assert [line for line in lines if line.startswith("[")] == [
+        "[1/2] quantizer=per_tensor_dynamic", "[2/2] quantizer=smoothquant_o1",
+    ]  # fmt: skip
+    assert lines[-1] == "2 runs: 2 completed"
+
+
+def test_a_single_run_says_nothing_of_sweeps(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+    outcome = cushion(*arguments)
+    assert not [line for line in outcome.out.splitlines() if line.startswith("[") or " runs: " in line]
+    assert "CUSHION_SWEEP" not in os.environ
+
+
+def test_a_sweep_says_once_that_an_option_has_no_effect(
+    cushion: Callable[..., Outcome], arguments: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cushion("-m", *arguments, "search.tau=0.25,0.3", "seed=0,1").code == 0
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert said == [
+        "search.tau=0.25 has no effect with search.method=none (run 1 and 1 more: search.tau=0.25 seed=0)",
+        "search.tau=0.3 has no effect with search.method=none (run 3 and 1 more: search.tau=0.3 seed=0)",
+    ]
+    results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
+    assert [len(result["warnings"]) for result in results] == [1] * 4, "the result keeps its own warnings"
 
 
 def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
@@ -292,6 +337,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
     assert {result["config"]["eval"]["blocks"]: result["status"] for result in results} == {
         100000: "failed", 2: "completed",
     }  # fmt: skip
+    assert outcome.out.splitlines()[-1] == "2 runs: 1 completed, 1 failed"
 
 
 def living_models() -> int:

@@ -88,7 +88,8 @@ def test_what_no_step_reads_is_told_with_what_would_have_to_be_another(config: R
 
 OTHER: dict[str, Any] = {
     "perplexity": False, "block_length": 9, "blocks": 9, "batch_size": 9, "predict_first": True,
-    "prefix_in_block": True, "prefix_as_tokens": True, "tasks": ["rte"], "limit": 0.9, "shots": 9, "task_batch_size": "auto",
+    "prefix_in_block": True, "prefix_as_tokens": True, "tasks": ["rte"], "limit": 0.9, "shots": 9,
+    "task_batch_size": "auto",
     "chat_template": "name", "system_instruction": "text", "fewshot_as_multiturn": False, "accuracy": "acc_norm",
     "include_path": "path", "samples": True, "activation_blocks": 9, "attention_texts": 3, "attention_first": 9,
     "controls": False, "latency": LatencyConfig([2], [9], 9, 9, 9),

@@ -154,6 +154,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "has no chat template" in refused(capsys, folder, "x", "--chat")
     assert "holds no result.json" in refused(capsys, tmp_path, "x")
     record = json.loads((folder / "result.json").read_text())
+    del record["integrity"]
     shutil.copytree(folder, tmp_path / "run")
 
     def change(**changed: Any) -> None:
@@ -164,7 +165,7 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert line.startswith("model.path='tiny:llama' is not what it was for the run")
     change(config={**record["config"], "search": {**record["config"]["search"], "former": 1}})
     line = refused(capsys, tmp_path / "run", "x")
-    assert "whose configuration this version does not read (Key 'former' not in 'SearchConfig'" in line
+    assert "whose configuration this version does not read (search.former: Key 'former' not in 'SearchConfig'" in line
     change(schema_version=7)
     assert "is not a result of schema version 1 or 2" in refused(capsys, tmp_path / "run", "x")
 

@@ -11,14 +11,12 @@ imported from `cushion.config`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, one_of, require
+from cushion.checks import EXPERIMENT_BYTES, check_name, check_values, from_plain, one_of, require
 from cushion.config.data import CorpusConfig as CorpusConfig
 from cushion.config.data import DataConfig as DataConfig
 from cushion.config.evaluation import EvalConfig as EvalConfig
@@ -132,27 +130,24 @@ class RunConfig:
                 "rounds nothing: choose a quantizer, or tuning.loss=next_token"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The configuration that `to_dict` made these values of: `RunConfig.from_dict(result["config"])`.
+
+        Args:
+            values: as `config` of a result.json holds them. A key that it lacks has its default: results of older
+                versions are from before there was one.
+
+        Raises:
+            ConfigError: a key is not of the schema, or a value is not allowed.
+
+        """
+        return from_plain(cls, values)
+
     @property
     def search_seed(self) -> int:
         """What tokens are drawn with: `search.seed`, else the run's seed."""
         return self.seed if self.search.seed is None else self.search.seed
-
-
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """The configuration that `to_dict` made plain; what it lacks has its default.
-
-    Raises:
-        ConfigError: a key is not one of the schema, or a value is not allowed.
-
-    """
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
-    except ConfigError:
-        raise
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
-    assert isinstance(config, RunConfig)
-    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cushion
 from cushion.errors import CushionError
 from cushion.export.finished import FinishedRun
 from cushion.export.targets import EXPORTERS, export
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser = argparse.ArgumentParser(
             prog="cushion-export", description="Write what a finished run found as files that other software loads."
         )
+        parser.add_argument("--version", action="version", version=f"%(prog)s {cushion.__version__}")
         parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, the one of result.json")
         parser.add_argument("folder", type=Path, metavar="DIR", help="where to write: a new or an empty folder")
         parser.add_argument("--to", required=True, metavar="NAME", help=targets.replace("%", "%%"))

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from cushion.metrics.columns import Column, Measured, Metric, Place, Row, Values, register
+from cushion.metrics.columns import EVERYWHERE, Column, Measured, Metric, Place, Row, Values, register
 
 _LARGEST = Column(
     "largest_activation",
     "largest activation",
     format=lambda value: f"{value:.1f}",
     lower_is_better=True,
+    places=EVERYWHERE - {Place.SWEEP},
     titles={Place.TRACKER_TABLE: "largest_activation"},
 )
 _ERROR = Column(
@@ -23,6 +24,7 @@ _ERROR = Column(
     "L_q",
     format=lambda value: f"{value:.3g}",
     lower_is_better=True,
+    places=EVERYWHERE - {Place.SWEEP},
     titles={Place.TRACKER_TABLE: "quantization_error"},
 )
 _STATISTICS = {"top1": "top-1", "top10_percent": "top 10 %", "median": "median"}

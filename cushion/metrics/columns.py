@@ -47,6 +47,9 @@ class Place(Enum):
     RUN = auto()
     """The run's own numbers: those of its last row in `metrics` of result.json, and in a tracker as `<key>`."""
 
+    SWEEP = auto()
+    """The table that closes a sweep: of each run its last row."""
+
     PUBLISHED = auto()
     """A published table, beside our number that the column compares with full precision."""
 

@@ -48,7 +48,10 @@ def _column(corpus: str) -> Column:
         lower_is_better=True,
         error=_key("_stderr", corpus),
         places=EVERYWHERE | {Place.PUBLISHED},
-        titles={Place.COMPARISON: f"{KEY} {corpus}", Place.TRACKER_TABLE: f"{KEY} {corpus}", Place.PUBLISHED: KEY},
+        titles={
+            **dict.fromkeys((Place.COMPARISON, Place.SWEEP, Place.TRACKER_TABLE), f"{KEY} {corpus}"),
+            Place.PUBLISHED: KEY,
+        },
         compares=perplexity_of(corpus),
         neutral=1.0,
         interval=(_key("_low", corpus), _key("_high", corpus)),

@@ -11,14 +11,14 @@ ACCURACY = "accuracy"
 """The measure that a published table names."""
 _FURTHER = "accuracy, %"
 _TRACKER = frozenset({Place.TRACKER_TABLE, Place.TRACKER_ROW, Place.RUN})
-_IN_TABLES = frozenset({Place.COMPARISON, Place.REPORT})
+_IN_TABLES = frozenset({Place.COMPARISON, Place.SWEEP, Place.REPORT})
 
 
 def _tenths(value: float) -> str:
     return f"{value:.1f}"
 
 
-_TERSE = {Place.COMPARISON: _tenths, Place.FURTHER: _tenths}
+_TERSE = dict.fromkeys((Place.COMPARISON, Place.SWEEP, Place.FURTHER), _tenths)
 MEAN = Column(
     "accuracy/mean",
     "accuracy",

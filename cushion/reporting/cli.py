@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import cushion
 from cushion.errors import ArtifactError, CushionError, did_you_mean
 from cushion.reporting.collect import Run, collect
 from cushion.reporting.frame import frame_of
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="cushion-report", description="Tables and figures from result.json files: HTML, Markdown, LaTeX and CSV."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {cushion.__version__}")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of results, for example outputs")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report"), help="where to write (default: %(default)s)"

@@ -6,20 +6,28 @@ import argparse
 import json
 import shlex
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+import cushion
 from cushion.errors import ArtifactError, CushionError
 from cushion.integrity import is_aside
 from cushion.reporting.collect import FILE_NAME, Run, read_result
+from cushion.schema import LOG, LOGGED
 
 STATES = ("done", "running", "failed", "damaged", "interrupted", "missing")
 LOCK, PLANS = ".lock", "sweeps/plan-*.json"
+_TO_COME = ("running", "interrupted", "missing")
+"""States of runs that may change by themselves, or once the command is given again."""
+_CLEAR = "\x1b[H\x1b[2J"
+"""What makes a terminal empty."""
 _STOPPED = ("KeyboardInterrupt", "SystemExit")
 """What a run is stopped by from outside, which is no failure of its own."""
 
@@ -55,17 +63,18 @@ def survey(root: Path) -> list[RunState]:
         raise ArtifactError(f"there is no folder {root}: name the folder of results (paths.output_dir of the runs)")
     paths = [path for name in (FILE_NAME, LOCK) for path in root.rglob(name)]
     folders = sorted({path.parent for path in paths if not is_aside(path.relative_to(root))})
-    states = [_state(folder, root) for folder in folders] + missing(root)
+    swept = {folder: state.detail for places, state in _planned([root]) for folder in places}
+    states = [_state(folder, root, swept.get(folder.resolve(), "")) for folder in folders] + missing(root)
     if not states:
         raise ArtifactError(f"{root} holds no run: start one first, or name the folder that results go to")
     return sorted(states, key=lambda state: (STATES.index(state.state), state.place))
 
 
-def _state(folder: Path, root: Path) -> RunState:
+def _state(folder: Path, root: Path, swept: str) -> RunState:
     place, path = folder.relative_to(root).as_posix(), folder / FILE_NAME
     experiment = folder.parents[2].name if len(folder.parts) > 3 else ""
     if _held(folder / LOCK):
-        return RunState("running", place, experiment)
+        return RunState("running", place, experiment, ": ".join(part for part in (swept, _at_work(folder)) if part))
     if not path.is_file():
         return RunState("interrupted", place, experiment, "the same command goes on from here")
     try:
@@ -76,6 +85,16 @@ def _state(folder: Path, root: Path) -> RunState:
         return RunState("done", place, run.experiment)
     stopped = (run.record.get("error") or {}).get("type") in _STOPPED
     return RunState("interrupted" if stopped else "failed", place, run.experiment, run.error)
+
+
+def _at_work(folder: Path) -> str:
+    """What a run under way said last in its log; empty where it has none, as one started from Python."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    found = next((match for match in map(LOGGED.fullmatch, reversed(lines)) if match is not None), None)
+    return f"{found['message']}, since {found['time']}" if found is not None else ""
 
 
 def _held(lock: Path) -> bool:
@@ -144,6 +163,14 @@ def _plan(path: Path) -> list[dict[str, Any]]:
     raise ArtifactError(f"{path} is damaged: delete it; the sweep writes it again")
 
 
+def _seconds(text: str) -> float:
+    """The number of an argument that must be above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: above 0")
+    return value
+
+
 def exit_status(states: Sequence[RunState]) -> int:
     """0 when every run is done, 1 when one failed or is damaged, 3 when one is running, interrupted or missing."""
     there = {state.state for state in states}
@@ -157,20 +184,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Which runs are done, running, failed, interrupted or missing.",
         epilog="Exit status: 0 all done, 1 some failed or damaged, 3 none failed but some not done.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {cushion.__version__}")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of results, for example outputs")
     parser.add_argument("-q", "--quiet", action="store_true", help="print only the counts and what is not done")
+    parser.add_argument("-w", "--watch", action="store_true", help="show it again as it changes, until all runs ended")
+    parser.add_argument(
+        "--every", type=_seconds, default=2.0, metavar="SECONDS", help="how often (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
-        states = survey(given.folder)
+        states = watch(given.folder, given.every, given.quiet) if given.watch else survey(given.folder)
     except CushionError as error:
         print(f"cushion-status: error: {error}", file=sys.stderr)
         sys.exit(1)
-    for state in states:
-        if not (given.quiet and state.state == "done"):
-            print(f"{state.state:<11}  {state.place}{'  ' + state.detail if state.detail else ''}")
-    counts = Counter(state.state for state in states)
-    print(", ".join(f"{counts[name]} {name}" for name in STATES if counts[name]))
+    if not given.watch:
+        print(_shown(states, given.quiet))
     sys.exit(exit_status(states))
+
+
+def _shown(states: Sequence[RunState], quiet: bool) -> str:
+    """A line for each run, those that are done only if not `quiet`, and how many there are of each state."""
+    lines = [
+        f"{state.state:<11}  {state.place}{'  ' + state.detail if state.detail else ''}"
+        for state in states
+        if not (quiet and state.state == "done")
+    ]
+    counts = Counter(state.state for state in states)
+    return "\n".join([*lines, ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])])
+
+
+def watch(root: Path, every: float, quiet: bool) -> list[RunState]:
+    """Show the states again whenever they change, until no run is left that is at work or to come.
+
+    A terminal shows the newest state alone, a file all of them below each other, each with its time.
+
+    Args:
+        root: as for `survey`.
+        every: seconds between two looks.
+        quiet: whether runs that are done are only counted.
+
+    """
+    before, is_terminal = "", sys.stdout.isatty()
+    while True:
+        states = survey(root)
+        text = _shown(states, quiet)
+        if text != before:
+            print(f"{_CLEAR if is_terminal else ''}{datetime.now():%H:%M:%S}\n{text}", flush=True)
+        if not {state.state for state in states} & set(_TO_COME):
+            return states
+        before = text
+        time.sleep(every)
 
 
 if __name__ == "__main__":

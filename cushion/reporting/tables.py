@@ -25,7 +25,7 @@ def further_tables(result: dict[str, Any]) -> list[str]:
 def _table(heading: str, rows: Sequence[dict[str, Any]], shown: Sequence[Column], place: Place) -> str:
     lines = [[row["label"], *(cell_text(column, row, place) for column in shown)] for row in rows]
     notes = dict.fromkeys(column.note for column in shown if column.note)
-    return "\n".join([_aligned([[heading, *(column.named(place) for column in shown)], *lines]), *notes])
+    return "\n".join([aligned([[heading, *(column.named(place) for column in shown)], *lines]), *notes])
 
 
 def cell_text(column: Column, row: dict[str, Any], place: Place) -> str:
@@ -39,7 +39,7 @@ def cell_text(column: Column, row: dict[str, Any], place: Place) -> str:
     return written(value) if error is None else f"{written(value)} ± {written(error)}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     """Columns of one width each, the first to the left and the others to the right, a rule under the first line."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 

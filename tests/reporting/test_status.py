@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -189,3 +190,33 @@ def test_mistakes_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.
     plan(tmp_path, ("run00", "seed=0"))
     (tmp_path / "sweeps" / "plan-0.json").write_text('{"runs": [{}]}')
     assert "plan-0.json is damaged" in outcome(capsys, str(tmp_path))[2]
+
+
+def test_a_run_at_work_says_what_was_swept_and_its_stage(tmp_path: Path, holder: multiprocessing.Process) -> None:
+    plan(tmp_path, ("x/run/working", "seed=0"), ("x/run/other", "seed=1"))
+    assert [state.detail for state in survey(tmp_path)] == ["seed=0", "seed=1"]
+    log = "2026-01-02 03:04:05,678 INFO calibration, from 1 of 16 (text)\nof a message the second line\n"
+    (tmp_path / "x" / "run" / "working" / "run.log").write_text(log)
+    running = next(state for state in survey(tmp_path) if state.state == "running")
+    assert running.detail == "seed=0: calibration, from 1 of 16 (text), since 03:04:05"
+
+
+def test_watching_shows_every_change_until_no_run_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, record())
+    plan(tmp_path, ("run00", "seed=0"), ("run01", "seed=1"))
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            write(tmp_path, record(), failed("no room", seed=1))
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    code, out, _ = outcome(capsys, str(tmp_path), "--watch", "--every", "0.5")
+    assert (code, waited) == (1, [0.5, 0.5])
+    shown = [line for line in out.splitlines() if line.startswith(("1 done", "2 done"))]
+    assert shown == ["1 done, 1 missing", "1 done, 1 failed"], "what did not change is not shown again"
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--watch", "--every", "0"])

@@ -1,0 +1,67 @@
+"""Words of the command line that Hydra takes and that do not do here what they say: refused before it sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString, Sweep
+from hydra.errors import HydraException
+
+from cushion.checks import written
+from cushion.errors import ConfigError
+
+_RERUN = "--experimental-rerun"
+_NOT_HERE = {
+    "hydra.run.dir": "it would make an empty folder: a run has a folder of its own below paths.output_dir, named by "
+    "what it depends on; use paths.output_dir=<folder>",
+    "hydra.job.chdir": "relative paths of a run, that of its results too, are those of the folder where the command "
+    "was given; go there first",
+    "hydra.output_subdir": "every run's folder has its overrides.yaml, config.yaml and run.log",
+}
+"""Keys of Hydra, and why nothing comes of setting them."""
+
+
+def check_words(words: list[str], folder: Path) -> None:
+    """Refuse what would do something else than it says.
+
+    Args:
+        words: of the command line.
+        folder: of the configuration, in which every group is a folder.
+
+    Raises:
+        ConfigError: such as `experiment=123`, `hydra.run.dir=x` or `--experimental-rerun=x`.
+
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.startswith("--e") and _RERUN.startswith(key):  # argparse takes the beginning of an option for it
+            raise ConfigError(
+                f"{_RERUN} needs a file that Hydra's own callback pickles, and no run here writes one: use "
+                "cushion rerun RESULT_OR_FOLDER [overrides]"
+            )
+        key = key.lstrip("+~")
+        if key in _NOT_HERE:
+            raise ConfigError(f"{key}={value} is not supported: {_NOT_HERE[key]}")
+    _check_choices(words, folder)
+
+
+def _check_choices(words: list[str], folder: Path) -> None:
+    """Refuse an option of a group that is not named by text, such as `search=null`: Hydra ends with a traceback."""
+    for word in words:
+        key = word.partition("=")[0].partition("@")[0].lstrip("+~")
+        if word.startswith("-") or "=" not in word or not key or not (folder / key).is_dir():
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            continue  # not a value at all: Hydra says so itself
+        value = override.value()
+        chosen = value.list if isinstance(value, ChoiceSweep) else [value]
+        for option in chosen:
+            if not isinstance(option, str | list | dict | QuotedString | Sweep):
+                text = written(option)
+                raise ConfigError(
+                    f"{key}={text} is not allowed: {key} chooses a file by its name, and {text} is not read as text; "
+                    f"for a file of that name write {key}='\"{text}\"', for the default leave {key} out"
+                )
