@@ -35,6 +35,7 @@ from cushion.export.refit import Refitted, refit
 from cushion.export.schemes import TARGET, Scheme, scheme_of
 from cushion.models import LanguageModel
 from cushion.quantization.fitted import FittedQuantizer, rounded
+from cushion.quantization.formats.floats import E4M3, round_to_float
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 
@@ -54,7 +55,7 @@ def write(run: FinishedRun, folder: Path) -> None:
         write_adapter(again.prefix, folder / PREFIX_FOLDER, run.published_as or folder.name, None)
     scheme = scheme_of(again.fitted.config)
     kept = save(again.lm, again.fitted, scheme, folder)
-    agreement = compare(again, folder)
+    agreement = compare(again, folder, scheme.dtype)
     if scheme.differs is None and agreement.difference != 0:
         raise ArtifactError(
             f"the checkpoint gives other logits than the simulation, by up to {agreement.difference:.2g}, where it "
@@ -154,11 +155,18 @@ def _group(targets: list[str], weights: dict[str, Any], inputs: dict[str, Any] |
 def _copy_scales(linear: nn.Linear, scale: Tensor, activation: ActivationQuantizer | None) -> None:
     """The run's scales and zero point in the parameters that compressed-tensors has made for them."""
     own = cast(Tensor, linear.weight_scale)
-    groups = scale.flatten(1) if scale.dim() == 3 else scale  # (out, groups, 1), (out, 1) or (1, 1)
-    own.copy_(groups.reshape(-1) if own.dim() == 1 else groups.expand(own.shape))
+    scales = scale.flatten(1) if scale.dim() == 3 else scale  # (out, groups, 1), (out, 1) or (1, 1)
+    if hasattr(linear, "weight_global_scale"):  # NVFP4, whose largest block has the scale 448
+        whole = scale.amax() / E4M3.largest
+        cast(Tensor, linear.weight_global_scale).fill_(1 / whole)
+        scales = round_to_float(scales / whole, E4M3.exponent, E4M3.mantissa, E4M3.largest)
+    own.copy_(scales.reshape(-1) if own.dim() == 1 else scales.expand(own.shape))
     if activation is None or activation.parameters is None:
         return
     input_scale, offset = activation.parameters
+    if hasattr(linear, "input_global_scale"):
+        cast(Tensor, linear.input_global_scale).fill_(E4M3.largest / input_scale)
+        return
     cast(Tensor, linear.input_scale).fill_(input_scale)
     if not activation.grid.symmetric:  # codes from 0 on are stored as signed integers
         zero = torch.round(-offset / input_scale) - 2 ** (activation.grid.bits - 1)
@@ -179,9 +187,9 @@ def _untied_where_they_differ(lm: LanguageModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compare(again: Refitted, folder: Path) -> Agreement:
+def compare(again: Refitted, folder: Path, dtype: str) -> Agreement:
     """Load a checkpoint as anybody would, and run it beside the simulation, on the first blocks of the row."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     loaded.to(again.lm.device).eval()
     loaded(again.blocks[:1, :1].to(again.lm.device))  # its first pass takes the weights out of their compressed form
     other = replace(again.lm, model=loaded)

@@ -53,7 +53,7 @@ def checkpoint_card(run: FinishedRun, name: str, scheme: Scheme, kept: list[str]
     own = run.record["rows"][-1]["label"]
     parts = [f"---\n{head}\n---", f"# {name}", *_what(run, scheme, kept), "## How it was made", made_with(run)]
     parts += [*figures(run, f"This checkpoint is the model of the row {own!r}."), *_check(scheme, agreement)]
-    return "\n\n".join([*parts, *_use(run, name)]) + "\n"
+    return "\n\n".join([*parts, *_use(run, name, scheme)]) + "\n"
 
 
 def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
@@ -83,8 +83,9 @@ def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
     prefix = run.record["prefix"]
     if prefix:
         kind = "tuned keys and values" if prefix["tuned"] else "keys and values"
+        positions = f"{prefix['length']} position{'' if prefix['length'] == 1 else 's'}"
         found.append(
-            f"The scales hold behind a prefix of {prefix['length']} positions of key-value cache ({kind}, tokens "
+            f"The scales hold behind a prefix of {positions} of key-value cache ({kind}, tokens "
             f"{prefix['token_ids']}), which lies in `{PREFIX_FOLDER}/` as a PEFT adapter (`PREFIX_TUNING`). Its own "
             "positions never run through a quantized linear. Feeding its tokens in front of a text instead is "
             "another model, and may be a much worse one."
@@ -95,14 +96,16 @@ def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
 def _arguments(own: dict[str, Any]) -> str:
     """Such as `int8, one scale per channel`."""
     numbers = f"{own['type']}{own['num_bits']}"
-    strategy = f"group of {own['group_size']} inputs" if own["strategy"] == "group" else own["strategy"]
+    strategy = f"{own['group_size']} inputs" if "group_size" in own else own["strategy"]
     kind = "" if own["symmetric"] else ", with a zero point"
+    if own["strategy"] == "tensor_group":
+        kind = f" and one {'static ' if own['dynamic'] else ''}scale per tensor"
     return f"{numbers}, one {'dynamic ' if own['dynamic'] else ''}scale per {strategy}{kind}"
 
 
 def _check(scheme: Scheme, agreement: Agreement) -> list[str]:
     said = (
-        f"Loaded by transformers in float32 behind the prefix, on the first {agreement.blocks} blocks of "
+        f"Loaded by transformers in {scheme.dtype} behind the prefix, on the first {agreement.blocks} blocks of "
         f"{agreement.length} tokens of {agreement.corpus!r}: the largest difference of a logit from Cushion's "
         f"simulation is {agreement.difference:.3g}; perplexity {agreement.exported:.4f}, in the simulation "
         f"{agreement.simulated:.4f}."
@@ -110,13 +113,13 @@ def _check(scheme: Scheme, agreement: Agreement) -> list[str]:
     return ["## Agreement", said if scheme.differs is None else f"{said} {scheme.differs}"]
 
 
-def _use(run: FinishedRun, name: str) -> list[str]:
+def _use(run: FinishedRun, name: str, scheme: Scheme) -> list[str]:
     place = run.published_as or name
     prefix = run.record["prefix"]
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="float32")']
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{scheme.dtype}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
-    arguments = f"pretrained={place},dtype=float32"
+    arguments = f"pretrained={place},dtype={scheme.dtype}"
     needed = "transformers and compressed-tensors"
     if prefix:
         lines = ["from peft import PeftModel", *lines]
@@ -130,7 +133,9 @@ def _use(run: FinishedRun, name: str) -> list[str]:
     code = "\n".join(lines)
     local = arguments.replace(f"pretrained={place}", f"pretrained={name}")
     notes = [
-        "- Load it in float32: in half precision the scales are rounded, and codes differ.",
+        "- Load it in float32: in half precision the scales are rounded, and codes differ."
+        if scheme.dtype == "float32"
+        else f"- Load it in {scheme.dtype}: transformers takes the weights out of the file in it.",
         "- Scales and agreement hold for transformers; other software may compute scales of its own.",
     ]
     if prefix:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cushion.errors import ConfigError
 from cushion.export.finished import FinishedRun, config_of
+from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.parts.base import Part
 from cushion.quantization.parts.registry import parts, rounds
 from cushion.quantization.quantizer import QuantizerConfig
@@ -22,6 +23,13 @@ WEIGHT_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_grou
 INPUT_STRATEGIES = {"per_tensor": "tensor", "per_token": "token"}
 TYPES = {"int": "int", "fp8_e4m3": "float"}
 """Formats of numbers whose scales are free, and the type that they are there."""
+BLOCKS = {
+    "nvfp4": ("nvfp4-pack-quantized", "tensor_group", 16, "torch.float8_e4m3fn"),
+    "mxfp4": ("mxfp4-pack-quantized", "group", 32, "torch.uint8"),
+    "mxfp6": ("mxfp6-pack-quantized", "group", 32, "torch.uint8"),
+    "mxfp8": ("mxfp8-quantized", "group", 32, "torch.uint8"),
+}
+"""Formats of blocks: how weights lie in the file, the strategy, the size of a block, and the type of its scale."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Scheme:
         format: how the weights lie in the file.
         kept_format: the same for linears whose input QFeM keeps in floating point.
         differs: why a loaded checkpoint does not give the simulated logits bit for bit; None where it does.
+        dtype: what transformers loads it in.
 
     """
 
@@ -42,6 +51,7 @@ class Scheme:
     format: str
     kept_format: str
     differs: str | None = None
+    dtype: str = "float32"
 
     @property
     def kept_weights(self) -> dict[str, Any]:
@@ -77,8 +87,10 @@ def scheme_of(quantizer: QuantizerConfig) -> Scheme:
             why = "it is neither in the codes nor in the scales of linears"
             raise _refusal(part.key, why, f"run with {_switched_off(part, quantizer)}")
     weights, inputs = _weights(quantizer), _inputs(quantizer)
-    form = _format(weights, inputs)
-    return Scheme(weights, inputs, form, _format(weights, None), _difference(quantizer))
+    if quantizer.weights.format in BLOCKS:
+        form = BLOCKS[quantizer.weights.format][0]
+        return Scheme(weights, inputs, form, form, _difference_of_blocks(quantizer), "bfloat16")
+    return Scheme(weights, inputs, _format(weights, inputs), _format(weights, None), _difference(quantizer))
 
 
 def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
@@ -86,6 +98,8 @@ def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
     if own.bits is None:
         raise _refusal("quantizer.weights.bits=null", "a scheme needs quantized weights", "run with 8 bits")
     _check_type("quantizer.weights.format", own.format)
+    if own.format in BLOCKS:
+        return _in_blocks(own.format, own.bits, dynamic=False)
     found = {
         "num_bits": own.bits,
         "type": TYPES[own.format],
@@ -101,6 +115,19 @@ def _inputs(quantizer: QuantizerConfig) -> dict[str, Any] | None:
     if own.bits is None:
         return None
     _check_type("quantizer.activations.format", own.format)
+    if own.format != quantizer.weights.format and BLOCKS.keys() & {own.format, quantizer.weights.format}:
+        why = (
+            f"the weights are in another format, {quantizer.weights.format}, and blocks of one need those of the other"
+        )
+        raise _refusal(f"quantizer.activations.format={own.format}", why, "run with one format for both")
+    if own.format == "nvfp4":
+        if not is_static:
+            why = "the scale of a whole input is in the file"
+            way_out = "run with quantizer.activations.range=static"
+            raise _refusal("quantizer.activations.range=dynamic of nvfp4", why, way_out)
+        return _in_blocks(own.format, own.bits, dynamic="local")
+    if own.format in BLOCKS:
+        return _in_blocks(own.format, own.bits, dynamic=True)
     if own.format == "int" and own.symmetric and is_static and own.narrow_range:
         raise _refusal(
             "quantizer.activations.narrow_range=true",
@@ -121,9 +148,16 @@ def _inputs(quantizer: QuantizerConfig) -> dict[str, Any] | None:
     }
 
 
+def _in_blocks(form: str, bits: int, dynamic: bool | str) -> dict[str, Any]:
+    _, strategy, size, scale = BLOCKS[form]
+    found = {"num_bits": bits, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    return {**found, "group_size": size, "scale_dtype": scale}
+
+
 def _check_type(key: str, form: str) -> None:
-    if form not in TYPES:
-        raise _refusal(f"{key}={form}", "its scales follow other rules there", f"run with one of {', '.join(TYPES)}")
+    if form not in TYPES and form not in BLOCKS:
+        known = ", ".join([*TYPES, *BLOCKS])
+        raise _refusal(f"{key}={form}", "it has no such numbers", f"run with one of {known}")
 
 
 def _format(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str:
@@ -150,6 +184,21 @@ def _difference(quantizer: QuantizerConfig) -> str | None:
             f"the run and vLLM as the largest magnitude over {half}."
         )
     return None
+
+
+def _difference_of_blocks(quantizer: QuantizerConfig) -> str:
+    own, form = quantizer.activations, FORMATS[quantizer.weights.format]
+    said = (
+        "transformers takes weights of this format out of the file in bfloat16, and so runs the whole model in it; the "
+        "simulation ran in float32."
+    )
+    rule = (quantizer.shared_exponent or form.shared_exponent) if form.shared_exponent else None
+    if own.bits is not None and rule != form.shared_exponent:
+        said += (
+            f" The scales of inputs are not in the file: the run computed them by the rule {rule!r}, and "
+            "compressed-tensors rounds the largest magnitude of a block to a power of two by a rule of its own."
+        )
+    return said
 
 
 def _switched_off(part: Part, quantizer: QuantizerConfig) -> str:

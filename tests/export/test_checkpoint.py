@@ -42,6 +42,7 @@ from cushion.export.peft_adapter import prompt_embeddings
 from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
+from cushion.quantization.formats.floats import round_to_float
 from cushion.quantization.numerics import Grid
 from cushion.steps import Steps
 
@@ -97,17 +98,36 @@ ZERO_POINT = {
     "zero points": under(weights(), static(**OFFSET, range="dynamic", granularity="per_token"), zero_point="integer"),
 }
 
+
+def in_blocks(form: str, bits: int, **inputs: Any) -> QuantizerConfig:
+    own = {"granularity": "per_block", "format": form}
+    inputs = {"bits": bits, "range": "dynamic", "symmetric": True, **own, **inputs}
+    return under(WeightConfig(bits=bits, **own), ActivationConfig(**inputs))
+
+
+BLOCKS = {
+    "nvfp4": in_blocks("nvfp4", 4, range="static"),
+    "mxfp4": in_blocks("mxfp4", 4),
+    "mxfp6": in_blocks("mxfp6", 6),
+    "mxfp8": in_blocks("mxfp8", 8),
+}
+
 LOADING = """
 import json, sys
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+PLAIN = ("int-quantized", "float-quantized", "pack-quantized", "mixed-precision")
 torch.set_num_threads(1)
 given, found, seen = load_file("given.safetensors"), {}, {}
 layers = [(given[f"key {i}"], given[f"value {i}"]) for i in range(len(given) // 2)]
 for name in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if not model.config.quantization_config.quantization_config.format in PLAIN:  # weights come out in bfloat16
+        model.hf_quantizer.compressor.decompress_model(model)
+        torch.nn.Module.float(model)
+        found |= {f"{name} {n}": p.data for n, p in model.named_parameters() if n.endswith("_proj.weight")}
     cache = DynamicCache([tuple(part.clone() for part in layer) for layer in layers])
     with torch.no_grad():
         found[name] = model(given["texts"], past_key_values=cache).logits
@@ -137,7 +157,7 @@ class Written:
         steps = Steps(config, prepared, lambda _: None, folder)
         self.fitted, self.simulated = {}, {}
         before = {name: value.clone() for name, value in self.lm.model.state_dict().items()}
-        for name, quantizer in {**EXACT, **OTHER_SCALES, **ZERO_POINT}.items():
+        for name, quantizer in {**EXACT, **OTHER_SCALES, **ZERO_POINT, **BLOCKS}.items():
             fitted = steps.fit(prefix, quantizer)
             if "kept" in name:
                 fitted = replace(fitted, keep=frozenset(KEPT))
@@ -206,6 +226,34 @@ def test_a_zero_point_differs_by_the_order_of_operations_and_nothing_else(
     assert "zero point" in schemes.scheme_of(ZERO_POINT[name]).differs
 
 
+def by_global_scale(values: Tensor, grid: Any, whole: Tensor) -> Tensor:
+    """NVFP4 as the format has it: the scale of the tensor is a factor in front of those of blocks."""
+    blocks, factor = values.unflatten(-1, (-1, 16)), 448 / (whole / 6)
+    largest = torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True))
+    scale = (factor * (largest / 6)).to(torch.float8_e4m3fn).float() / factor
+    return (round_to_float(blocks / scale, 2, 1, 6.0) * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_agree_where_the_model_stays_in_float32(
+    name: str, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(written.lm.linears())
+    assert torch.equal(written.loaded[name], written.simulated[name]) == (name != "nvfp4")
+    with written.fitted[name].on(written.lm):
+        if name == "nvfp4":
+            monkeypatch.setattr("cushion.quantization.formats.blocks.fake_quantize_blocks", by_global_scale)
+        for linear in names:
+            own, loaded = written.lm.model.get_submodule(linear).weight, written.loaded[f"{name} {linear}.weight"]
+            torch.testing.assert_close(loaded, own, rtol=2**-8 if name == "nvfp4" else 0, atol=0)
+            own.copy_(loaded)
+        assert torch.equal(written.loaded[name], logits(written.lm, written.texts, written.prefix))
+    scheme = schemes.scheme_of(BLOCKS[name])
+    assert scheme.dtype == "bfloat16" and "in bfloat16" in scheme.differs
+    another = schemes.scheme_of(replace(BLOCKS[name], shared_exponent="floor")).differs
+    assert ("rule of its own" in another, "rule of its own" in scheme.differs) == (name != "nvfp4", False)
+
+
 def test_the_files_hold_codes_and_the_scales_of_the_run(written: Written) -> None:
     linear = "model.layers.0.mlp.up_proj"
     tensors = load_file(written.folder / "channel" / "model.safetensors")
@@ -235,6 +283,8 @@ REFUSED = {
     "zero_point=real: .* run with quantizer.zero_point=integer": under(weights(), replace(NARROW, symmetric=False)),
     "levels=paper: .* run with quantizer.levels=full": under(weights(), dynamic("per_token"), levels="paper"),
     "weights.bits=null: .* run with 8 bits": under(weights(bits=None), static()),
+    "activations.range=dynamic of nvfp4: .*range=static": in_blocks("nvfp4", 4),
+    "activations.format=mxfp4: .* one format for both": replace(in_blocks("mxfp4", 4), weights=weights()),
     "weights.format=fp8_e5m2: .* one of int, fp8_e4m3": under(weights(format="fp8_e5m2"), static()),
     "quantizer=it, which rounds nothing": under(weights(bits=None), FULL),
     "input_rotation: .* run with quantizer.input_rotation=none": under(weights(), static(), input_rotation="down"),
