@@ -69,7 +69,7 @@ def write(run: FinishedRun, folder: Path) -> None:
         "text": text,
         "text_gives_token_ids": prepared.lm.encode(text).tolist() == ids,
         "bos_behind": prepared.bos,
-        "quantizer": config.quantizer.scheme + (" + reconstruction" if row["reconstructed"] else ""),
+        "quantizer": config.quantizer.scheme + (" + reconstruction" if row.get("reconstructed", False) else ""),
         "full_precision_inputs": sorted(model.keep | found.keep.keys()),
         "beyond_range": found.keep,
         "measured": {corpus: {"run": one.run, "as_tokens": one.as_tokens} for corpus, one in compared.items()},
