@@ -146,14 +146,15 @@ def execute(config: RunConfig, overrides: Sequence[str], heading: str = "", swep
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-def _hydra_main(config: DictConfig) -> str:
+def _hydra_main(config: DictConfig) -> str | float:
     _set_up()  # again: a launcher may have started this process
     try:
         with _full_disk_is_no_fault_of_logging(), _place():  # likewise
             sweep = sweeps.current() if HydraConfig.get().mode == RunMode.MULTIRUN else None
             overrides = list(HydraConfig.get().overrides.task)
             run = to_run_config(config)
-            return str(execute(run, overrides) if sweep is None else _of_sweep(sweep, run, overrides))
+            path = execute(run, overrides) if sweep is None else _of_sweep(sweep, run, overrides)
+            return _returned(path, run.objective)
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         start.end_if_output_is_closed(error)
         report(error)
@@ -173,6 +174,12 @@ def _of_sweep(sweep: sweeps.Sweep, config: RunConfig, overrides: list[str]) -> P
     alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
     with sweeps.said_before(options_without_effect(config) if sweep.runs is not None else []):
         return execute(config, overrides, "" if alone else heading, sweep.of(overrides))
+
+
+def _returned(path: Path, objective: str | None) -> str | float:
+    from cushion.final_numbers import returned  # imports torch
+
+    return returned(path, objective)
 
 
 def _set_up() -> None:

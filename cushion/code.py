@@ -51,8 +51,8 @@ INFRASTRUCTURE = frozenset(
 """Modules that are in no step's version, whoever imports them."""
 
 SHOWN = (
-    "__main__", "cli", "composition", "export", "generate", "journal", "launching", "preflight", "progress",
-    "remade", "reporting", "rerun", "start", "sweeps", "tracking", "words",
+    "__main__", "cli", "composition", "export", "final_numbers", "generate", "journal", "launching", "preflight",
+    "progress", "remade", "reporting", "rerun", "start", "sweeps", "tracking", "words",
 )  # fmt: skip
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 

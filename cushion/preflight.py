@@ -7,6 +7,7 @@ and a report which seeds.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from cushion.sweeps import Sweep, begin, swept_keys, warn_once, which
 
 PLAN = "plan-{}.json"
 _JOBLIB = ".JoblibLauncher"
+_OPTIMISERS = (".OptunaSweeper", ".AxSweeper", ".NevergradSweeper")
+"""Sweepers that choose the next runs by the number that the runs so far returned."""
 
 
 class Preflight(Callback):
     """Hydra calls this at the start of every sweep.
 
-    Only Hydra's basic sweeper can be foreseen; one that chooses later runs by the results of earlier ones cannot, and
-    is left alone.
+    Only Hydra's basic sweeper can be foreseen; of one that chooses later runs by the results of earlier ones it is
+    checked that it is told which result.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -44,16 +47,17 @@ class Preflight(Callback):
             SystemExit: a combination is invalid, and it has been reported on standard error.
 
         """
-        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
-            interrupt_with_care()
-        if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            begin(Sweep(None, _chosen_keys(config)))
-            return
         from cushion.cli import report
         from cushion.config_warnings import options_without_effect
 
+        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            interrupt_with_care()
         try:
             _check_launcher(config)
+            if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+                _check_objective(config)
+                begin(Sweep(None, _chosen_keys(config)))
+                return
             jobs = combinations(config)
             configs = _composed(config, jobs)
             begin(Sweep(len(jobs), swept_keys(jobs)), jobs, write_plan(jobs, configs))
@@ -79,6 +83,19 @@ def _check_launcher(config: DictConfig) -> None:
         chosen = config.hydra.runtime.choices["hydra/launcher"]
         package = target.split(".")[1].replace("_", "-")
         raise ConfigError(f"hydra/launcher={chosen} is not installed: pip install {package}")
+
+
+def _check_objective(config: DictConfig) -> None:
+    """A sweeper that optimises needs to know what; what it finds is said on standard error."""
+    if not config.hydra.sweeper._target_.endswith(_OPTIMISERS):
+        return
+    swept = any(str(override).startswith("objective=") for override in config.hydra.overrides.task)
+    if config.objective is None and not swept:
+        raise ConfigError(
+            f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']} needs the number that it optimises: "
+            "name one of the final numbers of a run, for example objective=ratio/wikitext2, or perplexity/wikitext2"
+        )
+    logging.getLogger("hydra_plugins").setLevel(logging.INFO)
 
 
 def combinations(config: DictConfig) -> list[list[str]]:

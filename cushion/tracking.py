@@ -23,6 +23,7 @@ from cushion.artifacts import read_json, write_json
 from cushion.config import ModelConfig, TrackingConfig
 from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RowMeasured, RunFailed, RunFinished, RunStarted
+from cushion.final_numbers import final_numbers, numbers_of_rows
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 from cushion.schema import LEARNED, RECONSTRUCTED
@@ -41,6 +42,12 @@ NETWORK_TIMEOUT = 3.0
 
 SERIES = {"search": "step", "tuning": "step", "activations": "block"}
 """The curves of a run: what is logged as `<series>/...`, over `<series>/<its step>`."""
+
+SUMMED_UP = ("search", "activations")
+"""The curves whose last point is not what the summary should say: `summed_up` says it."""
+
+BEFORE_AND_AFTER = "largest_activation_by_block"
+"""The chart of the largest magnitude at the input of each block, a line for each stage: no prefix, found, tuned."""
 
 
 class WandbTracker:
@@ -86,13 +93,14 @@ class WandbTracker:
         """Log a finished run whose W&B run did not end well: it was killed, failed before, or W&B did. Never raises.
 
         Nothing is done for a run that was not tracked, was logged to its end, or is being logged by another process.
+        An agent of a W&B sweep waits for the numbers in the run that it opened, wherever else they were logged before.
         """
-        place = finished.folder / TRACKING_FILE
+        place, of_agent = finished.folder / TRACKING_FILE, agents_run() is not None
         try:
-            if self.location is not None or not _is_incomplete(noted(place)):
+            if self.location is not None or not _is_owed(noted(place)):
                 return
-            with FileLock(finished.folder / ".lock", timeout=1):
-                if not _is_incomplete(noted(place)):
+            with FileLock(finished.folder / ".lock", timeout=FINISH_TIMEOUT if of_agent else 1):
+                if not _is_owed(noted(place)):
                     return
                 self(RunStarted(finished.folder, name, finished.result["config"]))
                 for kind in ("search", "tuning"):
@@ -100,7 +108,8 @@ class WandbTracker:
                         self(Record(kind, step["step"], {key: value for key, value in step.items() if key != "step"}))
                 self(finished)
         except Timeout:
-            return
+            if of_agent:
+                logger.warning("another process holds %s: W&B's sweep gets no numbers of this run", finished.folder)
         except OSError as error:
             logger.warning("whether W&B has all of this run cannot be told: %s", error)
 
@@ -125,7 +134,7 @@ class WandbTracker:
             values = {f"{event.kind}/{key}": value for key, value in event.values.items() if value is not None}
             self._log_point(event.kind, event.step, values)
         elif isinstance(event, RowMeasured):
-            self._run.summary.update(_of_rows([event.row]))  # not as a point: a run that goes on says them again
+            self._run.summary.update(numbers_of_rows([event.row]))  # not as a point: a run that goes on says them again
         elif isinstance(event, RunFinished):
             self._finish(event)
             self._end()
@@ -148,10 +157,12 @@ class WandbTracker:
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
-        before = noted(self._place)
-        self._id = before.get("id") or secrets.token_hex(8)
+        before, of_agent = noted(self._place), agents_run()
+        self._id = of_agent or before.get("id") or secrets.token_hex(8)
         kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}*"))  # W&B adds "-1" within a second
-        if any(list(left.glob("*.wandb.synced")) for left in kept):
+        if of_agent is not None:
+            pass  # the agent waits for the numbers in the run of this id, whatever it holds
+        elif any(list(left.glob("*.wandb.synced")) for left in kept):
             self._id, kept = secrets.token_hex(8), []  # the server has what a try before this one logged
         elif mode == "offline" and before.get("mode") == "online":
             self._id = secrets.token_hex(8)  # the server has a part, and would get it again
@@ -160,12 +171,12 @@ class WandbTracker:
         labels = [name for name in names.values() if name != "none"]
         self._note()
         self._run = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
+            project=self._config.project if of_agent is None else None,  # else W&B takes those of the sweep
+            entity=self._config.entity if of_agent is None else None,
             group=self._config.group or event.config["experiment"],
             job_type="tuning" if names["tuning"] != "none" else "search" if names["search"] != "none" else "evaluation",
             name=" ".join([event.name, *self._swept]),
-            id=self._id,
+            id=self._id if of_agent is None else None,
             resume="allow" if mode == "online" else None,
             mode=cast(Any, mode),
             dir=str(event.folder),
@@ -185,7 +196,8 @@ class WandbTracker:
         self._sent = {}
         for series, step in SERIES.items():
             self._run.define_metric(f"{series}/{step}", hidden=True)
-            self._run.define_metric(f"{series}/*", step_metric=f"{series}/{step}")
+            kind = "none" if series in SUMMED_UP else None
+            self._run.define_metric(f"{series}/*", step_metric=f"{series}/{step}", summary=kind)
             last = self._run.summary.get(f"{series}/{step}") if self._run.resumed else None
             self._sent[series] = -1 if last is None else last
 
@@ -206,14 +218,16 @@ class WandbTracker:
                 for key, values in curve.items()
             }
             self._log_point("activations", block, point)
-        self._run.summary.update(summary(result))
+        self._run.summary.update(summed_up(result) | final_numbers(result))
+        if curves and self._run.summary.get(f"{BEFORE_AND_AFTER}_table") is None:
+            self._run.log({BEFORE_AND_AFTER: _before_and_after(result["activations"])})
         if self._run.summary.get("comparison") is None:
             self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
             if self._run.summary.get(key := f"figures/{figure.stem}") is None:
                 self._run.log({key: wandb.Image(str(figure))})
         if event.prefix is not None:
-            artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")
+            artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix", metadata=of_prefix(result))
             for suffix in (".safetensors", ".json"):
                 artifact.add_file(str(event.prefix.with_name(event.prefix.name + suffix)))
             learned = event.prefix.with_name(LEARNED)
@@ -239,6 +253,17 @@ def noted(place: Path) -> dict[str, Any]:
     return said
 
 
+def agents_run() -> str | None:
+    """The id of the W&B run that an agent of a W&B sweep opened for this process; None where none started it."""
+    return (os.environ.get("WANDB_RUN_ID") or None) if os.environ.get("WANDB_SWEEP_ID") else None
+
+
+def _is_owed(said: dict[str, Any]) -> bool:
+    """Whether W&B has yet to get a finished run, of which `tracking.json` says this."""
+    of_agent = agents_run()
+    return _is_incomplete(said) or (of_agent is not None and said.get("id") != of_agent)
+
+
 def _is_incomplete(said: dict[str, Any]) -> bool:
     """Whether a run was tracked, and not to a good end."""
     return said.get("ended") is False or bool(said.get("exit_code"))
@@ -259,31 +284,43 @@ def chosen(config: dict[str, Any]) -> dict[str, str]:
     return {"model": ModelConfig(path=config["model"]["path"]).label, **names}
 
 
-def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The final numbers of a run under keys that are the same in every run, whatever its quantizer and prefix are.
+def summed_up(result: dict[str, Any]) -> dict[str, Any]:
+    """What the summary says of the curves of `SUMMED_UP`, by the curves' names.
 
-    `<key of the column>/<row>`, where `<row>` is the row's `name` in result.json; the numbers of the run's own row
-    besides without `/<row>`. docs/reports.md lists the keys.
+    Of magnitudes over the blocks the largest; of a search what its last accepted step has, since its last step is
+    often the one that was rejected. Lists are left out.
     """
-    rows, own = result["rows"], result["metrics"]
-    found = {column.named(Place.RUN): own.get(column.key) for column in columns(rows, Place.RUN)}
-    found |= _of_rows(rows)
-    for kind in ("search", "tuning"):
-        record = result[kind] or {}
-        found |= {f"{kind}/total_{key}": record[key] for key in ("seconds", "token_forwards") if key in record}
-    prefix = result["prefix"] or {}
-    found |= {f"prefix/{key}": prefix[key] for key in ("text", "length", "tuned") if key in prefix}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of rows of a result, those that were measured."""
+    curves = result["activations"].get("curves", {})
     found = {
-        f"{column.named(Place.TRACKER_ROW)}/{row['name']}": row["values"].get(column.key)
-        for column in columns(rows, Place.TRACKER_ROW)
-        for row in rows
+        f"activations/{stage}/{key}": max(values) for stage, curve in curves.items() for key, values in curve.items()
     }
-    return {key: value for key, value in found.items() if value is not None}
+    accepted = [step for step in (result["search"] or {}).get("steps", []) if step.get("accepted")]
+    for key, value in accepted[-1].items() if accepted else ():
+        if key != "step" and isinstance(value, int | float | str):
+            found[f"search/{key}"] = value
+    return found
+
+
+def of_prefix(result: dict[str, Any]) -> dict[str, Any]:
+    """What tells a prefix from others where only its artifact is seen: its model, itself, and the run's own numbers."""
+    model = {key: result["model"].get(key) for key in ("path", "fingerprint", "dtype")}
+    prefix = {key: value for key, value in result["prefix"].items() if value is not None}
+    names = {key: value for key, value in chosen(result["config"]).items() if key != "model"}
+    return {"model": model, "prefix": prefix, "chosen": names, "metrics": result["metrics"]}
+
+
+def _before_and_after(activations: dict[str, Any]) -> Any:
+    """The largest magnitude of each block, a line for each stage, in one chart."""
+    import wandb
+
+    curves = {stage: curve["top1"] for stage, curve in activations["curves"].items()}
+    return wandb.plot.line_series(
+        xs=list(range(len(next(iter(curves.values()))))),
+        ys=list(curves.values()),
+        keys=[activations["titles"][stage] for stage in curves],
+        title="largest magnitude at the input of each block",
+        xname="block",
+    )
 
 
 def _comparison(rows: list[dict[str, Any]]) -> Any:

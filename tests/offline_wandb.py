@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,23 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     step_metrics: dict[str, str] = field(default_factory=dict)
     group: str = ""
+    sweep: str = ""
     job_type: str = ""
     tags: list[str] = field(default_factory=list)
     exit_code: int | None = None
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By type, what an artifact says of itself."""
+    own_summary: set[str] = field(default_factory=set)
+    """The metrics, or patterns of them, whose summary W&B leaves to the run."""
 
     def series(self, x: str, y: str) -> list[tuple[Any, Any]]:
         """The points of a curve in the order in which they were logged."""
         return [(row[x], row[y]) for row in self.history if x in row and y in row]
 
 
-def read_offline(folder: Path, seconds: float = 60) -> OfflineRun:
-    """Read the only run under a run's folder `wandb/`, once W&B's own process has written it to its end."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+def read_offline(folder: Path, seconds: float = 60, pattern: str = "offline-run-*") -> OfflineRun:
+    """Read the only run of a pattern under a run's folder `wandb/`, once W&B's process has written it to its end."""
+    (path,) = folder.glob(f"wandb/{pattern}/run-*.wandb")
     until = time.monotonic() + seconds
     while (run := _read(path)).exit_code is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -53,17 +59,26 @@ def _read(path: Path) -> OfflineRun:
 def _take(run: OfflineRun, record: Any) -> None:
     kind = record.WhichOneof("record_type")
     if kind == "run":
+        run.sweep = record.run.sweep_id
         run.group, run.job_type, run.tags = record.run.run_group, record.run.job_type, list(record.run.tags)
         run.config |= _items(record.run.config.update)
     elif kind == "config":
         run.config |= _items(record.config.update)
     elif kind == "history":
         run.history.append(_items(record.history.item))
-        run.summary |= {key: value for key, value in run.history[-1].items() if not key.startswith("_")}
+        run.summary |= {
+            key: value
+            for key, value in run.history[-1].items()
+            if not key.startswith("_") and not any(fnmatch(key, pattern) for pattern in run.own_summary)
+        }
     elif kind == "summary":
         run.summary |= _items(record.summary.update)
     elif kind == "metric" and record.metric.step_metric:
         run.step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        if record.metric.summary.none:
+            run.own_summary.add(record.metric.glob_name or record.metric.name)
+    elif kind == "artifact":
+        run.artifacts[record.artifact.type] = json.loads(record.artifact.metadata or "{}")
     elif kind == "exit":
         run.exit_code = record.exit.exit_code
 

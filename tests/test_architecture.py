@@ -38,7 +38,7 @@ RANKS = (
     {"run_folder", "run_warnings", "steps", "config_reads"},
     {"config_warnings"},
     {"pipeline", "remade"},
-    {"reporting"},
+    {"reporting", "final_numbers"},
     {"tracking"},
     {"export", "journal", "sweeps"},
     {"words"},

@@ -11,12 +11,13 @@ import cushion
 from cushion.errors import ArtifactError, CushionError, did_you_mean
 from cushion.reporting.collect import Run, collect
 from cushion.reporting.frame import frame_of
-from cushion.reporting.grid import Table, comma_separated, escape_markdown, latex, markdown
+from cushion.reporting.grid import Table, comma_separated, escape_markdown, folded, latex, markdown
 from cushion.reporting.page import html
 from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
 from cushion.reporting.runs import experiment_table, provenance_table
 from cushion.reporting.settings import numbered
+from cushion.reporting.sizes import WIDTHS
 from cushion.reporting.status import without_result
 
 WRITTEN = "files.txt"
@@ -25,7 +26,11 @@ _PER_REPORT = ("figures/*.png", "figures/*.pdf", "published/*.csv", "runs/*.csv"
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, experiments: Sequence[str] = (), title: str = "Cushion"
+    folders: Sequence[Path],
+    output: Path,
+    experiments: Sequence[str] = (),
+    title: str = "Cushion",
+    width: str | None = None,
 ) -> list[Path]:
     """Read every result under `folders` and write the report; returns the files written, the page first.
 
@@ -34,6 +39,7 @@ def write_report(
         output: where the report goes.
         experiments: only these; empty means all.
         title: heading of the report.
+        width: of the figures, one of `sizes.WIDTHS`, for a paper; None: as they come.
 
     Raises:
         ArtifactError: no results, damaged ones, none of an experiment asked for, damaged published numbers, or the
@@ -64,7 +70,7 @@ def write_report(
         for name, found in by_experiment.items()
     ]
     try:
-        return _write(output, title, published, tables, runs, len(absent))
+        return _write(output, title, published, tables, runs, len(absent), width)
     except OSError as error:
         raise ArtifactError(
             f"the report cannot be written to {output} ({error}): name a folder that you may write to (-o)"
@@ -72,19 +78,20 @@ def write_report(
 
 
 def _write(output: Path, title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run],
-           absent: int) -> list[Path]:  # fmt: skip
+           absent: int, width: str | None) -> list[Path]:  # fmt: skip
     """Write the files of a report in place of those of an earlier one; their paths, the page first."""
     provenance = provenance_table(runs)
     output.mkdir(parents=True, exist_ok=True)
     _remove_earlier(output)
-    drawings = draw_all(runs, output / "figures")
+    drawings = draw_all(runs, output / "figures", width)
+    shown = [folded(table) for table in tables]
     contents = {
-        "report.html": html(title, published, tables, runs, provenance, drawings, absent),
-        "report.md": _markdown(title, published, tables, provenance, drawings),
-        "report.tex": _latex([*published, *tables]),
+        "report.html": html(title, published, shown, runs, folded(provenance), drawings, absent),
+        "report.md": _markdown(title, published, shown, folded(provenance), drawings),
+        "report.tex": _latex([*published, *shown]),
         "provenance.csv": comma_separated(provenance),
         "rows.csv": frame_of(runs).to_csv(index=False),
-        **{f"tables/{table.place()}.tex": latex(table) for table in [*published, *tables]},
+        **{f"tables/{table.place()}.tex": latex(table) for table in [*published, *shown]},
         **{f"published/{table.name}.csv": comma_separated(table) for table in published},
         **{f"runs/{table.name}.csv": comma_separated(table) for table in tables},
     }
@@ -123,13 +130,12 @@ def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], p
     parts = [f"# {escape_markdown(title)}\n"]
     if published:
         parts += ["## Published and ours\n", *map(markdown, published)]
-    parts += ["## Runs\n", *map(markdown, tables)]
-    if drawings:
-        parts.append("## Figures\n")
-        for drawing in drawings:
-            caption = escape_markdown(drawing.title)
-            numbers = ", ".join(map(str, drawing.runs))
-            parts.append(f"![{caption}](figures/{drawing.path.name})\n\n{caption}; runs {numbers}\n")
+    parts.append("## Runs\n")
+    for table in tables:
+        parts.append(markdown(table))
+        for drawing in (drawing for drawing in drawings if drawing.experiments[0] == table.name):
+            title, caption = escape_markdown(drawing.title), escape_markdown(drawing.caption)
+            parts.append(f"![{title}](figures/{drawing.path.name})\n\n{caption}\n")
     return "\n".join([*parts, "## Provenance\n", markdown(provenance)])
 
 
@@ -162,9 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-e", "--experiment", action="append", default=[], help="only this experiment; can be repeated")
     parser.add_argument("--title", default="Cushion: results", help="heading of the report")
+    parser.add_argument(
+        "--width",
+        choices=WIDTHS,
+        help="figures for a paper of two columns: as wide as a column or the page, with text of 8 pt at that size",
+    )
     given = parser.parse_args(arguments)
     try:
-        written = write_report(given.folders, given.output, given.experiment, given.title)
+        written = write_report(given.folders, given.output, given.experiment, given.title, given.width)
     except CushionError as error:
         print(f"cushion-report: error: {error}", file=sys.stderr)
         sys.exit(1)

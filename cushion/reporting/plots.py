@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cushion.hashing import digest
+from cushion.reporting.alike import alike
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import (
     activation_curves,
@@ -23,59 +23,133 @@ from cushion.reporting.figures import (
     save,
     tidy,
 )
+from cushion.reporting.lines import value_of as setting
 from cushion.reporting.ratios import compared, draw_comparison
 from cushion.reporting.runs import varying
-from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, setting, tradeoffs
+from cushion.reporting.settings import runs_in_words
+from cushion.reporting.sizes import inches, set_text
+from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, tradeoffs
+
+PAPER_DPI = 220
+"""Of the figures for a paper, which are smaller."""
 
 DPI = 110
 """Sharp on a phone, and small enough for a page that carries every figure inside."""
 
 
+Draw = Callable[[dict[str, Any], Path, int, str | None], object]
+"""Draws the content of a result.json: into a file, with dots per inch, of a width for a paper or as it comes."""
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """A PNG file, what it shows, and the numbers (from 1, as in the table of runs) of the runs that it stands for."""
+    """A PNG file, what it shows, and the numbers (from 1, as in the table of runs) of the runs that it stands for.
+
+    `experiments` are those of the runs, in their order.
+    """
 
     path: Path
     title: str
     runs: tuple[int, ...]
+    experiments: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The title with the numbers of the runs."""
+        return f"{self.title}; {runs_in_words(self.runs)}"
 
 
-def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
-    """Draw every figure that the runs have numbers for into `folder`; equal ones once.
+@dataclass
+class _Shared:
+    """A figure of the runs that have the same numbers for it; the first one's are drawn."""
+
+    kind: str
+    content: Any
+    draw: Draw
+    of: list[NumberedRun]
+    equal: bool = True
+    """Whether the numbers are the same, and not only alike."""
+
+
+def draw_all(runs: Sequence[Run], folder: Path, width: str | None = None) -> list[Drawing]:
+    """Draw every figure that the runs have numbers for into `folder`; those that would look the same once.
 
     Comparisons of methods and trade-offs come last.
+
+    Args:
+        runs: the results, in the order of their numbers.
+        folder: where the files go.
+        width: one of `sizes.WIDTHS`, for a paper; None: as they come.
+
     """
-    shared: dict[str, tuple[str, Callable[[dict[str, Any], Path], object], list[NumberedRun]]] = {}
+    dpi = DPI if width is None else PAPER_DPI
+    shared: list[_Shared] = []
     together: dict[tuple[str, str], list[NumberedRun]] = {}
     for number, run in enumerate(runs, start=1):
         together.setdefault((run.experiment, run.model), []).append((number, run))
         for kind, content, draw in _figures_of(run):
-            key = f"{kind}-{digest([run.model, content], 12)}"
-            shared.setdefault(key, (kind, draw, []))[2].append((number, run))
+            one = next((one for one in shared if one.kind == kind and _is_of(one, run, content)), None)
+            if one is None:
+                shared.append(_Shared(kind, content, draw, [(number, run)]))
+            else:
+                one.of.append((number, run))
+                one.equal = one.equal and one.content == content
     keys = {group: varying(run for _, run in members) for group, members in together.items()}
     drawings = []
     folder.mkdir(parents=True, exist_ok=True)
     for kind in TITLES:
-        for key, (of_kind, draw, drawn) in shared.items():
-            if of_kind == kind:
-                first, path = drawn[0][1], folder / f"{key}.png"
-                draw(first.record, path)
-                title = f"{_title(kind, drawn)}, {first.model}; {_told_apart(drawn, together, keys)}"
-                drawings.append(Drawing(path, title, tuple(number for number, _ in drawn)))
+        for one in (one for one in shared if one.kind == kind):
+            first = one.of[0][1]
+            path = folder / f"{kind}-{digest([first.model, one.content], 12)}.png"
+            one.draw(first.record, path, dpi, width)
+            title = f"{_title(kind, one.of)}{_in_scale(scale_of(kind, first.record))}, {first.model}"
+            title += f"; {_told_apart(one.of, together, keys)}"
+            if not one.equal:
+                title += f"; drawn for run {one.of[0][0]}, from which the others differ by less than 1 % of the scale"
+            drawings.append(_drawing(path, title, one.of))
     for (experiment, model), members in together.items():
         if comparison := compared(members):
             path = folder / f"ratios-{digest([experiment, model], 12)}.png"
-            draw_comparison(comparison, path, DPI)
+            draw_comparison(comparison, path, dpi, width)
             drawn = [(number, run) for number, run in members if number in comparison.runs]
-            title = f"Methods compared: {comparison.title}, {model}"
-            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", comparison.runs))
+            title = f"Methods compared: {comparison.title}{_in_scale(comparison.scale)}, {model}"
+            drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
         for tradeoff in tradeoffs(members):
             path = folder / f"{tradeoff.kind}-{digest([experiment, model, tradeoff.axis], 12)}.png"
-            draw_tradeoff(tradeoff, path, DPI)
+            draw_tradeoff(tradeoff, path, dpi, width)
             drawn = [(number, run) for number, run in members if number in tradeoff.runs]
-            title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}, {model}"
-            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", tradeoff.runs))
+            title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}{_in_scale(tradeoff.scale)}, {model}"
+            drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
     return drawings
+
+
+def _drawing(path: Path, title: str, drawn: Sequence[NumberedRun]) -> Drawing:
+    experiments = dict.fromkeys(run.experiment for _, run in drawn)
+    return Drawing(path, title, tuple(number for number, _ in drawn), tuple(experiments))
+
+
+def _is_of(one: _Shared, run: Run, content: Any) -> bool:
+    """Whether a run's figure is one that is there already: maps and curves need to be no more than alike."""
+    if one.of[0][1].model != run.model:
+        return False
+    if one.kind in ("map", "activations", "attention"):
+        return alike(one.content, content, logarithmic=one.kind != "attention")
+    return bool(one.content == content)
+
+
+def _in_scale(scale: str) -> str:
+    return f" ({scale})" if scale else ""
+
+
+def scale_of(kind: str, record: dict[str, Any]) -> str:
+    """What a caption says of the scale of a figure of one run; nothing of a linear one."""
+    if kind == "search":
+        return "logarithmic axis" if _falls_above_zero(record["search"]) else ""
+    return {"map": "logarithmic colours", "activations": "logarithmic axis", "qfem": "logarithmic axes"}.get(kind, "")
+
+
+def _falls_above_zero(search: dict[str, Any]) -> bool:
+    return all(step["objective_after"] > 0 for step in search["steps"])
 
 
 TITLES = {
@@ -138,26 +212,26 @@ def _some(values: Sequence[str], what: str) -> str:
     return " or ".join(different) if len(different) <= 3 else f"{len(different)} {what}"
 
 
-def _figures_of(run: Run) -> Iterator[tuple[str, Any, Callable[[dict[str, Any], Path], object]]]:
+def _figures_of(run: Run) -> Iterator[tuple[str, Any, Draw]]:
     record = run.record
     if drawn := (record.get("activations") or {}).get("map"):
-        yield "map", drawn, partial(activation_map, dpi=DPI)
+        yield "map", drawn, activation_map
     if curves := (record.get("activations") or {}).get("curves"):
-        yield "activations", curves, partial(activation_curves, dpi=DPI)
+        yield "activations", curves, activation_curves
     if stages := (record.get("attention") or {}).get("stages"):
-        yield "attention", stages, partial(attention_maps, dpi=DPI)
+        yield "attention", stages, attention_maps
     if steps := (record.get("search") or {}).get("steps"):
         yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
     if steps := (record.get("tuning") or {}).get("steps"):
         yield "tuning", [step["loss"] for step in steps], tuning_loss
     if searches := alpha_searches(record):
-        yield "qfem", searches, partial(qfem_tradeoff, dpi=DPI)
+        yield "qfem", searches, qfem_tradeoff
 
 
-def search_trajectory(result: dict[str, Any], path: Path) -> None:
+def search_trajectory(result: dict[str, Any], path: Path, dpi: int = DPI, width: str | None = None) -> None:
     """The objective of each greedy step without and with its best candidate; a rejected step is marked."""
     search = result["search"]
-    figure, axis = pyplot.subplots(figsize=(4.6, 3.0))
+    figure, axis = pyplot.subplots(figsize=inches(width, (4.6, 3.0)))
     for step in search["steps"]:
         colour = "#2166ac" if step["accepted"] else "#b2182b"
         places, heights = [step["step"], step["step"] + 1], [step["objective_before"], step["objective_after"]]
@@ -165,19 +239,19 @@ def search_trajectory(result: dict[str, Any], path: Path) -> None:
         verdict = "" if step["accepted"] else " (rejected)"
         name = repr(step.get("token", step["token_id"])).replace("$", r"\$") + verdict  # no formula begins in a token
         axis.annotate(name, (places[1], heights[1]), textcoords="offset points", xytext=(-6, 6), ha="right", fontsize=7)
-    if all(step["objective_after"] > 0 for step in search["steps"]):
+    if _falls_above_zero(search):
         axis.set_yscale("log")
     axis.set_xticks(range(len(search["steps"]) + 1))
     axis.set_xlabel("tokens in the prefix beyond its start")
     axis.set_ylabel(str(search.get("objective", "objective")).replace("_", " "))
     axis.margins(y=0.2)
-    _finish(figure, axis, path)
+    _finish(figure, axis, path, dpi, width)
 
 
-def tuning_loss(result: dict[str, Any], path: Path) -> None:
+def tuning_loss(result: dict[str, Any], path: Path, dpi: int = DPI, width: str | None = None) -> None:
     """Loss of every tuning step, and the held-out loss where it was measured; the step that was kept is marked."""
     tuning = result["tuning"]
-    figure, axis = pyplot.subplots(figsize=(4.6, 3.0))
+    figure, axis = pyplot.subplots(figsize=inches(width, (4.6, 3.0)))
     steps = [step["step"] + 1 for step in tuning["steps"]]
     axis.plot(steps, [step["loss"] for step in tuning["steps"]], color="#92c5de", linewidth=1.0, label="batch")
     held_out = [
@@ -192,10 +266,11 @@ def tuning_loss(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(frameon=False, fontsize=8)
-    _finish(figure, axis, path)
+    _finish(figure, axis, path, dpi, width)
 
 
-def _finish(figure: Figure, axis: Axes, path: Path) -> None:
+def _finish(figure: Figure, axis: Axes, path: Path, dpi: int, width: str | None) -> None:
     tidy(axis)
+    set_text(figure, width)
     figure.tight_layout()
-    save(figure, path, DPI)
+    save(figure, path, dpi, width)

@@ -10,11 +10,13 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from cushion.flat import flatten
 from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
-from cushion.reporting.runs import grouped, varying
+from cushion.reporting.lines import grouped
+from cushion.reporting.lines import value_of as setting
+from cushion.reporting.runs import varying
+from cushion.reporting.sizes import broken, inches
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 NumberedRun = tuple[int, Run]
@@ -50,6 +52,19 @@ class Tradeoff:
     series: dict[tuple[str, str], list[Point]]
     runs: tuple[int, ...]
 
+    @property
+    def is_wide(self) -> tuple[bool, bool]:
+        """Whether the axes are logarithmic: across and up."""
+        every = [point for points in self.series.values() for point in points]
+        across, up = [point.x for point in every], [point.perplexity for point in every]
+        return is_wide(across, _LOGARITHMIC_FROM), is_wide(up, _LOGARITHMIC_FROM)
+
+    @property
+    def scale(self) -> str:
+        """What a caption says of the axes; nothing where both are linear."""
+        names = [name for name, wide in zip((self.axis, "perplexity"), self.is_wide, strict=True) if wide]
+        return f"logarithmic in {' and '.join(names)}" if names else ""
+
 
 def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
     """The trade-offs in the runs of one experiment on one model, over the first corpus of their perplexities.
@@ -62,8 +77,9 @@ def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
     if not measured:
         return
     corpus = measured[0]
-    keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
-    swept = [key for key in keys if _is_swept([setting(run, key) for _, run in done])]
+    there = [run for _, run in done if any(key_of(corpus) in row["values"] for row in run.record["rows"])]
+    keys = [key for key in varying(there) if not key.endswith("seed")]
+    swept = [key for key in keys if _is_swept([setting(run, key) for run in there])]
     if len(swept) == 1:
         others = [key for key in keys if key not in swept]
         yield from _tradeoff("tradeoff", swept[0], corpus, runs, lambda run: setting(run, swept[0]), others, swept)
@@ -151,24 +167,19 @@ def _found_nothing(run: Run) -> bool:
     return searched != "none" and all(row["stage"] == NO_PREFIX for row in run.record["rows"])
 
 
-def setting(run: Run, key: str) -> Any:
-    """The value that a run has for a key of its configuration, named with dots; None where it has none."""
-    group = key.partition(".")[0]
-    return flatten(run.config.get(group), group).get(key)
-
-
 def described(run: Run, keys: Sequence[str]) -> str:
     """The values that a run has for some keys of its configuration; an option by its name alone."""
     parts = [(key, setting(run, key)) for key in keys]
     return ", ".join(str(value) if key.endswith(".name") else f"{key}={value}" for key, value in parts)
 
 
-def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
+def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int, width: str | None = None) -> Path:
     """Draw the points with bars of their deviations; logarithmic over wide spans.
 
     No prefix is dotted, found dashed, and tuned solid; a point of fewer seeds than were run says of how many.
+    `width` is one of `sizes.WIDTHS`, for a paper.
     """
-    figure, axis = pyplot.subplots(figsize=(5.4, 3.4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=inches(width, (5.4, 3.4)), layout="constrained")
     settings = list(dict.fromkeys(apart for _, apart in tradeoff.series))
     for (stage, apart), points in tradeoff.series.items():
         line = _LINES[stage] if tradeoff.kind == "tradeoff" else ""
@@ -183,16 +194,14 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             markersize=4.5,
             linewidth=1.4,
             capsize=2.5,
-            label=", ".join(filter(None, (STAGE_TITLES[stage], apart))).replace("$", r"\$"),
+            label=broken(", ".join(filter(None, (STAGE_TITLES[stage], apart))), width, column=45).replace("$", r"\$"),
         )
         for point in points:
             words = [point.label] if tradeoff.kind == "cost" else []
             if text := ", ".join(filter(None, (*words, point.seeds))).replace("$", r"\$"):
                 at = (point.x, point.perplexity)
                 axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
-    every = [point for points in tradeoff.series.values() for point in points]
-    wide_x = is_wide([point.x for point in every], _LOGARITHMIC_FROM)
-    wide_y = is_wide([point.perplexity for point in every], _LOGARITHMIC_FROM)
+    wide_x, wide_y = tradeoff.is_wide
     if wide_x:
         axis.set_xscale("log")
     if wide_y:
@@ -200,8 +209,8 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
     axis.set_xlabel(f"{tradeoff.axis} (log)" if wide_x else tradeoff.axis)
     axis.set_ylabel(f"perplexity {tradeoff.corpus}{' (log)' if wide_y else ''}".replace("$", r"\$"))
     tidy(axis)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=2)
-    return save(figure, path, dpi)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=1 if width == "column" else 2)
+    return save(figure, path, dpi, width)
 
 
 def _bars(deviations: Sequence[float | None]) -> list[float] | None:
