@@ -66,7 +66,7 @@ def test_the_wheel_carries_the_package_and_its_licence_and_nothing_else(wheel: P
 
 
 def test_nobody_is_told_to_install_the_other_project_that_is_called_cushion_on_pypi(wheel: Path) -> None:
-    name = re.compile(r"pip install[^\n]*[\s'\"]cushion(?![\w-])")
+    name = re.compile(r"pip install[^\n]*[ '\"]cushion(?![\w-])")
     assert name.search("pip install -U 'cushion[dev]'") and name.search("pip install cushion")
     assert not name.search("pip install cushion-quant")
     with zipfile.ZipFile(wheel) as archive:
