@@ -166,6 +166,20 @@ def test_what_is_written_is_what_decides(tiny: Tiny, tmp_path: Path) -> None:
         errors_of(lm, adaptive(), Prefix.empty())
 
 
+def test_codes_are_multiplied_behind_every_rotation(tiny: Tiny) -> None:
+    lm = tiny("llama")
+    prefix = Prefix.from_tokens(lm.model, [17, 42])
+    bits = {"weights": WeightConfig(8, "per_channel"), "activations": ActivationConfig(8)}
+    fitted, found = fitted_behind(lm, prefix, adaptive(rotation="hadamard", **bits), TEXTS), []
+    assert len(fitted.inputs[LEFT_ALONE]) < 6, "some site is rotated"
+    for execution in ("simulated", "int8"):
+        with fitted.on(lm, execution=execution), torch.no_grad():
+            found.append(lm.model(TEXTS, past_key_values=prefix.cache(lm.model, len(TEXTS))).logits)
+    with torch.no_grad():
+        plain = lm.model(TEXTS, past_key_values=prefix.cache(lm.model, len(TEXTS))).logits
+    assert (found[0] - found[1]).square().mean() < (found[0] - plain).square().mean() / 4
+
+
 def test_it_composes_with_static_ranges_and_smoothing_and_needs_its_errors(tiny: Tiny) -> None:
     lm = tiny("llama")
     config = adaptive(activations=ActivationConfig(8, estimator="mse"), smoothing_alpha=0.5, rotation="hadamard")
