@@ -93,7 +93,9 @@ def find_architecture(config: Any, model: str) -> Architecture:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         if any(model_type in entry.multimodal for entry in ARCHITECTURES.get(text.model_type) or ()):
             return find_architecture(text, model)
-        raise UnsupportedModelError(f"model.path={model!r} has the architecture {model_type!r}, {_unknown(model_type)}")
+        raise UnsupportedModelError(
+            f"model.path={model!r} has the architecture {model_type!r}, which is not supported{_way_out(model_type)}"
+        )
     for entry in ARCHITECTURES[model_type]:
         if not any(unmet(entry.requires, config)):
             return entry
@@ -101,19 +103,14 @@ def find_architecture(config: Any, model: str) -> Architecture:
     values = ", ".join(f"{key}={getattr(config, key, None)}" for key in keys)
     raise UnsupportedModelError(
         f"model.path={model!r} is a variant of {model_type!r} that is not supported ({values}); an entry of the "
-        "table adds it, see docs/extending.md"
+        "table may add it, see docs/extending.md"
     )
 
 
-def _unknown(model_type: str) -> str:
-    """Why a family is not supported, and the way out."""
+def _way_out(model_type: str) -> str:
+    """What can be done about a family that is not in the table."""
     if model_type in BEYOND_AN_ENTRY:
-        return (
-            "which is not supported, and an entry of the architecture table cannot add it: "
-            f"{BEYOND_AN_ENTRY[model_type]}"
-        )
+        return f"; an entry of the architecture table cannot add it: {BEYOND_AN_ENTRY[model_type]}"
     known = ", ".join(sorted(ARCHITECTURES))
-    return (
-        f"which is not supported (supported: {known}){did_you_mean(model_type, ARCHITECTURES)}; a plugin of one file "
-        "adds it, see docs/extending.md"
-    )
+    hint = did_you_mean(model_type, ARCHITECTURES)
+    return f" (supported: {known}){hint}; a plugin of one file adds it, see docs/extending.md"
