@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,17 @@ import pytest
 import torch
 from conftest import write_documents
 from finished_runs import TOKENS, tuned_prefix
-from helpers import random_texts
+from helpers import calibrated, random_texts
 from huggingface_hub.errors import OfflineModeIsEnabled
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from tiny_run import small_config, tuning_config
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from cushion import pipeline
+from cushion.checks import structured
+from cushion.cli import config_folder
 from cushion.config import (
     ActivationConfig,
     CalibrationConfig,
@@ -42,8 +47,10 @@ from cushion.export.peft_adapter import prompt_embeddings
 from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.formats.floats import round_to_float
 from cushion.quantization.numerics import Grid
+from cushion.quantization.rotation import rotated
 from cushion.steps import Steps
 
 pytest.importorskip("compressed_tensors")
@@ -298,6 +305,56 @@ def test_what_the_format_does_not_express_is_refused(message: str, quantizer: Qu
 
 
 @pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("opt", {"smoothing_alpha": 0.8}),
+        ("bloom", {"smoothing_alpha": 0.8}),
+        ("gpt_neox", {"smoothing_alpha": 0.8}),
+        ("phi3", {"smoothing_alpha": 0.8}),
+        ("gemma2", {"smoothing_alpha": 0.8}),
+        ("gemma", {"rotation": "hadamard"}),
+    ],
+)
+@torch.no_grad()
+def test_families_load_as_their_own_class(family: str, own: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    lm, texts = tiny(family), random_texts(2, 12)
+    prefix, quantizer = tuned_prefix(lm, TOKENS), under(weights(), static(), **own)
+    with rotated(lm, quantizer.rotation):
+        fitted = FittedQuantizer(quantizer, calibrated(lm, random_texts(1, 12), prefix))
+    checkpoint.check_architecture(lm, fitted)
+    checkpoint.save(lm, fitted, schemes.scheme_of(quantizer), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded) is type(lm.model)
+    with fitted.on(lm):
+        assert torch.equal(loaded(texts, past_key_values=prefix.cache(loaded, 2)).logits, logits(lm, texts, prefix))
+
+
+def test_the_page_says_of_the_options_what_the_code_does() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (equal|equal with `.*`|differ|refused: .*) \|$", page, re.MULTILINE)
+    assert len(rows) > 5
+    for options, verdict in rows:
+        for option in re.findall(r"`(\w+)`", options):
+            file = config_folder() / "quantizer" / f"{option}.yaml"
+            quantizer = structured(QuantizerConfig, OmegaConf.load(file), "quantizer")
+            if verdict.startswith(("equal with", "refused")):
+                with pytest.raises(ConfigError, match="narrow_range=false" if "with" in verdict else "input_rotation"):
+                    schemes.scheme_of(quantizer)
+                if "with" in verdict:
+                    quantizer.activations = replace(quantizer.activations, narrow_range=False)
+            if "refused" not in verdict:
+                assert (schemes.scheme_of(quantizer).differs is None) == verdict.startswith("equal"), option
+
+
+def test_without_the_package_it_is_refused(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cushion.export.built_in.compressed_tensors.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"needs the package compressed-tensors: pip install 'cushion\[export\]'"):
+        export(FinishedRun.read(runs["plain"]), "compressed-tensors", tmp_path / "made")
+
+
+@pytest.mark.parametrize(
     ("family", "rotation", "message"),
     [
         ("mixtral", "none", "experts as .*'mixtral'.*fused"),
@@ -309,8 +366,6 @@ def test_what_the_format_does_not_express_is_refused(message: str, quantizer: Qu
 def test_models_that_transformers_does_not_build_are_refused(
     family: str, rotation: str, message: str, tiny: Tiny
 ) -> None:
-    from cushion.quantization.fitted import FittedQuantizer
-
     fitted = FittedQuantizer(under(weights(), static(), rotation=rotation))
     with pytest.raises(ConfigError, match=message):
         checkpoint.check_architecture(tiny(family), fitted)
