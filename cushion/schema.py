@@ -18,7 +18,7 @@ FILE_NAME = "result.json"
 LOG = "run.log"
 """In a run's folder: what it logged. `LOGGED` reads a line of it, or of the lines of a message the first."""
 
-LOGGED = re.compile(r"[\d-]+ (?P<time>[\d:]+),\d+ [A-Z]+ (?P<message>.*)")
+LOGGED = re.compile(r"[\d-]+ (?P<time>[\d:]+),\d+ (?P<level>[A-Z]+) (?P<message>.*)")
 
 LEARNED = "learned.safetensors"
 """What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""

@@ -61,12 +61,18 @@ def survey(root: Path) -> list[RunState]:
     """
     if not root.is_dir():
         raise ArtifactError(f"there is no folder {root}: name the folder of results (paths.output_dir of the runs)")
+    states = _survey(root)
+    if not states:
+        raise ArtifactError(f"{root} holds no run: start one first, or name the folder that results go to")
+    return states
+
+
+def _survey(root: Path) -> list[RunState]:
+    """The states, none where there is no run."""
     paths = [path for name in (FILE_NAME, LOCK) for path in root.rglob(name)]
     folders = sorted({path.parent for path in paths if not is_aside(path.relative_to(root))})
     swept = {folder: state.detail for places, state in _planned([root]) for folder in places}
     states = [_state(folder, root, swept.get(folder.resolve(), "")) for folder in folders] + missing(root)
-    if not states:
-        raise ArtifactError(f"{root} holds no run: start one first, or name the folder that results go to")
     return sorted(states, key=lambda state: (STATES.index(state.state), state.place))
 
 
@@ -93,7 +99,8 @@ def _at_work(folder: Path) -> str:
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    found = next((match for match in map(LOGGED.fullmatch, reversed(lines)) if match is not None), None)
+    told = (match for match in map(LOGGED.fullmatch, reversed(lines)) if match is not None)
+    found = next((match for match in told if match["level"] == "INFO"), None)  # a stage or a row, not a warning
     return f"{found['message']}, since {found['time']}" if found is not None else ""
 
 
@@ -216,7 +223,8 @@ def _shown(states: Sequence[RunState], quiet: bool) -> str:
 def watch(root: Path, every: float, quiet: bool) -> list[RunState]:
     """Show the states again whenever they change, until no run is left that is at work or to come.
 
-    A terminal shows the newest state alone, a file all of them below each other, each with its time.
+    A terminal shows the newest state alone, a file all of them below each other, each with its time. A folder that is
+    not there yet is waited for.
 
     Args:
         root: as for `survey`.
@@ -226,11 +234,11 @@ def watch(root: Path, every: float, quiet: bool) -> list[RunState]:
     """
     before, is_terminal = "", sys.stdout.isatty()
     while True:
-        states = survey(root)
-        text = _shown(states, quiet)
+        states = _survey(root)
+        text = _shown(states, quiet) if states else f"no run in {root} yet"
         if text != before:
             print(f"{_CLEAR if is_terminal else ''}{datetime.now():%H:%M:%S}\n{text}", flush=True)
-        if not {state.state for state in states} & set(_TO_COME):
+        if states and not {state.state for state in states} & set(_TO_COME):
             return states
         before = text
         time.sleep(every)

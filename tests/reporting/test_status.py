@@ -195,7 +195,8 @@ def test_mistakes_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.
 def test_a_run_at_work_says_what_was_swept_and_its_stage(tmp_path: Path, holder: multiprocessing.Process) -> None:
     plan(tmp_path, ("x/run/working", "seed=0"), ("x/run/other", "seed=1"))
     assert [state.detail for state in survey(tmp_path)] == ["seed=0", "seed=1"]
-    log = "2026-01-02 03:04:05,678 INFO calibration, from 1 of 16 (text)\nof a message the second line\n"
+    log = "2026-01-02 03:04:05,678 INFO calibration, from 1 of 16 (text)\n"
+    log += "2026-01-02 03:04:06,678 WARNING something\nof a message the second line\n"
     (tmp_path / "x" / "run" / "working" / "run.log").write_text(log)
     running = next(state for state in survey(tmp_path) if state.state == "running")
     assert running.detail == "seed=0: calibration, from 1 of 16 (text), since 03:04:05"
@@ -204,18 +205,20 @@ def test_a_run_at_work_says_what_was_swept_and_its_stage(tmp_path: Path, holder:
 def test_watching_shows_every_change_until_no_run_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, record())
-    plan(tmp_path, ("run00", "seed=0"), ("run01", "seed=1"))
-    waited: list[float] = []
+    root, waited = tmp_path / "outputs", list[float]()
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
-        if len(waited) == 2:
-            write(tmp_path, record(), failed("no room", seed=1))
+        if len(waited) == 1:
+            write(root, record())
+            plan(root, ("run00", "seed=0"), ("run01", "seed=1"))
+        if len(waited) == 3:
+            write(root, record(), failed("no room", seed=1))
 
     monkeypatch.setattr(time, "sleep", sleep)
-    code, out, _ = outcome(capsys, str(tmp_path), "--watch", "--every", "0.5")
-    assert (code, waited) == (1, [0.5, 0.5])
+    code, out, _ = outcome(capsys, str(root), "--watch", "--every", "0.5")
+    assert (code, waited) == (1, [0.5, 0.5, 0.5])
+    assert f"no run in {root} yet" in out
     shown = [line for line in out.splitlines() if line.startswith(("1 done", "2 done"))]
     assert shown == ["1 done, 1 missing", "1 done, 1 failed"], "what did not change is not shown again"
     with pytest.raises(SystemExit):
