@@ -146,8 +146,8 @@ def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
 
 def _check_device(config: RunConfig) -> None:
     """Whether the device is there only the machine knows that runs; its name can be checked here."""
-    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda or cuda:<number>")
+    if config.device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda, cuda:<number> or mps")
 
 
 def _check_replicas(config: RunConfig, sweep: DictConfig) -> None:

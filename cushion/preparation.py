@@ -79,16 +79,20 @@ def choose_device(config: RunConfig) -> str:
     """The device named in the configuration; `auto` is the GPU where there is one.
 
     Raises:
-        ConfigError: the name is none of torch's, or there is no GPU.
+        ConfigError: the name is none of torch's, or there is no such GPU.
     """
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
-        raise ConfigError(f"device={config.device!r} is not allowed: auto, cpu, cuda or cuda:<number>") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda or cuda:<number>")
+        raise ConfigError(f"device={config.device!r} is not allowed: auto, cpu, cuda, cuda:<number> or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device={config.device!r} is not supported: auto, cpu, cuda, cuda:<number> or mps")
+    if device.type == "mps" and not (torch.backends.mps.is_available() and not device.index):
+        built = torch.backends.mps.is_built()
+        reason = "torch sees no such GPU of Apple" if built else "this torch is built without it"
+        raise ConfigError(f"device={config.device!r} is not available here: {reason}; use device=cpu or auto")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ConfigError(

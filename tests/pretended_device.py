@@ -74,11 +74,24 @@ class _Construction(TorchFunctionMode):
         return made if device is None else made.to(device)
 
 
+_LACKS_FLOAT64 = False
+
+
 @contextmanager
-def pretend_devices() -> Iterator[None]:
-    """Let tensors move between the CPU and pretended devices while the block runs."""
-    with _Operations(), _Construction():
-        yield
+def pretend_devices(lack_float64: bool = False) -> Iterator[None]:
+    """Let tensors move between the CPU and pretended devices while the block runs.
+
+    Args:
+        lack_float64: whether they refuse float64, as GPUs of Apple do.
+
+    """
+    global _LACKS_FLOAT64
+    _LACKS_FLOAT64 = lack_float64
+    try:
+        with _Operations(), _Construction():
+            yield
+    finally:
+        _LACKS_FLOAT64 = False
 
 
 def compute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -101,6 +114,8 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     def wrap(value: Any) -> Any:
         if not isinstance(value, Tensor) or torch.device(target) == CPU:
             return value
+        if _LACKS_FLOAT64 and value.dtype == torch.float64:
+            raise TypeError(f"{name}: the pretended device has no float64")
         known = wrappers.get(id(value))  # an operation in place returns what it was given
         return Elsewhere(value, torch.device(target)) if known is None else known
 

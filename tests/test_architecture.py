@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
 
 RANKS = (
-    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals", "start"},
+    {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals", "start", "float64"},
     {"syntax", "integrity"},
     {"artifacts", "code", "registry", "progress", "checks", "schema", "text_files"},
     {"metrics"},

@@ -48,16 +48,16 @@ def test_further_corpora_are_read_for_perplexity_alone(text_file: Path, tmp_path
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("mps", r"device='mps' is not supported: auto, cpu, cuda or cuda:<number>"),
-        ("meta", r"device='meta' is not supported: auto, cpu, cuda or cuda:<number>"),
+        ("mps", r"device='mps' is not available here: this torch is built without it; use device=cpu or auto"),
+        ("meta", r"device='meta' is not supported: auto, cpu, cuda, cuda:<number> or mps"),
         ("cuda:7", r"device='cuda:7' is not available here: torch sees \d GPUs; use device=cpu or auto"),
-        ("gpu", r"device='gpu' is not allowed: auto, cpu, cuda or cuda:<number>"),
+        ("gpu", r"device='gpu' is not allowed: auto, cpu, cuda, cuda:<number> or mps"),
         ("", r"device='' is not allowed"),
         ("cuda:x", r"device='cuda:x' is not allowed"),
     ],
 )
 def test_a_device_that_cannot_be_used_is_refused(text_file: Path, tmp_path: Path, device: str, message: str) -> None:
-    if device == "cuda:7" and torch.cuda.device_count() > 7:
+    if (device == "cuda:7" and torch.cuda.device_count() > 7) or (device == "mps" and torch.backends.mps.is_built()):
         pytest.skip("here it can be used")
     config = small_config(text_file, tmp_path / "out")
     config.device = device
@@ -66,6 +66,19 @@ def test_a_device_that_cannot_be_used_is_refused(text_file: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=message):
         pipeline.run(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_of_apple_is_taken_where_torch_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    for sees in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda sees=sees: sees)
+        for device in ("mps", "mps:0", "mps:1"):
+            if sees and device != "mps:1":
+                assert choose_device(RunConfig(device=device)) == device
+            else:
+                with pytest.raises(ConfigError, match=r"not available here: torch sees no such GPU of Apple"):
+                    choose_device(RunConfig(device=device))
+        assert choose_device(RunConfig(device="auto")) == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_auto_is_a_device_that_is_there() -> None:

@@ -92,6 +92,8 @@ def synchronize(lm: LanguageModel) -> None:
     """Wait until the GPUs of a model have done what they were given; on a CPU nothing is left to wait for."""
     for device in _gpus(lm):
         torch.cuda.synchronize(device)
+    if lm.device.type == "mps":
+        torch.mps.synchronize()
 
 
 def weight_bytes(lm: LanguageModel) -> int:
@@ -101,12 +103,12 @@ def weight_bytes(lm: LanguageModel) -> int:
 
 
 def peak_bytes(lm: LanguageModel, behind: Prefix, texts: Tensor, new_tokens: int) -> int | None:
-    """Bytes of the weights and of all that lives beside them at the worst moment of `timed`; None on a CPU.
+    """Bytes of the weights and of all that lives beside them at the worst moment of `timed`; None off CUDA.
 
     The weights that the model has in full precision, which a run keeps to put them back, are not in it.
     """
     gpus = _gpus(lm)
-    if not gpus:  # torch counts what it allocates on GPUs alone
+    if not gpus:  # torch keeps the largest amount on CUDA alone
         return None
     synchronize(lm)
     before = 0

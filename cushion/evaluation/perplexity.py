@@ -87,7 +87,7 @@ def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, first: int) ->
     for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
         part = slice(low, low + POSITIONS_PER_CHUNK)
         predicted, wanted = lm.logits(hidden[:, part]).flatten(0, 1).float(), targets[:, part].flatten()
-        loss += functional.cross_entropy(predicted, wanted.to(predicted.device), reduction="sum").double().item()
+        loss += functional.cross_entropy(predicted, wanted.to(predicted.device), reduction="sum").item()
     return BlockLoss(loss, targets.numel())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cushion.errors import CalibrationError
+from cushion.float64 import in_float64
 from cushion.quantization.effect import Effect, Site, Turn, Work
 from cushion.quantization.numerics import Grid, QuantizedWeight, quantize
 from cushion.quantization.weights import weight_grid
@@ -43,15 +44,15 @@ def gptq_codes(
         CalibrationError: H is not positive definite although it is damped.
 
     """
-    scale = nearest.scale.expand(nearest.codes.shape).reshape(weight.shape).double()
-    rest, codes = weight.double().clone(), torch.empty_like(scale)
+    scale = in_float64(nearest.scale.expand(nearest.codes.shape).reshape(weight.shape))
+    rest, codes = in_float64(weight).clone(), torch.empty_like(scale)
     diagonal = hessian.diagonal()
-    columns = torch.arange(weight.shape[1], device=weight.device)
+    columns = torch.arange(weight.shape[1], device=rest.device)
     if order == "diagonal":
         columns = torch.argsort(diagonal, descending=True, stable=True)
     factor = _inverse_factor(hessian[columns][:, columns], damping)
     rest, scale = rest[:, columns], scale[:, columns]
-    zero = torch.zeros((), device=weight.device)
+    zero = torch.zeros((), device=rest.device)
     for start in range(0, rest.shape[1], COLUMNS):
         block = slice(start, min(start + COLUMNS, rest.shape[1]))
         own, upper = rest[:, block], factor[block, block]
@@ -64,7 +65,7 @@ def gptq_codes(
         rest[:, block.stop :] -= errors @ factor[block, block.stop :]
     given = torch.empty_like(codes)
     given[:, columns] = codes
-    return given.to(nearest.codes.dtype).reshape(nearest.codes.shape)
+    return given.to(nearest.codes.dtype).reshape(nearest.codes.shape).to(nearest.codes.device)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -89,7 +90,7 @@ class _Gptq(Effect):
         """The codes of the block's linears, by full name. An expert that no token reaches is left out."""
         weights, hessians = turn.work.config.weights, dict[str, Tensor]()
         for name, values in turn.linear_inputs():
-            inputs = values.flatten(0, -2).double()
+            inputs = in_float64(values.flatten(0, -2))
             product = inputs.T @ inputs
             hessians[name] = hessians[name].add_(product, alpha=2) if name in hessians else 2 * product
         found = {}

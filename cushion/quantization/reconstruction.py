@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cushion.config import ReconstructionConfig
 from cushion.errors import CalibrationError
 from cushion.execution.registry import SIMULATED, load_execution
+from cushion.float64 import in_float64
 from cushion.quantization.effect import Site, Turn
 from cushion.quantization.fitted import rounded
 from cushion.quantization.learned import (
@@ -164,4 +165,4 @@ def _squared_error(turn: Turn, chosen: Tensor) -> Tensor:
 def _error(turn: Turn, batch_size: int) -> float:
     """The mean squared error of the block's output over all texts."""
     parts = torch.arange(len(turn.texts)).split(batch_size)
-    return sum(float(_squared_error(turn, part).double().sum()) for part in parts) / turn.targets.numel()
+    return sum(float(in_float64(_squared_error(turn, part)).sum()) for part in parts) / turn.targets.numel()

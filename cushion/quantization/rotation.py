@@ -21,6 +21,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from cushion.errors import ConfigError
+from cushion.float64 import in_float64, place_of_float64
 from cushion.models import LanguageModel
 from cushion.models.architectures import expand
 from cushion.quantization.effect import Effect, Work
@@ -165,10 +166,12 @@ def _fold_norm(
     for owner, name in readers:
         old = cast(Tensor, getattr(owner, name))
         if bias is not None:
-            shift = times(old, bias.detach().double()[:, None]).squeeze(-1)
+            shift = times(old, in_float64(bias.detach())[:, None]).squeeze(-1)
             own = getattr(owner, "bias", None)
-            replacements.put(owner, "bias", _parameter(shift if own is None else own.double() + shift, old))
-        gain = 1.0 if weight is None else weight.detach().double().to(old.device) + offset
+            replacements.put(
+                owner, "bias", _parameter(shift if own is None else in_float64(own) + in_float64(shift), old)
+            )
+        gain = 1.0 if weight is None else in_float64(weight.detach()) + offset
         _put(owner, name, times(old, back, gain), replacements)
     if isinstance(norm, nn.LayerNorm):
         like = readers[0][0].weight if weight is None else weight
@@ -179,7 +182,7 @@ def _fold_norm(
         parent, _, leaf = path.rpartition(".")
         replacements.put(root.get_submodule(parent), leaf, plain.requires_grad_(False).eval())
     elif weight is not None:
-        _put(norm, "weight", torch.full_like(weight, 1 - offset, dtype=torch.float64), replacements)
+        _put(norm, "weight", torch.full_like(weight, 1 - offset), replacements)
 
 
 def _fold_writer(owner: nn.Module, name: str, into: Tensor, replacements: Replacements) -> None:
@@ -201,11 +204,12 @@ def _append(root: nn.Module, path: str, into: Tensor, replacements: Replacements
 
 def times(weight: Tensor, matrix: Tensor, gain: Tensor | float = 1.0) -> Tensor:
     """`(weight * gain) matrix` along the last dimension: computed in float64, some rows at a time, for any dtype."""
-    matrix = matrix.to(weight.device)
+    place = place_of_float64(weight.device)
+    matrix, gain = matrix.to(place), gain.to(place) if isinstance(gain, Tensor) else gain
     rows = weight.detach().reshape(-1, weight.shape[-1])
     kept = torch.promote_types(weight.dtype, torch.float32)
-    parts = [((part.double() * gain) @ matrix).to(kept) for part in rows.split(ROWS_AT_ONCE)]
-    return torch.cat(parts).reshape(*weight.shape[:-1], matrix.shape[1])
+    parts = [((in_float64(part) * gain) @ matrix).to(kept) for part in rows.split(ROWS_AT_ONCE)]
+    return torch.cat(parts).reshape(*weight.shape[:-1], matrix.shape[1]).to(weight.device)
 
 
 def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:

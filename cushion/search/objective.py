@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cushion.blockwise import run_blocks
 from cushion.config import SearchConfig
+from cushion.float64 import place_of_float64
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.numerics import Grid
@@ -116,7 +117,7 @@ class Objective:
 
         """
         rows = len(input_ids)
-        total = torch.zeros(rows, dtype=torch.float64, device=lm.device)
+        total = torch.zeros(rows, dtype=torch.float64, device=place_of_float64(lm.device))
         blocks = torch.zeros(rows, dtype=torch.long)
         alive = torch.arange(rows)
 
@@ -127,10 +128,10 @@ class Objective:
                 observe(block, following)
             at = alive.to(total.device)
             if self.name == "quantization_error":
-                total[at] += quantization_error(following, self.grid).double().to(total.device)
+                total[at] += quantization_error(following, self.grid).to(total.device).double()
             else:
                 largest = torch.stack(_extremes(following)).abs().amax(0)
-                total[at] = torch.maximum(total[at], largest.double().to(total.device))
+                total[at] = torch.maximum(total[at], largest.to(total.device).double())
             blocks[alive] += 1
             if math.isinf(bound):
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,8 +14,17 @@ from helpers import calibrated, random_texts
 from pretended_device import THERE, pretend_devices, spread
 from torch import Tensor
 
+from cushion import float64
 from cushion.activations import MagnitudeStatistics, observe_inputs
-from cushion.config import EvalConfig, ModelConfig, PathsConfig, QuantizerConfig, SearchConfig, TuningConfig
+from cushion.config import (
+    EvalConfig,
+    ModelConfig,
+    PathsConfig,
+    QuantizerConfig,
+    SearchConfig,
+    TuningConfig,
+    WeightConfig,
+)
 from cushion.errors import ConfigError
 from cushion.evaluation.perplexity import block_losses
 from cushion.models import LanguageModel, load_language_model
@@ -22,6 +32,8 @@ from cushion.models.language_model import _refuse_offloading
 from cushion.models.tiny import tiny_model
 from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.fitting import fit_blocks
+from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.linear import QuantizedLinear
 from cushion.quantization.simulate import quantized
 from cushion.search.greedy import greedy_search
@@ -100,6 +112,45 @@ def test_a_model_on_two_devices_gives_the_numbers_of_one(tiny: Tiny, family: str
     cast(Any, here.model).set_attn_implementation("eager")
     with pretend_devices():
         assert_same(everything(spread_model(tiny, family)), everything(here))
+
+
+NAMES = ("model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i in range(3)), "model.norm", "lm_head")
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        SMOOTHED,
+        QuantizerConfig(rotation="hadamard", input_rotation="down"),
+        QuantizerConfig(weights=WeightConfig(4, "per_channel", method="gptq"), targets=["o_proj"]),
+    ],
+    ids=["smoothed", "rotated", "gptq"],
+)
+def test_a_device_without_float64_gives_the_numbers_of_one_with_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, quantizer: QuantizerConfig
+) -> None:
+    monkeypatch.setattr(float64, "WITHOUT", frozenset({THERE.type}))
+
+    def losses(lm: LanguageModel) -> Any:
+        cast(Any, lm.model).set_attn_implementation("eager")
+        if quantizer is SMOOTHED:
+            return everything(lm)
+        texts = random_texts(4, 10, seed=1)
+        fitted = fitted_behind(lm, Prefix.empty(), quantizer, texts)
+        if quantizer.blockwise:
+            fitted = replace(fitted, fits={part.name: {} for part in quantizer.blockwise})
+            assert list(fit_blocks(lm, Prefix.empty(), fitted, texts))[-1] == len(lm.blocks)
+        with fitted.on(lm):
+            return {"tuning": [loss.loss for loss in block_losses(lm, Prefix.empty(), texts, EvalConfig())]}
+
+    with pretend_devices(lack_float64=True):
+        there = tiny("llama")
+        spread(there.model, dict.fromkeys(NAMES, str(THERE)))
+        assert there.device == THERE
+        with pytest.raises(TypeError, match="no float64"):
+            torch.ones(2, dtype=torch.float64).to(THERE)
+        found = losses(there)
+    assert_same(found, losses(tiny("llama")))
 
 
 def test_a_prefix_goes_where_each_layer_is(tiny: Tiny, tmp_path: Path) -> None:

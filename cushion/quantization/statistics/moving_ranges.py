@@ -29,7 +29,7 @@ class MovingRanges(RangeStatistic):
     @staticmethod
     def reduced(values: Tensor) -> Tensor:
         """Minimum and maximum of a text."""
-        return torch.stack(torch.aminmax(values.detach())).double().cpu()
+        return torch.stack(torch.aminmax(values.detach())).cpu().double()
 
     def add(self, text: Tensor) -> None:
         """Move the range towards a text's."""
