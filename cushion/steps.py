@@ -24,7 +24,6 @@ from cushion.hashing import digest
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared
 from cushion.quantization.calibration import Calibration, CalibrationStep
-from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.identity import rotation_of
 from cushion.quantization.input_statistics import InputStatistics, InputStatisticsStep
@@ -222,16 +221,6 @@ class Steps:
         config, seed = self._config.reconstruction, self._config.seed
         step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title, start)
         return compute(step, self._context)
-
-    def fit(
-        self,
-        behind: Prefix,
-        quantizer: QuantizerConfig,
-        keep: frozenset[str] = frozenset(),
-        learned: Learned | None = None,
-    ) -> FittedQuantizer:
-        """A quantizer with all that is measured for it behind a prefix, as a row has it; `keep`, `learned` as there."""
-        return FittedQuantizer.of(quantizer, self._calibrate_if_needed(behind, quantizer, keep), keep, learned)
 
     def measure_attention(self, behind: Prefix, title: str) -> AttentionShares | None:
         """Where attention goes behind a prefix, on the full-precision model; None where it is not asked for."""

@@ -10,14 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from cushion.errors import ArtifactError, ConfigError
 from cushion.schema import FILE_NAME, current
 
 if TYPE_CHECKING:
-    from cushion.config import RunConfig
     from cushion.prefix import Prefix
 
 
@@ -133,26 +129,6 @@ class FinishedRun:
         if not _is_hub_id(path) or Path(path).expanduser().exists():
             return f"model.path={path!r} is not the id of a model on the hub"
         return None
-
-
-def config_of(run: FinishedRun) -> RunConfig:
-    """The configuration of a run.
-
-    Raises:
-        ArtifactError: it is that of another version of Cushion.
-
-    """
-    from cushion.config import RunConfig
-
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), run.config))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"RUN={str(run.folder)!r} has a configuration that this version does not read ({reason}): run it again"
-        ) from error
-    assert isinstance(config, RunConfig)
-    return config
 
 
 _WAY_OUT = "name the model that has the same weights there with --base-model owner/name"

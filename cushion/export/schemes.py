@@ -11,11 +11,12 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from cushion.errors import ConfigError
-from cushion.export.finished import FinishedRun, config_of
+from cushion.export.finished import FinishedRun
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.parts.base import Part
 from cushion.quantization.parts.registry import parts, rounds
 from cushion.quantization.quantizer import QuantizerConfig
+from cushion.remade import run_config
 
 TARGET = "compressed-tensors"
 
@@ -64,7 +65,7 @@ class Scheme:
 
 def check_run(run: FinishedRun) -> None:
     """Raise `ConfigError` where the format does not express a run's own row, as far as its configuration tells."""
-    scheme_of(config_of(run).quantizer)
+    scheme_of(run_config(run.folder, run.record).quantizer)
     dtype = run.record["model"]["dtype"]
     if dtype != "float32":
         raise ConfigError(

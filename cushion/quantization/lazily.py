@@ -54,11 +54,17 @@ class QuantizedLazily:
     ) -> None:
         self.take_off()
 
+    @property
+    def fitted(self) -> FittedQuantizer:
+        """The quantizer with all that was measured and learned for it; there must be one."""
+        assert self.quantizer is not None
+        return FittedQuantizer.of(self.quantizer, self.calibration, self.keep, self.learned)
+
     def put_on(self) -> None:
         """Put the quantizer on the model, unless it is there already."""
         if self.quantizer is not None and not self._is_on:
-            fitted = FittedQuantizer.of(self.quantizer, self.calibration, self.keep, self.learned)
-            self._stack.enter_context(fitted.on(self.lm, execution=self.execution, replacements=self._replacements))
+            on = self.fitted.on(self.lm, execution=self.execution, replacements=self._replacements)
+            self._stack.enter_context(on)
             self._is_on = True
 
     def take_off(self) -> None:

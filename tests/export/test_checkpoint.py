@@ -165,7 +165,7 @@ class Written:
         self.fitted, self.simulated = {}, {}
         before = {name: value.clone() for name, value in self.lm.model.state_dict().items()}
         for name, quantizer in {**EXACT, **OTHER_SCALES, **ZERO_POINT, **BLOCKS}.items():
-            fitted = steps.fit(prefix, quantizer)
+            fitted = steps.model(prefix, quantizer).fitted
             if "kept" in name:
                 fitted = replace(fitted, keep=frozenset(KEPT))
             self.fitted[name] = fitted
@@ -350,7 +350,7 @@ def test_without_the_package_it_is_refused(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cushion.export.built_in.compressed_tensors.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"needs the package compressed-tensors: pip install 'cushion\[export\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package compressed-tensors: pip install 'cushion-quant\[export\]'"):
         export(FinishedRun.read(runs["plain"]), "compressed-tensors", tmp_path / "made")
 
 
@@ -435,11 +435,13 @@ def test_a_run_that_cannot_be_made_again_is_refused(
     record = json.loads((runs["plain"] / "result.json").read_text())
     refused = {
         "model.path='tiny:llama' is not what it was": {"model": {**record["model"], "fingerprint": "another"}},
-        "data.calibration='file' is not what it was": {"data": {**record["data"], "calibration": {}}},
+        "data.calibration='file' is not what it was": {
+            "data": {**record["data"], "calibration": {**record["data"]["calibration"], "sha256": "another"}}
+        },
         "does not express scales in bfloat16 exactly (model.dtype)": {
             "model": {**record["model"], "dtype": "bfloat16"}
         },
-        "that this version does not read (Key 'seeds'": {"config": {**record["config"], "seeds": 1}},
+        "configuration this version does not read (seeds: Key 'seeds'": {"config": {**record["config"], "seeds": 1}},
     }
     for number, (message, changes) in enumerate(refused.items()):
         run = changed(tmp_path / str(number), runs["plain"], **changes)
