@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +46,7 @@ from cushion.export.checkpoint_card import Agreement, checkpoint_card
 from cushion.export.cli import main
 from cushion.export.finished import FinishedRun
 from cushion.export.peft_adapter import prompt_embeddings
+from cushion.export.refit import refit
 from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
@@ -418,6 +421,21 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
         assert adapter["base_model_name_or_path"] == "made"
         embeddings = load_file(made / "prefix" / "adapter_model.safetensors")["prompt_embeddings"]
         assert torch.equal(embeddings, prompt_embeddings(FinishedRun.read(runs[name]).prefix()))
+
+
+@torch.no_grad()
+def test_checkpoint_and_adapter_give_the_row_without_us(runs: dict[str, Path], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    run = FinishedRun.read(runs["learned"])
+    export(run, "compressed-tensors", tmp_path / "made")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "made" / "prefix")
+    losses = []
+    for block in refit(run).blocks:
+        predicted = model(block[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(predicted, block[1:]).item())
+    row = run.record["rows"][-1]
+    assert math.exp(statistics.fmean(losses)) == pytest.approx(row["values"]["perplexity/text"], rel=1e-6)
 
 
 def changed(folder: Path, run: Path, **record: Any) -> Path:
