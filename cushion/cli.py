@@ -84,7 +84,7 @@ def unknown_keys(config: DictConfig, above: str = "") -> Iterator[tuple[str, lis
             yield from unknown_keys(below, f"{above}{name}.")
 
 
-def execute(config: RunConfig, overrides: Sequence[str], heading: str = "", swept: Sequence[str] = ()) -> Path:
+def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "", swept: Sequence[str] = ()) -> Path:
     """Do one run with progress bars and the configured tracker, print its table, return the path of result.json.
 
     Args:
