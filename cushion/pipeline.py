@@ -210,7 +210,7 @@ class _Run:
         self.result.search = {"method": method.name, **found.record}
         if found.seconds is not None:
             self.result.timings["search"] = found.seconds
-        for warning in (*found.warnings, *found_warnings(self.lm, found.prefix, self.result.evaluation["bos"])):
+        for warning in (*found.warnings, *found_warnings(self.config, self.lm, found.prefix)):
             self._warn(warning)
         return None if found.prefix is None else _Stage(FOUND, method.title, found.prefix, found.seconds or 0.0)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cushion.config import RunConfig
-from cushion.evaluation.chat import chat_warnings
+from cushion.evaluation.chat import chat_warnings, writes_bos
 from cushion.execution.registry import load_execution
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
-from cushion.preparation import Prepared
+from cushion.preparation import Prepared, begins_with_bos
 
 
 def preparation_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
@@ -20,16 +20,17 @@ def preparation_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
     return found + load_execution(config.execution).warnings(prepared.lm, config.quantizer)
 
 
-def found_warnings(lm: LanguageModel, prefix: Prefix | None, bos: bool) -> list[str]:
-    """What a reader should know of the prefix that was found: whether a BOS at its end stands twice.
-
-    Args:
-        bos: whether every text of the run begins with BOS.
-
-    """
-    if not bos or prefix is None or prefix.token_ids[-1:] != (lm.bos_token_id,):
+def found_warnings(config: RunConfig, lm: LanguageModel, prefix: Prefix | None) -> list[str]:
+    """What a reader should know of the prefix that was found: whether a BOS at its end stands twice."""
+    if prefix is None or prefix.token_ids[-1:] != (lm.bos_token_id,):
         return []
-    return ["the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"]
+    if begins_with_bos(lm, config.bos):
+        return [
+            "the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
+        ]
+    if config.eval.tasks and writes_bos(lm, config.eval):
+        return ["the prefix ends in BOS and the chat template begins with BOS, so it stands twice in every task"]
+    return []
 
 
 def qfem_warnings(record: dict[str, Any], title: str) -> list[str]:

@@ -136,7 +136,12 @@ def test_a_bos_that_stands_twice_is_told_by_a_run(text_file: Path, tmp_path: Pat
     for policy, bos in BEFORE.items():
         assert (told in pipeline.run(replace(config, bos=policy)).warnings) == bos
     lm = model(with_bos)
-    assert found_warnings(lm, Prefix((BOS, 5), (), ()), bos=True) == found_warnings(lm, None, bos=True) == []
+    always, never = replace(config, bos="always"), replace(config, bos="never")
+    assert found_warnings(always, lm, Prefix((BOS, 5), (), ())) == found_warnings(always, lm, None) == []
+    prefix, chats = Prefix((5, BOS), (), ()), EvalConfig(tasks=["copa"], chat_template=True)
+    for template, twice in (("{{ bos_token }}{{ messages[0].content }}", True), ("{{ messages[0].content }}", False)):
+        lm.tokenizer.chat_template = template
+        assert bool(found_warnings(replace(never, eval=chats), lm, prefix)) == twice
 
 
 def test_qfep_puts_its_own_bos_before_its_texts(text_file: Path, tmp_path: Path, with_bos: Path) -> None:

@@ -75,6 +75,12 @@ def chat_of(lm: LanguageModel, config: EvalConfig) -> Chat:
     return Chat(template, system, config.fewshot_as_multiturn)
 
 
+def writes_bos(lm: LanguageModel, config: EvalConfig) -> bool:
+    """Whether the template begins every context of a task with BOS."""
+    template, bos = chat_of(lm, config).template, lm.tokenizer.bos_token
+    return template is not None and bool(bos) and _written(lm, template, [_USER]).startswith(str(bos))
+
+
 def chat_warnings(lm: LanguageModel, config: EvalConfig, tasks: TaskSet, bos: str) -> list[str]:
     """What a reader of the accuracies should know of the template.
 
@@ -97,7 +103,7 @@ def chat_warnings(lm: LanguageModel, config: EvalConfig, tasks: TaskSet, bos: st
             f"the chat template of {lm.label} writes the date into every prompt: accuracies of another day are those "
             "of other prompts"
         )
-    if bos == "never" and lm.tokenizer.bos_token and _written(lm, template, [_USER]).startswith(lm.tokenizer.bos_token):
+    if bos == "never" and writes_bos(lm, config):
         found.append(
             f"the chat template of {lm.label} begins with BOS, which so stands before every context of a task, "
             "whatever bos=never says"
