@@ -76,7 +76,7 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**_COMMON, **_LLAMA),
     "qwen3": lambda: Qwen3Config(**_COMMON, **_LLAMA, head_dim=16),
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_COMMON, **_LLAMA, moe_intermediate_size=48, shared_expert_intermediate_size=64, **_EXPERTS
+        **_COMMON, **_LLAMA, moe_intermediate_size=48, shared_expert_intermediate_size=96, **_EXPERTS
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, **_WIDE_HEADS, moe_intermediate_size=48, **_EXPERTS),
     "gpt_oss": lambda: GptOssConfig(
