@@ -132,17 +132,24 @@ def execute(config: RunConfig) -> Path:
 
 
 @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-def _hydra_main(config: DictConfig) -> str:
+def _hydra_main(config: DictConfig) -> str | float:
     _set_up()  # again: a launcher may have started this process
     try:
         with _full_disk_is_no_fault_of_logging(), _place():  # likewise
-            return str(execute(to_run_config(config)))
+            run_config = to_run_config(config)
+            return _returned(execute(run_config), run_config.objective)
     except Exception as error:  # noqa: BLE001 - reported here, job by job: at the end of a sweep Hydra knows only the first
         report(error)
         _release(error)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         sys.exit(1)
     raise _ReportedError  # without its cause: Hydra keeps it, and with it would keep the failed job's model
+
+
+def _returned(path: Path, objective: str | None) -> str | float:
+    from cushion.final_numbers import returned  # imports torch
+
+    return returned(path, objective)
 
 
 def _set_up() -> None:

@@ -49,7 +49,7 @@ INFRASTRUCTURE = frozenset(
 )
 """Modules that are in no step's version, whoever imports them."""
 
-SHOWN = ("cli", "composition", "export", "launching", "preflight", "progress", "reporting", "tracking")
+SHOWN = ("cli", "composition", "export", "final_numbers", "launching", "preflight", "progress", "reporting", "tracking")
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 
 

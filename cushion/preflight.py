@@ -7,6 +7,7 @@ and a report which seeds.
 
 from __future__ import annotations
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from cushion.registry import SEARCH_METHODS
 
 PLAN = "plan-{}.json"
 _JOBLIB = ".JoblibLauncher"
+_OPTIMISERS = (".OptunaSweeper", ".AxSweeper", ".NevergradSweeper")
+"""Sweepers that choose the next runs by the number that the runs so far returned."""
 
 
 class Preflight(Callback):
     """Hydra calls this at the start of every sweep.
 
-    Only Hydra's basic sweeper can be foreseen; one that chooses later runs by the results of earlier ones cannot, and
-    is left alone.
+    Only Hydra's basic sweeper can be foreseen; of one that chooses later runs by the results of earlier ones it is
+    checked that it is told which result.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -43,12 +46,13 @@ class Preflight(Callback):
             SystemExit: a combination is invalid, and it has been reported on standard error.
 
         """
-        if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            return
         from cushion.cli import report
 
         try:
             _check_launcher(config)
+            if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
+                _check_objective(config)
+                return
             jobs = combinations(config)
             write_plan(jobs, _composed(config, jobs))
         except Exception as error:  # noqa: BLE001 - reported here, since Hydra would make it a warning and go on
@@ -62,6 +66,19 @@ def _check_launcher(config: DictConfig) -> None:
     if target.startswith("hydra_plugins.") and target not in Plugins.instance().class_name_to_class:
         chosen = config.hydra.runtime.choices["hydra/launcher"]
         raise ConfigError(f"hydra/launcher={chosen} is not installed: pip install 'cushion[launchers]'")
+
+
+def _check_objective(config: DictConfig) -> None:
+    """A sweeper that optimises needs to know what; what it finds is said on standard error."""
+    if not config.hydra.sweeper._target_.endswith(_OPTIMISERS):
+        return
+    swept = any(str(override).startswith("objective=") for override in config.hydra.overrides.task)
+    if config.objective is None and not swept:
+        raise ConfigError(
+            f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']} needs the number that it optimises: "
+            "name one of the final numbers of a run, for example objective=ratio/wikitext2, or perplexity/wikitext2"
+        )
+    logging.getLogger("hydra_plugins").setLevel(logging.INFO)
 
 
 def combinations(config: DictConfig) -> list[list[str]]:

@@ -23,14 +23,14 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
 
     A run with a reconstruction has `-<reconstruction>` behind the tuning.
 
-    The hash covers the whole configuration but for tracking and places, the code of everything that decides a number
-    (of plugins too), the versions of torch and transformers, what names that move mean now (a model's commit,
-    packages that ship weights or text), the device, and size and time of the files that the user names as text or as
-    model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
+    The hash covers the whole configuration but for tracking, objective and places, the code of everything that
+    decides a number (of plugins too), the versions of torch and transformers, what names that move mean now (a
+    model's commit, packages that ship weights or text), the device, and size and time of the files that the user names
+    as text or as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
     this one's.
     """
     identity = to_dict(config)
-    del identity["tracking"], identity["experiment"]
+    del identity["tracking"], identity["experiment"], identity["objective"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
     identity["code"] = package_version()
     identity["runtime"] = runtime(device_kind or choose_device(config).partition(":")[0])

@@ -23,6 +23,7 @@ from cushion.artifacts import read_json, write_json
 from cushion.config import ModelConfig, TrackingConfig
 from cushion.errors import ArtifactError
 from cushion.events import Event, Record, RowMeasured, RunFailed, RunFinished, RunStarted
+from cushion.final_numbers import final_numbers, numbers_of_rows
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 from cushion.schema import LEARNED, RECONSTRUCTED
@@ -85,13 +86,14 @@ class WandbTracker:
         """Log a finished run whose W&B run did not end well: it was killed, failed before, or W&B did. Never raises.
 
         Nothing is done for a run that was not tracked, was logged to its end, or is being logged by another process.
+        An agent of a W&B sweep waits for the numbers in the run that it opened, wherever else they were logged before.
         """
-        place = finished.folder / TRACKING_FILE
+        place, of_agent = finished.folder / TRACKING_FILE, agents_run() is not None
         try:
-            if self.location is not None or not _is_incomplete(noted(place)):
+            if self.location is not None or not _is_owed(noted(place)):
                 return
-            with FileLock(finished.folder / ".lock", timeout=1):
-                if not _is_incomplete(noted(place)):
+            with FileLock(finished.folder / ".lock", timeout=FINISH_TIMEOUT if of_agent else 1):
+                if not _is_owed(noted(place)):
                     return
                 self(RunStarted(finished.folder, name, finished.result["config"]))
                 for kind in ("search", "tuning"):
@@ -99,7 +101,8 @@ class WandbTracker:
                         self(Record(kind, step["step"], {key: value for key, value in step.items() if key != "step"}))
                 self(finished)
         except Timeout:
-            return
+            if of_agent:
+                logger.warning("another process holds %s: W&B's sweep gets no numbers of this run", finished.folder)
         except OSError as error:
             logger.warning("whether W&B has all of this run cannot be told: %s", error)
 
@@ -124,7 +127,7 @@ class WandbTracker:
             values = {f"{event.kind}/{key}": value for key, value in event.values.items() if value is not None}
             self._log_point(event.kind, event.step, values)
         elif isinstance(event, RowMeasured):
-            self._run.summary.update(_of_rows([event.row]))  # not as a point: a run that goes on says them again
+            self._run.summary.update(numbers_of_rows([event.row]))  # not as a point: a run that goes on says them again
         elif isinstance(event, RunFinished):
             self._finish(event)
             self._end()
@@ -147,10 +150,12 @@ class WandbTracker:
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
-        before = noted(self._place)
-        self._id = before.get("id") or secrets.token_hex(8)
+        before, of_agent = noted(self._place), agents_run()
+        self._id = of_agent or before.get("id") or secrets.token_hex(8)
         kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}*"))  # W&B adds "-1" within a second
-        if any(list(left.glob("*.wandb.synced")) for left in kept):
+        if of_agent is not None:
+            pass  # the agent waits for the numbers in the run of this id, whatever it holds
+        elif any(list(left.glob("*.wandb.synced")) for left in kept):
             self._id, kept = secrets.token_hex(8), []  # the server has what a try before this one logged
         elif mode == "offline" and before.get("mode") == "online":
             self._id = secrets.token_hex(8)  # the server has a part, and would get it again
@@ -158,12 +163,12 @@ class WandbTracker:
         names = chosen(event.config)
         self._note()
         self._run = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
+            project=self._config.project if of_agent is None else None,  # else W&B takes those of the sweep
+            entity=self._config.entity if of_agent is None else None,
             group=self._config.group or event.config["experiment"],
             job_type="tuning" if names["tuning"] != "none" else "search" if names["search"] != "none" else "evaluation",
             name=event.name,
-            id=self._id,
+            id=self._id if of_agent is None else None,
             resume="allow" if mode == "online" else None,
             mode=cast(Any, mode),
             dir=str(event.folder),
@@ -204,7 +209,7 @@ class WandbTracker:
                 for key, values in curve.items()
             }
             self._log_point("activations", block, point)
-        self._run.summary.update(summary(result))
+        self._run.summary.update(final_numbers(result))
         if self._run.summary.get("comparison") is None:
             self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
@@ -237,6 +242,17 @@ def noted(place: Path) -> dict[str, Any]:
     return said
 
 
+def agents_run() -> str | None:
+    """The id of the W&B run that an agent of a W&B sweep opened for this process; None where none started it."""
+    return (os.environ.get("WANDB_RUN_ID") or None) if os.environ.get("WANDB_SWEEP_ID") else None
+
+
+def _is_owed(said: dict[str, Any]) -> bool:
+    """Whether W&B has yet to get a finished run, of which `tracking.json` says this."""
+    of_agent = agents_run()
+    return _is_incomplete(said) or (of_agent is not None and said.get("id") != of_agent)
+
+
 def _is_incomplete(said: dict[str, Any]) -> bool:
     """Whether a run was tracked, and not to a good end."""
     return said.get("ended") is False or bool(said.get("exit_code"))
@@ -255,33 +271,6 @@ def chosen(config: dict[str, Any]) -> dict[str, str]:
     groups = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
     names = {group: str(config[group]["name"]) for group in groups}
     return {"model": ModelConfig(path=config["model"]["path"]).label, **names}
-
-
-def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The final numbers of a run under keys that are the same in every run, whatever its quantizer and prefix are.
-
-    `<key of the column>/<row>`, where `<row>` is the row's `name` in result.json; the numbers of the run's own row
-    besides without `/<row>`. docs/reports.md lists the keys.
-    """
-    rows, own = result["rows"], result["metrics"]
-    found = {column.named(Place.RUN): own.get(column.key) for column in columns(rows, Place.RUN)}
-    found |= _of_rows(rows)
-    for kind in ("search", "tuning"):
-        record = result[kind] or {}
-        found |= {f"{kind}/total_{key}": record[key] for key in ("seconds", "token_forwards") if key in record}
-    prefix = result["prefix"] or {}
-    found |= {f"prefix/{key}": prefix[key] for key in ("text", "length", "tuned") if key in prefix}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of rows of a result, those that were measured."""
-    found = {
-        f"{column.named(Place.TRACKER_ROW)}/{row['name']}": row["values"].get(column.key)
-        for column in columns(rows, Place.TRACKER_ROW)
-        for row in rows
-    }
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def _comparison(rows: list[dict[str, Any]]) -> Any:

@@ -26,8 +26,8 @@ NOT_EXACT = ("seconds", "timings", "paths", "environment")
 """What is not compared: the clock, the folders, and the record of versions, git's state and device."""
 
 FINGERPRINT = "fingerprint"
-NOT_OF_A_RUN = ("paths", "tracking")
-"""Groups of the configuration that no number depends on."""
+NOT_OF_A_RUN = ("paths", "tracking", "objective")
+"""Groups and keys of the configuration that no number depends on."""
 
 REFUSED_FILE = "refused.json"
 ABSENT = "absent"

@@ -23,6 +23,7 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     step_metrics: dict[str, str] = field(default_factory=dict)
     group: str = ""
+    sweep: str = ""
     job_type: str = ""
     tags: list[str] = field(default_factory=list)
     exit_code: int | None = None
@@ -32,9 +33,9 @@ class OfflineRun:
         return [(row[x], row[y]) for row in self.history if x in row and y in row]
 
 
-def read_offline(folder: Path, seconds: float = 60) -> OfflineRun:
-    """Read the only run under a run's folder `wandb/`, once W&B's own process has written it to its end."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+def read_offline(folder: Path, seconds: float = 60, pattern: str = "offline-run-*") -> OfflineRun:
+    """Read the only run of a pattern under a run's folder `wandb/`, once W&B's process has written it to its end."""
+    (path,) = folder.glob(f"wandb/{pattern}/run-*.wandb")
     until = time.monotonic() + seconds
     while (run := _read(path)).exit_code is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -53,6 +54,7 @@ def _read(path: Path) -> OfflineRun:
 def _take(run: OfflineRun, record: Any) -> None:
     kind = record.WhichOneof("record_type")
     if kind == "run":
+        run.sweep = record.run.sweep_id
         run.group, run.job_type, run.tags = record.run.run_group, record.run.job_type, list(record.run.tags)
         run.config |= _items(record.run.config.update)
     elif kind == "config":

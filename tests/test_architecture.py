@@ -38,7 +38,7 @@ RANKS = (
     {"preparation"},
     {"run_folder", "run_warnings", "steps"},
     {"pipeline"},
-    {"reporting"},
+    {"reporting", "final_numbers"},
     {"tracking"},
     {"export"},
     {"cli"},

@@ -458,9 +458,10 @@ def with_another_value(config: RunConfig, path: tuple[str, ...]) -> RunConfig:
 
 
 LEAVES = list(leaves(RunConfig()))
+UNIMPORTANT = ("tracking", "paths", "objective")
 
 
-@pytest.mark.parametrize("path", [path for path in LEAVES if path[0] in ("tracking", "paths")], ids=".".join)
+@pytest.mark.parametrize("path", [path for path in LEAVES if path[0] in UNIMPORTANT], ids=".".join)
 def test_a_runs_identity_ignores_where_it_is_logged_and_kept(path: tuple[str, ...]) -> None:
     first, second = (pipeline.run_folder(c) for c in (RunConfig(), with_another_value(RunConfig(), path)))
     if path == ("paths", "data_dir"):
@@ -472,7 +473,7 @@ def test_a_runs_identity_ignores_where_it_is_logged_and_kept(path: tuple[str, ..
 
 
 def test_a_runs_identity_changes_with_everything_else() -> None:
-    paths = [path for path in LEAVES if path[0] not in ("tracking", "paths", "experiment")]
+    paths = [path for path in LEAVES if path[0] not in (*UNIMPORTANT, "experiment")]
     assert len(paths) > 60
     folders = [pipeline.run_folder(with_another_value(RunConfig(), path)) for path in paths]
     same = [".".join(path) for path, folder in zip(paths, folders, strict=True) if folder.name == default_name()]

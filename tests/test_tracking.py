@@ -21,11 +21,12 @@ from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
 from cushion.config import ReconstructionConfig, RunConfig, SearchConfig, TrackingConfig, to_dict
 from cushion.events import Event, Progress, Record, RunFailed, RunFinished, RunStarted
+from cushion.final_numbers import final_numbers
 from cushion.flat import flatten
 from cushion.metrics.columns import Measured, row_values
 from cushion.reporting import figures
 from cushion.results import finished_result
-from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, summary
+from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode
 
 OFFLINE = TrackingConfig(mode="offline")
 
@@ -102,8 +103,8 @@ def test_runs_with_different_quantizers_have_the_same_keys(text_file: Path, tmp_
     other_config = small_config(text_file, tmp_path / "out")
     other_config.quantizer.name, other_config.quantizer.weights.bits = "other", 4
     other = asdict(pipeline.run(other_config))
-    assert summary(one).keys() == summary(other).keys()
-    assert summary(one)["perplexity/text/quantized"] != summary(other)["perplexity/text/quantized"]
+    assert final_numbers(one).keys() == final_numbers(other).keys()
+    assert final_numbers(one)["perplexity/text/quantized"] != final_numbers(other)["perplexity/text/quantized"]
 
 
 def scored(metric: str | None, **metrics: float | None) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def test_what_a_task_measures_that_is_no_accuracy_is_in_the_summary() -> None:
     tasks = {"one": scored("acc", acc=0.5, f1=0.4), "two": scored(None, word_perplexity=12.5, overflown=None)}
     values = row_values(Measured({}, tasks, (0.5, None), 1.0, 2.0, 3.0))
     row = {"name": "quantized", "label": "naive", "values": values, "tasks": tasks}
-    found = summary({"rows": [row], "metrics": {}, "search": None, "tuning": None, "prefix": None})
+    found = final_numbers({"rows": [row], "metrics": {}, "search": None, "tuning": None, "prefix": None})
     of_tasks = {key: value for key, value in found.items() if key.startswith(("accuracy/", "tasks/"))}
     assert of_tasks == {
         "accuracy/one/quantized": 0.5, "accuracy/mean/quantized": 0.5, "tasks/two/word_perplexity/quantized": 12.5,

@@ -74,6 +74,7 @@ class RunConfig:
     device: str = "auto"
     execution: str = "simulated"
     bos: str = "tokenizer"
+    objective: str | None = None
 
     def __post_init__(self) -> None:
         check_values("", self)

@@ -63,7 +63,7 @@ class Run:
 
     def identity(self, *without: str) -> str:
         """The configuration as text, without what cannot change a number, and without the keys named."""
-        config = {key: value for key, value in self.config.items() if key not in ("tracking", *without)}
+        config = {key: value for key, value in self.config.items() if key not in ("tracking", "objective", *without)}
         config["paths"] = {"data_dir": self.config.get("paths", {}).get("data_dir")}
         return json.dumps(config, sort_keys=True)
 
