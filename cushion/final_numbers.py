@@ -30,12 +30,14 @@ def final_numbers(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def numbers_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The numbers of rows of a result, those that were measured, as `<key of the column>/<row>`."""
-    found = {
-        f"{column.named(Place.TRACKER_ROW)}/{row['name']}": row["values"].get(column.key)
-        for column in columns(rows, Place.TRACKER_ROW)
-        for row in rows
-    }
+    """The numbers of rows of a result, those that were measured, as `<key of the column>/<row>`.
+
+    A column that has a standard error, or an interval, has them beside it, likewise.
+    """
+    keys = {column.named(Place.TRACKER_ROW): column.key for column in columns(rows, Place.TRACKER_ROW)}
+    for column in columns(rows, Place.TRACKER_ROW):
+        keys |= {key: key for key in (column.error, *(column.interval or ())) if key is not None}
+    found = {f"{name}/{row['name']}": row["values"].get(key) for name, key in keys.items() for row in rows}
     return {key: value for key, value in found.items() if value is not None}
 
 

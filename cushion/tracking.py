@@ -43,6 +43,12 @@ NETWORK_TIMEOUT = 3.0
 SERIES = {"search": "step", "tuning": "step", "activations": "block"}
 """The curves of a run: what is logged as `<series>/...`, over `<series>/<its step>`."""
 
+SUMMED_UP = ("search", "activations")
+"""The curves whose last point is not what the summary should say: `summed_up` says it."""
+
+BEFORE_AND_AFTER = "largest_activation_by_block"
+"""The chart of the largest magnitude at the input of each block, a line for each stage: no prefix, found, tuned."""
+
 
 class WandbTracker:
     """Logs a run to Weights & Biases: configuration, search and tuning steps, curves, metrics, prefix, figures.
@@ -188,7 +194,8 @@ class WandbTracker:
         self._sent = {}
         for series, step in SERIES.items():
             self._run.define_metric(f"{series}/{step}", hidden=True)
-            self._run.define_metric(f"{series}/*", step_metric=f"{series}/{step}")
+            kind = "none" if series in SUMMED_UP else None
+            self._run.define_metric(f"{series}/*", step_metric=f"{series}/{step}", summary=kind)
             last = self._run.summary.get(f"{series}/{step}") if self._run.resumed else None
             self._sent[series] = -1 if last is None else last
 
@@ -209,14 +216,16 @@ class WandbTracker:
                 for key, values in curve.items()
             }
             self._log_point("activations", block, point)
-        self._run.summary.update(final_numbers(result))
+        self._run.summary.update(summed_up(result) | final_numbers(result))
+        if curves and self._run.summary.get(f"{BEFORE_AND_AFTER}_table") is None:
+            self._run.log({BEFORE_AND_AFTER: _before_and_after(result["activations"])})
         if self._run.summary.get("comparison") is None:
             self._run.log({"comparison": _comparison(result["rows"])})
         for figure in sorted((event.folder / "figures").glob("*.png")):
             if self._run.summary.get(key := f"figures/{figure.stem}") is None:
                 self._run.log({key: wandb.Image(str(figure))})
         if event.prefix is not None:
-            artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix")
+            artifact = wandb.Artifact(f"prefix-{self._run.id}", type="prefix", metadata=of_prefix(result))
             for suffix in (".safetensors", ".json"):
                 artifact.add_file(str(event.prefix.with_name(event.prefix.name + suffix)))
             learned = event.prefix.with_name(LEARNED)
@@ -271,6 +280,45 @@ def chosen(config: dict[str, Any]) -> dict[str, str]:
     groups = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
     names = {group: str(config[group]["name"]) for group in groups}
     return {"model": ModelConfig(path=config["model"]["path"]).label, **names}
+
+
+def summed_up(result: dict[str, Any]) -> dict[str, Any]:
+    """What the summary says of the curves of `SUMMED_UP`, by the curves' names.
+
+    Of magnitudes over the blocks the largest; of a search what its last accepted step has, since its last step is
+    often the one that was rejected. Lists are left out.
+    """
+    curves = result["activations"].get("curves", {})
+    found = {
+        f"activations/{stage}/{key}": max(values) for stage, curve in curves.items() for key, values in curve.items()
+    }
+    accepted = [step for step in (result["search"] or {}).get("steps", []) if step.get("accepted")]
+    for key, value in accepted[-1].items() if accepted else ():
+        if key != "step" and isinstance(value, int | float | str):
+            found[f"search/{key}"] = value
+    return found
+
+
+def of_prefix(result: dict[str, Any]) -> dict[str, Any]:
+    """What tells a prefix from others where only its artifact is seen: its model, itself, and the run's own numbers."""
+    model = {key: result["model"].get(key) for key in ("path", "fingerprint", "dtype")}
+    prefix = {key: value for key, value in result["prefix"].items() if value is not None}
+    names = {key: value for key, value in chosen(result["config"]).items() if key != "model"}
+    return {"model": model, "prefix": prefix, "chosen": names, "metrics": result["metrics"]}
+
+
+def _before_and_after(activations: dict[str, Any]) -> Any:
+    """The largest magnitude of each block, a line for each stage, in one chart."""
+    import wandb
+
+    curves = {stage: curve["top1"] for stage, curve in activations["curves"].items()}
+    return wandb.plot.line_series(
+        xs=list(range(len(next(iter(curves.values()))))),
+        ys=list(curves.values()),
+        keys=[activations["titles"][stage] for stage in curves],
+        title="largest magnitude at the input of each block",
+        xname="block",
+    )
 
 
 def _comparison(rows: list[dict[str, Any]]) -> Any:

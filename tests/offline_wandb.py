@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class OfflineRun:
     job_type: str = ""
     tags: list[str] = field(default_factory=list)
     exit_code: int | None = None
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By type, what an artifact says of itself."""
+    own_summary: set[str] = field(default_factory=set)
+    """The metrics, or patterns of them, whose summary W&B leaves to the run."""
 
     def series(self, x: str, y: str) -> list[tuple[Any, Any]]:
         """The points of a curve in the order in which they were logged."""
@@ -61,11 +66,19 @@ def _take(run: OfflineRun, record: Any) -> None:
         run.config |= _items(record.config.update)
     elif kind == "history":
         run.history.append(_items(record.history.item))
-        run.summary |= {key: value for key, value in run.history[-1].items() if not key.startswith("_")}
+        run.summary |= {
+            key: value
+            for key, value in run.history[-1].items()
+            if not key.startswith("_") and not any(fnmatch(key, pattern) for pattern in run.own_summary)
+        }
     elif kind == "summary":
         run.summary |= _items(record.summary.update)
     elif kind == "metric" and record.metric.step_metric:
         run.step_metrics[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        if record.metric.summary.none:
+            run.own_summary.add(record.metric.glob_name or record.metric.name)
+    elif kind == "artifact":
+        run.artifacts[record.artifact.type] = json.loads(record.artifact.metadata or "{}")
     elif kind == "exit":
         run.exit_code = record.exit.exit_code
 

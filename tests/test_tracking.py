@@ -26,7 +26,7 @@ from cushion.flat import flatten
 from cushion.metrics.columns import Measured, row_values
 from cushion.reporting import figures
 from cushion.results import finished_result
-from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode
+from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, summed_up
 
 OFFLINE = TrackingConfig(mode="offline")
 
@@ -70,7 +70,7 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     assert run.config["search/tau"] == 1.0
     assert run.config["quantizer/activations/bits"] == 8
 
-    assert result.search is not None and result.tuning is not None
+    assert result.search is not None and result.tuning is not None and result.prefix is not None
     for kind, steps, keys in (
         ("search", result.search["steps"], ("objective_after", "token")),
         ("tuning", result.tuning["steps"], ("loss", "error")),
@@ -81,12 +81,23 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     for stage, curve in result.activations["curves"].items():
         for key in ("top1", "top2", "top3", "top10_percent", "median"):
             assert run.series("activations/block", f"activations/{stage}/{key}") == list(enumerate(curve[key]))
+    assert run.own_summary == {"search/*", "activations/*"}
+    for stage, curve in result.activations["curves"].items():
+        assert run.summary[f"activations/{stage}/top1"] == max(curve["top1"]), "not that of the last block"
+    (chart,) = folder.glob("wandb/offline-run-*/files/media/table/largest_activation_by_block_table*.json")
+    drawn_lines = {line[1] for line in json.loads(chart.read_text())["data"]}
+    assert drawn_lines == set(result.activations["titles"].values()) and len(drawn_lines) == 3
+    said_of_prefix = run.artifacts["prefix"]
+    assert said_of_prefix["model"]["fingerprint"] == result.model["fingerprint"]
+    assert said_of_prefix["prefix"]["fingerprint"] == result.prefix["fingerprint"]
+    assert said_of_prefix["metrics"]["ratio/text"] == result.metrics["ratio/text"]
     assert run.step_metrics == {
         "search/*": "search/step", "tuning/*": "tuning/step", "activations/*": "activations/block",
     }  # fmt: skip
 
     for row in result.rows:
         assert run.summary[f"perplexity/text/{row.name}"] == row.values["perplexity/text"]
+        assert run.summary.get(f"ratio_stderr/text/{row.name}") == row.values.get("ratio_stderr/text")
         assert run.summary[f"largest_activation/{row.name}"] == row.values["largest_activation"]
     assert run.summary["perplexity/text"] == result.metrics["perplexity/text"]
     assert not any(key.startswith("perplexity/") for values in run.history for key in values), "numbers, not curves"
@@ -96,6 +107,17 @@ def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(tex
     }
     table = next(folder.glob("wandb/offline-run-*/files/media/table/comparison*.json"))
     assert [line[0] for line in json.loads(table.read_text())["data"]] == [row.name for row in result.rows]
+
+
+def test_the_summary_of_a_search_is_its_last_accepted_step() -> None:
+    steps = [
+        {"step": 0, "token": "a", "objective_after": 2.0, "accepted": True, "finalists": [{"token": "b"}]},
+        {"step": 1, "token": "c", "objective_after": 1.5, "accepted": False, "finalists": []},
+    ]
+    result: dict[str, Any] = {"activations": {}, "search": {"steps": steps}}
+    assert summed_up(result) == {"search/token": "a", "search/objective_after": 2.0, "search/accepted": True}
+    steps[0]["accepted"] = False
+    assert summed_up(result) == {}, "nothing was found"
 
 
 def test_runs_with_different_quantizers_have_the_same_keys(text_file: Path, tmp_path: Path) -> None:
