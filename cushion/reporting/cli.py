@@ -10,7 +10,7 @@ from pathlib import Path
 from cushion.errors import ArtifactError, CushionError, did_you_mean
 from cushion.reporting.collect import Run, collect
 from cushion.reporting.frame import frame_of
-from cushion.reporting.grid import Table, comma_separated, escape_markdown, latex, markdown
+from cushion.reporting.grid import Table, comma_separated, escape_markdown, folded, latex, markdown
 from cushion.reporting.page import html
 from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
@@ -77,13 +77,14 @@ def _write(output: Path, title: str, published: Sequence[Table], tables: Sequenc
     output.mkdir(parents=True, exist_ok=True)
     _remove_earlier(output)
     drawings = draw_all(runs, output / "figures")
+    shown = [folded(table) for table in tables]
     contents = {
-        "report.html": html(title, published, tables, runs, provenance, drawings, absent),
-        "report.md": _markdown(title, published, tables, provenance, drawings),
-        "report.tex": _latex([*published, *tables]),
+        "report.html": html(title, published, shown, runs, folded(provenance), drawings, absent),
+        "report.md": _markdown(title, published, shown, folded(provenance), drawings),
+        "report.tex": _latex([*published, *shown]),
         "provenance.csv": comma_separated(provenance),
         "rows.csv": frame_of(runs).to_csv(index=False),
-        **{f"tables/{table.place()}.tex": latex(table) for table in [*published, *tables]},
+        **{f"tables/{table.place()}.tex": latex(table) for table in [*published, *shown]},
         **{f"published/{table.name}.csv": comma_separated(table) for table in published},
         **{f"runs/{table.name}.csv": comma_separated(table) for table in tables},
     }
@@ -122,13 +123,12 @@ def _markdown(title: str, published: Sequence[Table], tables: Sequence[Table], p
     parts = [f"# {escape_markdown(title)}\n"]
     if published:
         parts += ["## Published and ours\n", *map(markdown, published)]
-    parts += ["## Runs\n", *map(markdown, tables)]
-    if drawings:
-        parts.append("## Figures\n")
-        for drawing in drawings:
-            caption = escape_markdown(drawing.title)
-            numbers = ", ".join(map(str, drawing.runs))
-            parts.append(f"![{caption}](figures/{drawing.path.name})\n\n{caption}; runs {numbers}\n")
+    parts.append("## Runs\n")
+    for table in tables:
+        parts.append(markdown(table))
+        for drawing in (drawing for drawing in drawings if drawing.experiments[0] == table.name):
+            title, caption = escape_markdown(drawing.title), escape_markdown(drawing.caption)
+            parts.append(f"![{title}](figures/{drawing.path.name})\n\n{caption}\n")
     return "\n".join([*parts, "## Provenance\n", markdown(provenance)])
 
 

@@ -91,6 +91,26 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     return lines, [note]
 
 
+def mark_best(body: list[list[Cell]], lines: Sequence[int], measures: Sequence[Measure], first: int) -> None:
+    """Mark the best value of each measure among some lines of a table, in place; equal ones all, and none among one.
+
+    Args:
+        body: the lines of the table.
+        lines: which of them are compared.
+        measures: the measures of its columns from `first` on.
+        first: the first column with a measure.
+
+    """
+    for column, measure in enumerate(measures, start=first):
+        there = {line: value for line in lines if (value := body[line][column].value) is not None}
+        if measure.lower_is_better is None or len({body[line][column].text for line in there}) < 2:
+            continue
+        best = (min if measure.lower_is_better else max)(there.values())
+        for line, value in there.items():
+            if measure.format(value) == measure.format(best):
+                body[line][column] = replace(body[line][column], best=True)
+
+
 def _distinct(column: int, cell: Cell) -> tuple[int, float | None, float | None, float | None, float]:
     assert cell.p is not None
     return column, cell.value, cell.low, cell.high, cell.p

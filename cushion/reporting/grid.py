@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 NONE = "-"
 """What stands in a cell that has nothing to say."""
@@ -21,7 +21,7 @@ class Cell:
     `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart. What stands behind a value
     in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
     `seeds` says of how many seeds a cell with lost ones is, `2 of 3`. A comparison has the ends of its interval, `low`
-    and `high`, its p-value, and a `verdict` in words.
+    and `high`, its p-value, and a `verdict` in words. `best` is written bold.
     """
 
     text: str
@@ -35,6 +35,7 @@ class Cell:
     high: float | None = None
     p: float | None = None
     verdict: str = ""
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Table:
 
     `pinned` are the columns that stay in view where a page is narrower than the table; by default those of words.
     `name` names its file; `key` its label in LaTeX and its id in a page, where two tables of a report share a name.
+    `foldable` are the columns that `folded` puts into a note where they are constant; `aside` those that a narrow
+    screen leaves out until it is asked for them.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
     pinned: tuple[int, ...] | None = None
     key: str = ""
+    foldable: tuple[int, ...] = ()
+    aside: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         widths = {sum(cell.span for cell in line) for line in (*self.head, *self.body)}
@@ -78,6 +83,36 @@ class Table:
         return [" ".join(column) for column in columns]
 
 
+def folded(table: Table) -> Table:
+    """The table without those of its `foldable` columns that say the same in every line: a note says it once.
+
+    Lines of runs that are missing have nothing to say there, and do not count. A table with headings above each other
+    keeps its columns.
+    """
+    lines = [line for line in table.body if not any(cell.kind == "missing" for cell in line)]
+    texts = {column: {line[column].text for line in lines} for column in table.foldable}
+    same = [column for column, found in texts.items() if len(found) == 1]
+    if len(table.head) > 1 or not same:
+        return table
+    headings = table.headings()
+    said = ", ".join(f"{headings[column]} {lines[0][column].text}" for column in same)
+    place = {column: new for new, column in enumerate(c for c in range(len(headings)) if c not in same)}
+
+    def moved(columns: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(place[column] for column in columns if column in place)
+
+    return replace(
+        table,
+        head=[[cell for column, cell in enumerate(table.head[0]) if column in place]],
+        body=[[cell for column, cell in enumerate(line) if column in place] for line in table.body],
+        labels=sum(column < table.labels for column in place),
+        notes=[f"In every line: {said}.", *table.notes],
+        pinned=None if table.pinned is None else moved(table.pinned),
+        foldable=(),
+        aside=moved(table.aside),
+    )
+
+
 def markdown(table: Table) -> str:
     """The table as a pipe table with its title and notes, for GitHub and others."""
 
@@ -86,10 +121,15 @@ def markdown(table: Table) -> str:
 
     aligned = [":--" if column < table.labels else "--:" for column in range(len(table.headings()))]
     lines = [f"### {escape_markdown(table.title)}", "", line([escape_markdown(text) for text in table.headings()])]
-    lines += [line(aligned), *(line([escape_markdown(cell.text) for cell in row]) for row in table.body)]
+    lines += [line(aligned), *(line([_markdown_cell(cell) for cell in row]) for row in table.body)]
     for note in table.notes:
         lines += ["", escape_markdown(note)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = escape_markdown(cell.text)
+    return f"**{text}**" if cell.best else text
 
 
 def latex(table: Table) -> str:
@@ -131,7 +171,9 @@ def _characters(table: Table) -> int:
 
 def _latex_cell(cell: Cell) -> str:
     text = escape_latex(cell.text)
-    return "$-$" + text[1:] if cell.value is not None and cell.value < 0 and text.startswith("-") else text
+    if cell.value is not None and cell.value < 0 and text.startswith("-"):
+        text = "$-$" + text[1:]
+    return rf"\textbf{{{text}}}" if cell.best else text
 
 
 def _latex_heading(cell: Cell) -> str:

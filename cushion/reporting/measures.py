@@ -18,6 +18,10 @@ MISSING = Cell("missing", kind="missing")
 FAILED = Cell("failed", kind="failed")
 
 
+_COSTS = ("seconds",)
+"""What a row took to compute is no merit of it: the cheapest row is not the best one."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """A number of a row of a run: `read(run, row)` gives it, or None where it was not measured."""
@@ -33,6 +37,8 @@ class Measure:
     """Of a comparison: the value of no difference."""
     comparison: Callable[[Row], Column | None] = lambda row: None
     """The column that compares the number with full precision with the same prefix; None in a row without."""
+    lower_is_better: bool | None = None
+    """None where no value is better than another."""
 
 
 def measure_of(column: Column) -> Measure:
@@ -44,6 +50,7 @@ def measure_of(column: Column) -> Measure:
         lambda _, row: column.shown_error(row),
         _comparison_of(column),
         column.neutral,
+        lower_is_better=None if column.key in _COSTS else column.lower_is_better,
     )
 
 

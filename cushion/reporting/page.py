@@ -31,9 +31,16 @@ def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: 
         completed=sum(run.completed for run in runs),
         failed=[run for run in runs if not run.completed],
         missing=missing,
-        drawings=[(drawing, base64.b64encode(drawing.path.read_bytes()).decode("ascii")) for drawing in drawings],
+        drawings={
+            table.name: [_inside(one) for one in drawings if one.experiments[0] == table.name] for table in tables
+        },
         details=[(number, run, _details(run)) for number, run in enumerate(runs, start=1)],
     )
+
+
+def _inside(drawing: Drawing) -> tuple[Drawing, str]:
+    """A figure with the content of its file in base64."""
+    return drawing, base64.b64encode(drawing.path.read_bytes()).decode("ascii")
 
 
 def _details(run: Run) -> str:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cushion.hashing import digest
+from cushion.reporting.alike import alike
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import (
     activation_curves,
@@ -23,9 +24,11 @@ from cushion.reporting.figures import (
     save,
     tidy,
 )
+from cushion.reporting.lines import value_of as setting
 from cushion.reporting.ratios import compared, draw_comparison
 from cushion.reporting.runs import varying
-from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, setting, tradeoffs
+from cushion.reporting.settings import runs_in_words
+from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, tradeoffs
 
 DPI = 110
 """Sharp on a phone, and small enough for a page that carries every figure inside."""
@@ -33,49 +36,106 @@ DPI = 110
 
 @dataclass(frozen=True)
 class Drawing:
-    """A PNG file, what it shows, and the numbers (from 1, as in the table of runs) of the runs that it stands for."""
+    """A PNG file, what it shows, and the numbers (from 1, as in the table of runs) of the runs that it stands for.
+
+    `experiments` are those of the runs, in their order.
+    """
 
     path: Path
     title: str
     runs: tuple[int, ...]
+    experiments: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The title with the numbers of the runs."""
+        return f"{self.title}; {runs_in_words(self.runs)}"
+
+
+@dataclass
+class _Shared:
+    """A figure of the runs that have the same numbers for it; the first one's are drawn."""
+
+    kind: str
+    content: Any
+    draw: Callable[[dict[str, Any], Path], object]
+    of: list[NumberedRun]
+    equal: bool = True
+    """Whether the numbers are the same, and not only alike."""
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
-    """Draw every figure that the runs have numbers for into `folder`; equal ones once.
+    """Draw every figure that the runs have numbers for into `folder`; those that would look the same once.
 
     Comparisons of methods and trade-offs come last.
     """
-    shared: dict[str, tuple[str, Callable[[dict[str, Any], Path], object], list[NumberedRun]]] = {}
+    shared: list[_Shared] = []
     together: dict[tuple[str, str], list[NumberedRun]] = {}
     for number, run in enumerate(runs, start=1):
         together.setdefault((run.experiment, run.model), []).append((number, run))
         for kind, content, draw in _figures_of(run):
-            key = f"{kind}-{digest([run.model, content], 12)}"
-            shared.setdefault(key, (kind, draw, []))[2].append((number, run))
+            one = next((one for one in shared if one.kind == kind and _is_of(one, run, content)), None)
+            if one is None:
+                shared.append(_Shared(kind, content, draw, [(number, run)]))
+            else:
+                one.of.append((number, run))
+                one.equal = one.equal and one.content == content
     keys = {group: varying(run for _, run in members) for group, members in together.items()}
     drawings = []
     folder.mkdir(parents=True, exist_ok=True)
     for kind in TITLES:
-        for key, (of_kind, draw, drawn) in shared.items():
-            if of_kind == kind:
-                first, path = drawn[0][1], folder / f"{key}.png"
-                draw(first.record, path)
-                title = f"{_title(kind, drawn)}, {first.model}; {_told_apart(drawn, together, keys)}"
-                drawings.append(Drawing(path, title, tuple(number for number, _ in drawn)))
+        for one in (one for one in shared if one.kind == kind):
+            first = one.of[0][1]
+            path = folder / f"{kind}-{digest([first.model, one.content], 12)}.png"
+            one.draw(first.record, path)
+            title = f"{_title(kind, one.of)}{_in_scale(scale_of(kind, first.record))}, {first.model}"
+            title += f"; {_told_apart(one.of, together, keys)}"
+            if not one.equal:
+                title += f"; drawn for run {one.of[0][0]}, from which the others differ by less than 1 % of the scale"
+            drawings.append(_drawing(path, title, one.of))
     for (experiment, model), members in together.items():
         if comparison := compared(members):
             path = folder / f"ratios-{digest([experiment, model], 12)}.png"
             draw_comparison(comparison, path, DPI)
             drawn = [(number, run) for number, run in members if number in comparison.runs]
-            title = f"Methods compared: {comparison.title}, {model}"
-            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", comparison.runs))
+            title = f"Methods compared: {comparison.title}{_in_scale(comparison.scale)}, {model}"
+            drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
         for tradeoff in tradeoffs(members):
             path = folder / f"{tradeoff.kind}-{digest([experiment, model, tradeoff.axis], 12)}.png"
             draw_tradeoff(tradeoff, path, DPI)
             drawn = [(number, run) for number, run in members if number in tradeoff.runs]
-            title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}, {model}"
-            drawings.append(Drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", tradeoff.runs))
+            title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}{_in_scale(tradeoff.scale)}, {model}"
+            drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
     return drawings
+
+
+def _drawing(path: Path, title: str, drawn: Sequence[NumberedRun]) -> Drawing:
+    experiments = dict.fromkeys(run.experiment for _, run in drawn)
+    return Drawing(path, title, tuple(number for number, _ in drawn), tuple(experiments))
+
+
+def _is_of(one: _Shared, run: Run, content: Any) -> bool:
+    """Whether a run's figure is one that is there already: maps and curves need to be no more than alike."""
+    if one.of[0][1].model != run.model:
+        return False
+    if one.kind in ("map", "activations", "attention"):
+        return alike(one.content, content, logarithmic=one.kind != "attention")
+    return bool(one.content == content)
+
+
+def _in_scale(scale: str) -> str:
+    return f" ({scale})" if scale else ""
+
+
+def scale_of(kind: str, record: dict[str, Any]) -> str:
+    """What a caption says of the scale of a figure of one run; nothing of a linear one."""
+    if kind == "search":
+        return "logarithmic axis" if _falls_above_zero(record["search"]) else ""
+    return {"map": "logarithmic colours", "activations": "logarithmic axis", "qfem": "logarithmic axes"}.get(kind, "")
+
+
+def _falls_above_zero(search: dict[str, Any]) -> bool:
+    return all(step["objective_after"] > 0 for step in search["steps"])
 
 
 TITLES = {
@@ -165,7 +225,7 @@ def search_trajectory(result: dict[str, Any], path: Path) -> None:
         verdict = "" if step["accepted"] else " (rejected)"
         name = repr(step.get("token", step["token_id"])).replace("$", r"\$") + verdict  # no formula begins in a token
         axis.annotate(name, (places[1], heights[1]), textcoords="offset points", xytext=(-6, 6), ha="right", fontsize=7)
-    if all(step["objective_after"] > 0 for step in search["steps"]):
+    if _falls_above_zero(search):
         axis.set_yscale("log")
     axis.set_xticks(range(len(search["steps"]) + 1))
     axis.set_xlabel("tokens in the prefix beyond its start")

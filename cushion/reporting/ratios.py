@@ -11,8 +11,9 @@ from matplotlib import pyplot
 from cushion.metrics.columns import Column, Place, columns
 from cushion.reporting.comparisons import measured
 from cushion.reporting.figures import save, tidy
+from cushion.reporting.lines import grouped
 from cushion.reporting.measures import measure_of
-from cushion.reporting.runs import grouped, varying
+from cushion.reporting.runs import varying
 from cushion.reporting.tradeoffs import STAGE_TITLES, NumberedRun, described, is_wide
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
@@ -38,6 +39,16 @@ class Comparison:
     title: str
     ratios: tuple[Ratio, ...]
     runs: tuple[int, ...]
+
+    @property
+    def scale(self) -> str:
+        """What a caption says of the axis; nothing where it is linear."""
+        return "logarithmic axis" if self.is_wide else ""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the axis is logarithmic."""
+        return is_wide([ratio.value for ratio in self.ratios], _LOGARITHMIC_FROM)
 
 
 def compared(runs: Sequence[NumberedRun]) -> Comparison | None:
@@ -100,7 +111,7 @@ def draw_comparison(comparison: Comparison, path: Path, dpi: int) -> Path:
             linewidth=1.2,
             label=STAGE_TITLES[stage],
         )
-    wide = is_wide([ratio.value for ratio in comparison.ratios], _LOGARITHMIC_FROM)
+    wide = comparison.is_wide
     if wide:
         axis.set_xscale("log")
     axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cushion.flat import flatten
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.collect import Run
-from cushion.reporting.comparisons import judged, measured
+from cushion.reporting.comparisons import judged, mark_best, measured
 from cushion.reporting.grid import NONE, Cell, Table
+from cushion.reporting.lines import Line, in_order, lines_of, shared_first, value_of
 from cushion.reporting.measures import FAILED, MISSING, measure_of, spread_notes
-from cushion.reporting.settings import numbered, shared_settings
+from cushion.reporting.settings import in_spans, numbered, shared_settings
 
-T = TypeVar("T")
+ALL = "all"
 
 _GROUPS = ("data", "quantizer", "search", "tuning", "reconstruction", "eval")
 _EVERY_SETTING = ("model", *_GROUPS, "device", "execution", "bos")
@@ -24,6 +25,9 @@ def experiment_table(
     experiment: str, runs: Sequence[Run], missing: Sequence[str] = (), numbers: Mapping[Path, int] | None = None
 ) -> Table:
     """The rows of an experiment's runs, with what varies between them in front.
+
+    Configurations stand in ascending order of what varies, numbers before words. In front of those of a model stand the
+    rows that several of them share, once.
 
     Args:
         experiment: name of the experiment.
@@ -38,26 +42,51 @@ def experiment_table(
     measures = [measure_of(column) for column in columns(rows, Place.REPORT)]
     titles = ["run", "model", *settings, "row", "prefix", "seeds"]
     head = [[Cell(title) for title in (*titles, *(measure.title for measure in measures))]]
+    groups = in_order(runs, settings)
+    lines = shared_first([line for group in groups for line in lines_of(group)])
     body = []
-    for group in grouped(runs, lambda run: run.identity("seed")):
-        done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
-        front = [Cell(group[0].model), *(_setting(group[0], key) for key in settings)]
-        for row in done[0].record["rows"] if done else []:
-            same = [(run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"]]
-            asked = len({run.seed for run in group})
-            number = Cell(", ".join(str(numbers[run.path]) for run, _ in same))
-            body.append([number, *front, *_words(row, same, asked), *(measured(m, same, len(same)) for m in measures)])
-        for run in failed:
-            words = [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(f"seed {run.seed}")]
-            body.append([Cell(str(numbers[run.path])), *front, *words, *(FAILED for _ in measures)])
+    for line in lines:
+        beside = [group[0] for group in groups if group[0].model == line.model]
+        words = [Cell(in_spans(sorted(numbers[run.path] for run in line.runs))), Cell(line.model)]
+        words += [_settings(line.configurations, beside, key) for key in settings]
+        if line.row is None:
+            run = line.runs[0]
+            words += [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(f"seed {run.seed}")]
+            body.append([*words, *(FAILED for _ in measures)])
+        else:
+            of = [measured(measure, line.same, len(line.same)) for measure in measures]
+            body.append([*words, *_words(line.row, line.same, line.asked), *of])
     for description in missing:
         blanks = [Cell(NONE) for _ in range(len(settings) + 2)]
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
         body.append([*blanks, *words, *(MISSING for _ in measures)])
     body, comparisons = judged(body)
-    notes = [*spread_notes(body), *comparisons, *shared_settings(runs, numbers)]
-    pinned = (0, titles.index("row"))
-    return Table(experiment, f"Runs of {experiment}", head, body, len(titles), notes, pinned, key=f"runs-{experiment}")
+    racing = [number for number, line in enumerate(lines) if line.row is not None and line.row["quantized"]]
+    for model in dict.fromkeys(line.model for line in lines):
+        mark_best(body, [number for number in racing if lines[number].model == model], measures, len(titles))
+    notes = [*_notes(lines, body), *spread_notes(body), *comparisons, *shared_settings(runs, numbers)]
+    places = {title: number for number, title in enumerate(titles)}
+    return Table(
+        experiment,
+        f"Runs of {experiment}",
+        head,
+        body,
+        len(titles),
+        notes,
+        (places["run"], places["row"]),
+        key=f"runs-{experiment}",
+        foldable=(places["model"], places["prefix"], places["seeds"]),
+        aside=(places["run"], places["model"], places["prefix"], places["seeds"]),
+    )
+
+
+def _notes(lines: Sequence[Line], body: Sequence[Sequence[Cell]]) -> list[str]:
+    notes = []
+    if any(len(line.configurations) > 1 for line in lines):
+        notes.append(f"A row that is the same in several configurations stands once; {ALL}: whatever the value.")
+    if any(cell.best for line in body for cell in line):
+        notes.append("Bold: the best quantized value of a model in its column, whether or not others are within error.")
+    return notes
 
 
 def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], asked: int) -> list[Cell]:
@@ -90,19 +119,19 @@ def varying(runs: Iterable[Run]) -> list[str]:
     return found
 
 
-def _setting(run: Run, key: str) -> Cell:
-    group = key.partition(".")[0]
-    value = flatten(run.config.get(group), group).get(key)
+def _settings(configurations: Sequence[Run], of_model: Sequence[Run], key: str) -> Cell:
+    """What a line's configurations have for a key: one value, `ALL` that the model's runs have, or some of them."""
+    values = list(dict.fromkeys(_written(value_of(run, key)) for run in configurations))
+    if len(values) > 1:
+        others = {_written(value_of(run, key)) for run in of_model}
+        return Cell(ALL if set(values) == others else ", ".join(values) if len(values) < 4 else f"{len(values)} values")
+    value = value_of(configurations[0], key)
     number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    return Cell(NONE if value is None else str(value), value=number)
+    return Cell(values[0], value=number)
 
 
-def grouped(items: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
-    """Those with the same key together, in the order in which they come."""
-    groups: dict[str, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
+def _written(value: Any) -> str:
+    return NONE if value is None else str(value)
 
 
 def provenance_table(runs: Sequence[Run]) -> Table:
@@ -133,7 +162,12 @@ def provenance_table(runs: Sequence[Run]) -> Table:
         ])  # fmt: skip
     head = [[Cell(title) for title in titles]]
     note = "Seconds of a run are its wall time, those of search and tuning as first computed."
-    return Table("provenance", "Runs, versions and cost", head, body, len(titles), [note], (0,))
+    same = tuple(
+        titles.index(title) for title in ("status", "cushion", "torch", "transformers", "git", "device", "seed")
+    )
+    return Table(
+        "provenance", "Runs, versions and cost", head, body, len(titles), [note], (0,), foldable=same, aside=same[1:]
+    )
 
 
 def _whole(value: float | None) -> Cell:

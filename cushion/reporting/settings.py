@@ -26,19 +26,24 @@ def shared_settings(runs: Sequence[Run], numbers: Mapping[Path, int]) -> list[st
     for title, texts in read_off.items():
         if found := dict.fromkeys(text for text in texts if text is not None):
             parts.append(f"{title} {next(iter(found)) if len(found) == 1 else 'varies'}")
-    return [f"{_spans(sorted(numbers[run.path] for run in runs))}: {'; '.join(parts)}."] if parts else []
+    which = runs_in_words(sorted(numbers[run.path] for run in runs)).capitalize()
+    return [f"{which}: {'; '.join(parts)}."] if parts else []
 
 
-def _spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers of runs in words, those that follow each other as one span: `Runs 2, 4 to 9`."""
+def runs_in_words(numbers: Sequence[int]) -> str:
+    """Ascending numbers of runs in words: `run 3`, `runs 2, 4 to 9`."""
+    return f"run{'s' if len(numbers) > 1 else ''} {in_spans(numbers)}"
+
+
+def in_spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words, those that follow each other as one span: `2, 4 to 9`."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][-1] + 1:
             spans[-1].append(number)
         else:
             spans.append([number])
-    words = [f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans]
-    return f"Run{'s' if len(numbers) > 1 else ''} {', '.join(words)}"
+    return ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
 
 
 def numbered(runs: Iterable[Run]) -> dict[Path, int]:

@@ -10,11 +10,12 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from cushion.flat import flatten
 from cushion.metrics.perplexity import corpora, key_of
 from cushion.reporting.collect import Run
 from cushion.reporting.figures import save, tidy
-from cushion.reporting.runs import grouped, varying
+from cushion.reporting.lines import grouped
+from cushion.reporting.lines import value_of as setting
+from cushion.reporting.runs import varying
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 NumberedRun = tuple[int, Run]
@@ -49,6 +50,19 @@ class Tradeoff:
     corpus: str
     series: dict[tuple[str, str], list[Point]]
     runs: tuple[int, ...]
+
+    @property
+    def is_wide(self) -> tuple[bool, bool]:
+        """Whether the axes are logarithmic: across and up."""
+        every = [point for points in self.series.values() for point in points]
+        across, up = [point.x for point in every], [point.perplexity for point in every]
+        return is_wide(across, _LOGARITHMIC_FROM), is_wide(up, _LOGARITHMIC_FROM)
+
+    @property
+    def scale(self) -> str:
+        """What a caption says of the axes; nothing where both are linear."""
+        names = [name for name, wide in zip((self.axis, "perplexity"), self.is_wide, strict=True) if wide]
+        return f"logarithmic in {' and '.join(names)}" if names else ""
 
 
 def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
@@ -151,12 +165,6 @@ def _found_nothing(run: Run) -> bool:
     return searched != "none" and all(row["stage"] == NO_PREFIX for row in run.record["rows"])
 
 
-def setting(run: Run, key: str) -> Any:
-    """The value that a run has for a key of its configuration, named with dots; None where it has none."""
-    group = key.partition(".")[0]
-    return flatten(run.config.get(group), group).get(key)
-
-
 def described(run: Run, keys: Sequence[str]) -> str:
     """The values that a run has for some keys of its configuration; an option by its name alone."""
     parts = [(key, setting(run, key)) for key in keys]
@@ -190,9 +198,7 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             if text := ", ".join(filter(None, (*words, point.seeds))).replace("$", r"\$"):
                 at = (point.x, point.perplexity)
                 axis.annotate(text, at, textcoords="offset points", xytext=(4, 4), fontsize=6)
-    every = [point for points in tradeoff.series.values() for point in points]
-    wide_x = is_wide([point.x for point in every], _LOGARITHMIC_FROM)
-    wide_y = is_wide([point.perplexity for point in every], _LOGARITHMIC_FROM)
+    wide_x, wide_y = tradeoff.is_wide
     if wide_x:
         axis.set_xscale("log")
     if wide_y:

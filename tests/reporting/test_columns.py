@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from records import record, row, write
 
+from cushion.final_numbers import final_numbers
 from cushion.metrics.columns import METRICS, Column, Metric, Place, Row, columns, metrics, register
 from cushion.reporting.cli import write_report
 from cushion.reporting.tables import comparison_table
-from cushion.tracking import summary
 
 WATTS = Column("power/mean", "power", "W", lambda value: f"{value:.1f}", lower_is_better=True, error="power/stderr")
 
@@ -43,9 +43,9 @@ def test_a_metric_with_one_more_column_has_it_in_every_table_and_in_the_tracker(
     header, _, full, quantized = comparison_table(one).splitlines()
     assert header.split()[-2:] == ["power", "seconds"]
     assert (full.split()[-2], quantized.split()[-4:-1]) == ("-", ["250.0", "±", "1.2"])
-    found = summary(one)
+    found = final_numbers(one)
     assert {key: value for key, value in found.items() if key.startswith("power")} == {
-        "power/mean": 250.04, "power/mean/quantized": 250.04,
+        "power/mean": 250.04, "power/mean/quantized": 250.04, "power/stderr/quantized": 1.25,
     }  # fmt: skip
     write_report([write(tmp_path / "results", one)], tmp_path / "report")
     for name in ("report.md", "report.html", "report.tex"):
@@ -59,7 +59,7 @@ def test_a_metric_with_one_more_column_has_it_in_every_table_and_in_the_tracker(
 def test_without_its_metric_a_value_stands_nowhere(tmp_path: Path) -> None:
     (one,) = result(0)
     assert "power" not in comparison_table(one)
-    assert not any(key.startswith("power") for key in summary(one))
+    assert not any(key.startswith("power") for key in final_numbers(one))
     write_report([write(tmp_path / "results", one)], tmp_path / "report")
     assert "power" not in (tmp_path / "report" / "runs" / "default.csv").read_text(encoding="utf-8")
 

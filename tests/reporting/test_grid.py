@@ -115,6 +115,12 @@ def test_a_line_of_another_width_is_a_bug() -> None:
         Table("n", "t", [[Cell("a")]], [[Cell("a"), Cell("b")]], 1)
 
 
+def test_the_best_value_is_bold() -> None:
+    table = Table("t", "T", [[Cell("a"), Cell("b")]], [[Cell("x"), Cell("-1.5", value=-1.5, best=True)]], 1)
+    assert "| x | **-1.5** |" in markdown(table)
+    assert r"x & \textbf{$-$1.5} \\" in latex(table)
+
+
 def test_plain_words_stay_as_they_are() -> None:
     assert escape_markdown("full precision + tuned prefix") == "full precision + tuned prefix"
     assert escape_latex("full precision + tuned prefix") == "full precision + tuned prefix"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from records import failed, record, row, write
 
 from cushion.reporting.collect import collect
-from cushion.reporting.grid import Table
+from cushion.reporting.grid import Table, folded
 from cushion.reporting.runs import experiment_table, provenance_table, varying
 from cushion.reporting.settings import numbered
 
@@ -41,7 +42,7 @@ def test_other_configurations_stay_apart_and_what_tells_them_apart_has_a_column(
 
 
 def test_runs_that_differ_in_bos_or_execution_alone_are_told_apart(tmp_path: Path) -> None:
-    keys = {"config.bos": ("tokenizer", "never"), "config.execution": ("simulated", "int8")}
+    keys = {"config.bos": ("never", "tokenizer"), "config.execution": ("int8", "simulated")}
     for key, values in keys.items():
         runs = collect([write(tmp_path / key, *(record(**{key: value}) for value in values))])
         assert column(experiment_table("default", runs), key.removeprefix("config.")) == list(values)
@@ -74,6 +75,56 @@ def test_lines_name_their_runs_by_the_numbers_of_the_provenance(tmp_path: Path) 
     assert [places[number].seed for number in ("2", "3")] == [0, 1]
     assert places["4"].config["quantizer"]["name"] == "w4"
     assert [table.headings()[place] for place in table.in_view()] == ["run", "row"]
+
+
+def swept(tau: float, **others: Any) -> dict[str, Any]:
+    """A run of a sweep over tau: its controls are those of the others, and a search found another prefix."""
+    rows = [row("full_precision", 9.0), row("quantized", 30.0, seconds=100 * tau), row("quantized_found", 20 * tau)]
+    return record(**{"search.tau": tau, "rows": rows, **others})
+
+
+def test_configurations_ascend_and_what_they_share_stands_once_in_front(tmp_path: Path) -> None:
+    runs = collect([write(tmp_path, *(swept(tau) for tau in (10.0, 0.5, 2.0)))])
+    table = experiment_table("default", runs)
+    assert column(table, "search.tau") == ["all", "all", "0.5", "2.0", "10.0"], "as numbers"
+    assert column(table, "row") == ["full precision", "W8A8", *["W8A8 + greedy prefix"] * 3]
+    assert column(table, "run") == ["1 to 3", "1 to 3", "2", "3", "1"]
+    assert any("stands once" in note for note in table.notes)
+
+
+def test_a_control_that_differs_anywhere_and_the_rows_that_runs_are_about_stand_apart(tmp_path: Path) -> None:
+    others = [swept(0.5), swept(2.0), swept(3.0)]
+    others[1]["rows"][1]["values"]["largest_activation"] += 1.0
+    others[2]["rows"][2] = others[0]["rows"][2]
+    table = experiment_table("default", collect([write(tmp_path, *others)]))
+    lines = list(zip(column(table, "search.tau"), column(table, "row"), strict=True))
+    assert lines == [
+        ("all", "full precision"), ("0.5, 3.0", "W8A8"), ("0.5", "W8A8 + greedy prefix"),
+        ("2.0", "W8A8"), ("2.0", "W8A8 + greedy prefix"), ("3.0", "W8A8 + greedy prefix"),
+    ]  # fmt: skip
+
+
+def test_the_best_quantized_value_of_each_model_is_marked(tmp_path: Path) -> None:
+    runs = [swept(tau, model=model) for model in ("some/one", "some/other") for tau in (0.5, 0.25)]
+    for number, run in enumerate(runs):
+        run["rows"][-1]["values"]["accuracy/mean"] = 0.1 * number
+    table = experiment_table("default", collect([write(tmp_path, *runs)]))
+    best = {
+        title: [line[0].text for line in table.body if line[place].best] for place, title in enumerate(table.headings())
+    }
+    assert {title: found for title, found in best.items() if found} == {
+        "perplexity wikitext2": ["2", "4"], "accuracy, %": ["2", "4"],
+    }  # fmt: skip
+
+
+def test_what_every_line_says_becomes_a_note_and_lines_of_missing_runs_do_not_count(tmp_path: Path) -> None:
+    table = experiment_table("default", collect([write(tmp_path, swept(0.5), swept(2.0))]), missing=["seed=2"])
+    short = folded(table)
+    assert short.headings() == [title for title in table.headings() if title not in ("model", "seeds")]
+    assert "In every line: model model, seeds 1." in short.notes
+    assert [short.headings()[place] for place in short.in_view()] == ["run", "row"]
+    assert [short.headings()[place] for place in short.aside] == ["run", "prefix"]
+    assert short.labels == table.labels - 2
 
 
 def test_a_measure_that_some_seeds_lack_says_of_how_many_it_is(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def report_of(tmp_path: Path, *folders: Path, experiments: tuple[str, ...] = ())
 def test_the_report_has_planned_experiments_without_any_result(tmp_path: Path) -> None:
     root = output_folder(tmp_path / "outputs")
     text = report_of(tmp_path, root)
-    assert '1 runs completed, <span class="bad">3 missing</span>' in text
+    assert '1 run completed, <span class="bad">3 missing</span>' in text
     assert 'id="table-runs-second"' in text
     lines = (tmp_path / "report" / "runs" / "second.csv").read_text().splitlines()
     assert [line.split("missing: ")[1].split(",")[0] for line in lines[1:]] == [

@@ -189,5 +189,6 @@ def test_the_report_draws_them_with_their_experiment_and_quantizer(tmp_path: Pat
     runs = collect([write(tmp_path / "results", *tau_runs(), record(experiment="other"))])
     (drawing,) = draw_all(runs, tmp_path / "figures")
     assert drawing.path.name.startswith("tradeoff-") and drawing.path.stat().st_size > 1000
-    assert drawing.title == "Perplexity (wikitext2) against search.tau, model; ablation_tau: per_tensor_static"
+    shown = "Perplexity (wikitext2) against search.tau (logarithmic in perplexity), model"
+    assert drawing.title == f"{shown}; ablation_tau: per_tensor_static"
     assert drawing.runs == (1, 2, 3, 4, 5, 6)

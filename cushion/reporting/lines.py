@@ -1,0 +1,110 @@
+"""The lines of an experiment's table: which runs a line is of, in which order, and which configurations share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from cushion.flat import flatten
+from cushion.reporting.collect import Run
+
+T = TypeVar("T")
+
+_CLOCK = "seconds"
+"""What two computations of one row differ in."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a configuration, over its seeds, or of several configurations that share it; or a failed run.
+
+    Args:
+        runs: all runs that it is of.
+        configurations: one run of each configuration.
+        same: the runs that its numbers are read off, each with its row: those of the first configuration.
+        asked: how many seeds that configuration was run with.
+        own: whether it is the row that the run is about, its last one, and no control.
+
+    """
+
+    runs: tuple[Run, ...]
+    configurations: tuple[Run, ...]
+    same: tuple[tuple[Run, dict[str, Any]], ...] = ()
+    asked: int = 1
+    own: bool = True
+
+    @property
+    def row(self) -> dict[str, Any] | None:
+        """The row of the first seed; None of a failed run."""
+        return self.same[0][1] if self.same else None
+
+    @property
+    def model(self) -> str:
+        """The model of its runs."""
+        return self.runs[0].model
+
+    def content(self) -> str:
+        """What another configuration must have for the line to be one with its own."""
+        rows = [
+            {"seed": run.seed, **row, "values": {key: value for key, value in row["values"].items() if key != _CLOCK}}
+            for run, row in self.same
+        ]
+        return json.dumps([self.model, self.asked, rows], sort_keys=True)
+
+
+def lines_of(group: Sequence[Run]) -> Iterator[Line]:
+    """The lines of one configuration, whose runs differ in their seed: each of its rows, then its failed runs."""
+    done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
+    rows = done[0].record["rows"] if done else []
+    for row in rows:
+        same = tuple((run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"])
+        asked = len({run.seed for run in group})
+        yield Line(tuple(run for run, _ in same), (group[0],), same, asked, own=row is rows[-1])
+    for run in failed:
+        yield Line((run,), (run,))
+
+
+def shared_first(lines: Sequence[Line]) -> list[Line]:
+    """The lines with each control that several configurations share once, in front of the other lines of its model.
+
+    A row that the run is about stands where its configuration stands, whatever others have.
+    """
+    controls = grouped((line for line in lines if not line.own), Line.content)
+    shared = [_joined(same) for same in controls if len(same) > 1]
+    gone = {id(line) for same in controls if len(same) > 1 for line in same}
+    left = [line for line in lines if id(line) not in gone]
+    models = dict.fromkeys(line.model for line in lines)
+    return [line for model in models for part in (shared, left) for line in part if line.model == model]
+
+
+def _joined(same: Sequence[Line]) -> Line:
+    runs = tuple(run for line in same for run in line.runs)
+    return replace(same[0], runs=runs, configurations=tuple(line.configurations[0] for line in same))
+
+
+def in_order(runs: Iterable[Run], settings: Sequence[str]) -> list[list[Run]]:
+    """The runs of each configuration, ascending in model and settings: what is not set, then numbers, then words."""
+    groups = grouped(runs, lambda run: run.identity("seed"))
+    return sorted(groups, key=lambda group: (group[0].model, [_rank(value_of(group[0], key)) for key in settings]))
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    if value is None or isinstance(value, bool):
+        return (0, float(bool(value)), "")
+    return (1, float(value), "") if isinstance(value, (int, float)) else (2, 0.0, str(value))
+
+
+def value_of(run: Run, key: str) -> Any:
+    """The value that a run has for a key of its configuration, named with dots; None where it has none."""
+    group = key.partition(".")[0]
+    return flatten(run.config.get(group), group).get(key)
+
+
+def grouped(items: Iterable[T], key: Callable[[T], str]) -> list[list[T]]:
+    """Those with the same key together, in the order in which they come."""
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
