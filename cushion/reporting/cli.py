@@ -16,6 +16,7 @@ from cushion.reporting.plots import Drawing, draw_all
 from cushion.reporting.published import compare, load_published, published_folder, published_names
 from cushion.reporting.runs import experiment_table, provenance_table
 from cushion.reporting.settings import numbered
+from cushion.reporting.sizes import WIDTHS
 from cushion.reporting.status import without_result
 
 WRITTEN = "files.txt"
@@ -24,7 +25,11 @@ _PER_REPORT = ("figures/*.png", "figures/*.pdf", "published/*.csv", "runs/*.csv"
 
 
 def write_report(
-    folders: Sequence[Path], output: Path, experiments: Sequence[str] = (), title: str = "Cushion"
+    folders: Sequence[Path],
+    output: Path,
+    experiments: Sequence[str] = (),
+    title: str = "Cushion",
+    width: str | None = None,
 ) -> list[Path]:
     """Read every result under `folders` and write the report; returns the files written, the page first.
 
@@ -33,6 +38,7 @@ def write_report(
         output: where the report goes.
         experiments: only these; empty means all.
         title: heading of the report.
+        width: of the figures, one of `sizes.WIDTHS`, for a paper; None: as they come.
 
     Raises:
         ArtifactError: no results, damaged ones, none of an experiment asked for, damaged published numbers, or the
@@ -63,7 +69,7 @@ def write_report(
         for name, found in by_experiment.items()
     ]
     try:
-        return _write(output, title, published, tables, runs, len(absent))
+        return _write(output, title, published, tables, runs, len(absent), width)
     except OSError as error:
         raise ArtifactError(
             f"the report cannot be written to {output} ({error}): name a folder that you may write to (-o)"
@@ -71,12 +77,12 @@ def write_report(
 
 
 def _write(output: Path, title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run],
-           absent: int) -> list[Path]:  # fmt: skip
+           absent: int, width: str | None) -> list[Path]:  # fmt: skip
     """Write the files of a report in place of those of an earlier one; their paths, the page first."""
     provenance = provenance_table(runs)
     output.mkdir(parents=True, exist_ok=True)
     _remove_earlier(output)
-    drawings = draw_all(runs, output / "figures")
+    drawings = draw_all(runs, output / "figures", width)
     shown = [folded(table) for table in tables]
     contents = {
         "report.html": html(title, published, shown, runs, folded(provenance), drawings, absent),
@@ -160,9 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("-e", "--experiment", action="append", default=[], help="only this experiment; can be repeated")
     parser.add_argument("--title", default="Cushion: results", help="heading of the report")
+    parser.add_argument(
+        "--width",
+        choices=WIDTHS,
+        help="figures for a paper of two columns: as wide as a column or the page, with text of 8 pt at that size",
+    )
     given = parser.parse_args(arguments)
     try:
-        written = write_report(given.folders, given.output, given.experiment, given.title)
+        written = write_report(given.folders, given.output, given.experiment, given.title, given.width)
     except CushionError as error:
         print(f"cushion-report: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -16,8 +16,9 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
+from cushion.reporting.sizes import every_so_many, legend_columns, panels, set_label, set_text, title, whole_numbers
 from cushion.schema import NO_PREFIX
 
 _LINES = (
@@ -53,13 +54,14 @@ def draw_figures(result: dict[str, Any], folder: Path) -> None:
                 FIGURES[name](result, path)
 
 
-def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
+def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
     """Magnitude at each block's input over the layers, one panel per prefix (CushionCache, Figure 2).
 
     Args:
         result: the content of result.json.
         path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
         dpi: dots per inch.
+        width: one of `sizes.WIDTHS`, for a paper; None: as it comes. So in every figure.
 
     Returns:
         `path`.
@@ -67,15 +69,16 @@ def activation_curves(result: dict[str, Any], path: Path, dpi: int = 200) -> Pat
     """
     curves: dict[str, dict[str, list[float]]] = result["activations"]["curves"]
     titles = result["activations"]["titles"]
-    figure, axes = _panels(len(curves), (3.6 * len(curves), 3.3))
-    for axis, (stage, curve) in zip(axes[0], curves.items(), strict=True):
+    figure, axes = panels(len(curves), (3.6 * len(curves), 3.3), width, least=1.6)
+    for axis, (stage, curve) in zip(axes, curves.items(), strict=True):
         _panel(axis, curve, titles[stage])
-    axes[0][0].set_ylabel("magnitude at block input (log)")
-    _describe(figure, axes[0], f"Activation magnitudes, {result['model']['label']}")
-    return save(figure, path, dpi)
+        whole_numbers(axis.xaxis, width)
+    set_label(figure, axes, "magnitude at block input (log)", width)
+    _describe(figure, axes, f"Activation magnitudes, {result['model']['label']}", width)
+    return save(figure, path, dpi, width)
 
 
-def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
+def activation_map(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
     """Magnitudes over token positions and channels at one block's input, one panel per prefix (Figure 1).
 
     All panels share one logarithmic colour scale, which starts at half the median of what is drawn: the few smaller
@@ -95,26 +98,30 @@ def activation_map(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     there = [value for rows in stages.values() for row in rows for value in row if value > 0]
     least, most = (float(numpy.median(there)) / 2, max(there)) if there else (0.1, 1.0)
     scale = LogNorm(least, most)
-    figure, axes = _panels(len(stages), (3.0 * len(stages) + 0.8, 3.5))
-    for axis, (stage, rows) in zip(axes[0], stages.items(), strict=True):
+    figure, axes = panels(len(stages), (3.0 * len(stages) + 0.8, 3.5), width, least=1.6)
+    for axis, (stage, rows) in zip(axes, stages.items(), strict=True):
         by_channel = numpy.ma.masked_less_equal(numpy.asarray(rows).T, 0)
         image = axis.imshow(by_channel, norm=scale, cmap="viridis", aspect="auto", interpolation="nearest")
         position, channel = numpy.unravel_index(int(numpy.argmax(rows)), (len(rows), len(drawn["channels"])))
-        largest = f"{rows[position][channel]:.4g} at position {position}, channel {drawn['channels'][channel]}"
-        axis.set_title(f"{titles[stage]}\nlargest {largest}", fontsize=8)
+        largest = f"largest {rows[position][channel]:.4g}"
+        where = f"at position {position}, channel {drawn['channels'][channel]}"
+        lines = (f"{largest} {where}",) if width is None else (largest, where.replace(", ", ",\n"))
+        axis.set_title("\n".join((titles[stage], *lines)), fontsize=8)
         axis.set_xlabel("token position")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0][0].set_yticks(range(len(drawn["channels"])), [str(channel) for channel in drawn["channels"]], fontsize=7)
-    axes[0][0].set_ylabel("channel")
+        whole_numbers(axis.xaxis, width)
+    step = every_so_many(len(drawn["channels"]), width)
+    channels = [str(channel) for channel in drawn["channels"][::step]]
+    axes[0].set_yticks(range(0, len(drawn["channels"]), step), channels, fontsize=7)
+    set_label(figure, axes, "channel", width)
     beyond = "min" if there and min(there) < least else "neither"
-    figure.colorbar(image, ax=list(axes[0]), label="|X| (log)", extend=beyond)
+    figure.colorbar(image, ax=axes, label="|X| (log)", extend=beyond)
     tokens = "first token" if drawn["positions"] == 1 else f"first {drawn['positions']} tokens"
     where = f"Activations at the input of block {drawn['block']}, {result['model']['label']}"
-    figure.suptitle(f"{where}\none text, {tokens}", fontsize=10)
-    return save(figure, path, dpi)
+    title(figure, f"{where}\none text, {tokens}", width)
+    return save(figure, path, dpi, width)
 
 
-def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
+def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
     """QFeM's trade-off: linears in full precision against perplexity on calibration text, one panel per prefix.
 
     Args:
@@ -126,8 +133,8 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
 
     """
     searches, titles = alpha_searches(result), result["activations"]["titles"]
-    figure, axes = _panels(len(searches), (3.6 * len(searches), 3.3))
-    for axis, (stage, search) in zip(axes[0], searches.items(), strict=True):
+    figure, axes = panels(len(searches), (3.6 * len(searches), 3.3), width, least=1.6)
+    for axis, (stage, search) in zip(axes, searches.items(), strict=True):
         points = [point for point in search["points"] if point["perplexity"] is not None]
         kept, values = [point["kept_modules"] for point in points], [point["perplexity"] for point in points]
         axis.plot(kept, values, "o-", color="#2166ac", label="evaluated", linewidth=1.4, markersize=3.5)
@@ -145,9 +152,9 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
         axis.set_xlabel("linears in full precision (log)")
         axis.set_title(titles[stage], fontsize=9)
         tidy(axis)
-    axes[0][0].set_ylabel("perplexity, calibration text (log)")
-    _describe(figure, axes[0], f"QFeM, {result['model']['label']}")
-    return save(figure, path, dpi)
+    set_label(figure, axes, "perplexity (log)" if width else "perplexity, calibration text (log)", width)
+    _describe(figure, axes, f"QFeM, {result['model']['label']}", width)
+    return save(figure, path, dpi, width)
 
 
 def alpha_searches(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -166,21 +173,16 @@ def _panel(axis: Axes, curve: dict[str, list[float]], title: str) -> None:
     tidy(axis)
 
 
-def _panels(number: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """A figure of panels side by side on one vertical scale, and its axes, (1, number); nothing in it is cut off."""
-    return pyplot.subplots(1, number, figsize=size, sharey=True, squeeze=False, layout="constrained")
-
-
-def _describe(figure: Figure, axes: Sequence[Axes], title: str) -> None:
+def _describe(figure: Figure, axes: Sequence[Axes], text: str, width: str | None) -> None:
     """A title above the panels, and below them one legend of what is in any of them: of one panel in two lines."""
     parts = [axis.get_legend_handles_labels() for axis in axes]
     labels = {label: handle for handles, names in parts for handle, label in zip(handles, names, strict=True)}
     lines = 2 if len(axes) == 1 else 1
-    columns = -(-len(labels) // lines)
+    columns = legend_columns(-(-len(labels) // lines), width)
     figure.legend(
         list(labels.values()), list(labels), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
-    figure.suptitle(title, fontsize=10)
+    title(figure, text, width)
 
 
 def tidy(axis: Axes) -> None:
@@ -190,7 +192,7 @@ def tidy(axis: Axes) -> None:
         axis.spines[side].set_visible(False)
 
 
-def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
+def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
     """Share of attention per layer and head on the first tokens and on the prefix, before and after (Figure 3).
 
     Args:
@@ -203,20 +205,21 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200) -> Path:
     """
     attention = result["attention"]
     titles = result["activations"]["titles"]
-    panels = [(f"{titles[stage]}:\nfirst {attention['first']} tokens", shares["first"])
+    maps = [(f"{titles[stage]}:\nfirst {attention['first']} tokens", shares["first"])
               for stage, shares in attention["stages"].items()]  # fmt: skip
-    panels += [(f"{titles[stage]}:\nthe prefix", shares["prefix"])
+    maps += [(f"{titles[stage]}:\nthe prefix", shares["prefix"])
                for stage, shares in attention["stages"].items() if stage != NO_PREFIX]  # fmt: skip
-    figure, axes = _panels(len(panels), (2.4 * len(panels) + 0.6, 3.4))
-    for axis, (title, shares) in zip(axes[0], panels, strict=True):
+    figure, axes = panels(len(maps), (2.4 * len(maps) + 0.6, 3.4), width, least=1.3)
+    for axis, (name, shares) in zip(axes, maps, strict=True):
         image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-        axis.set_title(title, fontsize=8)
+        axis.set_title(name, fontsize=8)
         axis.set_xlabel("head")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0][0].set_ylabel("block")
-    figure.suptitle(f"Share of attention, {result['model']['label']}", fontsize=10)
-    figure.colorbar(image, ax=list(axes[0]), label="share")
-    return save(figure, path, dpi)
+        whole_numbers(axis.yaxis, width)
+        whole_numbers(axis.xaxis, width)
+    set_label(figure, axes, "block", width)
+    title(figure, f"Share of attention, {result['model']['label']}", width)
+    figure.colorbar(image, ax=axes, label="share")
+    return save(figure, path, dpi, width)
 
 
 FIGURES = {
@@ -228,12 +231,15 @@ FIGURES = {
 """Every figure of a run by name, and what draws it."""
 
 
-def save(figure: Figure, path: Path, dpi: int) -> Path:
+def save(figure: Figure, path: Path, dpi: int, width: str | None = None) -> Path:
     """Write a figure in the format that the name ends with, and beside a PNG also a PDF; returns `path`.
+
+    In one for a paper, of a `width`, all text is of one size.
 
     A file appears whole, so that a reader never finds half of one; the PDF comes first, so that none is missing beside
     a PNG.
     """
+    set_text(figure, width)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = [path.with_suffix(".pdf")] if path.suffix == ".png" else []
     for target in (*beside, path):

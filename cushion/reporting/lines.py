@@ -87,7 +87,12 @@ def _joined(same: Sequence[Line]) -> Line:
 def in_order(runs: Iterable[Run], settings: Sequence[str]) -> list[list[Run]]:
     """The runs of each configuration, ascending in model and settings: what is not set, then numbers, then words."""
     groups = grouped(runs, lambda run: run.identity("seed"))
-    return sorted(groups, key=lambda group: (group[0].model, [_rank(value_of(group[0], key)) for key in settings]))
+    return sorted(groups, key=lambda group: (group[0].model, place(group[0], settings)))
+
+
+def place(run: Run, settings: Sequence[str]) -> list[tuple[int, float, str]]:
+    """Where a run stands among others that differ in some settings: ascending in them, one after another."""
+    return [_rank(value_of(run, key)) for key in settings]
 
 
 def _rank(value: Any) -> tuple[int, float, str]:

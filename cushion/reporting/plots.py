@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,18 @@ from cushion.reporting.lines import value_of as setting
 from cushion.reporting.ratios import compared, draw_comparison
 from cushion.reporting.runs import varying
 from cushion.reporting.settings import runs_in_words
+from cushion.reporting.sizes import inches, set_text
 from cushion.reporting.tradeoffs import NumberedRun, draw_tradeoff, tradeoffs
+
+PAPER_DPI = 220
+"""Of the figures for a paper, which are smaller."""
 
 DPI = 110
 """Sharp on a phone, and small enough for a page that carries every figure inside."""
+
+
+Draw = Callable[[dict[str, Any], Path, int, str | None], object]
+"""Draws the content of a result.json: into a file, with dots per inch, of a width for a paper or as it comes."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,24 @@ class _Shared:
 
     kind: str
     content: Any
-    draw: Callable[[dict[str, Any], Path], object]
+    draw: Draw
     of: list[NumberedRun]
     equal: bool = True
     """Whether the numbers are the same, and not only alike."""
 
 
-def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
+def draw_all(runs: Sequence[Run], folder: Path, width: str | None = None) -> list[Drawing]:
     """Draw every figure that the runs have numbers for into `folder`; those that would look the same once.
 
     Comparisons of methods and trade-offs come last.
+
+    Args:
+        runs: the results, in the order of their numbers.
+        folder: where the files go.
+        width: one of `sizes.WIDTHS`, for a paper; None: as they come.
+
     """
+    dpi = DPI if width is None else PAPER_DPI
     shared: list[_Shared] = []
     together: dict[tuple[str, str], list[NumberedRun]] = {}
     for number, run in enumerate(runs, start=1):
@@ -87,7 +101,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
         for one in (one for one in shared if one.kind == kind):
             first = one.of[0][1]
             path = folder / f"{kind}-{digest([first.model, one.content], 12)}.png"
-            one.draw(first.record, path)
+            one.draw(first.record, path, dpi, width)
             title = f"{_title(kind, one.of)}{_in_scale(scale_of(kind, first.record))}, {first.model}"
             title += f"; {_told_apart(one.of, together, keys)}"
             if not one.equal:
@@ -96,13 +110,13 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Drawing]:
     for (experiment, model), members in together.items():
         if comparison := compared(members):
             path = folder / f"ratios-{digest([experiment, model], 12)}.png"
-            draw_comparison(comparison, path, DPI)
+            draw_comparison(comparison, path, dpi, width)
             drawn = [(number, run) for number, run in members if number in comparison.runs]
             title = f"Methods compared: {comparison.title}{_in_scale(comparison.scale)}, {model}"
             drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
         for tradeoff in tradeoffs(members):
             path = folder / f"{tradeoff.kind}-{digest([experiment, model, tradeoff.axis], 12)}.png"
-            draw_tradeoff(tradeoff, path, DPI)
+            draw_tradeoff(tradeoff, path, dpi, width)
             drawn = [(number, run) for number, run in members if number in tradeoff.runs]
             title = f"Perplexity ({tradeoff.corpus}) against {tradeoff.axis}{_in_scale(tradeoff.scale)}, {model}"
             drawings.append(_drawing(path, f"{title}; {_told_apart(drawn, together, keys)}", drawn))
@@ -198,26 +212,26 @@ def _some(values: Sequence[str], what: str) -> str:
     return " or ".join(different) if len(different) <= 3 else f"{len(different)} {what}"
 
 
-def _figures_of(run: Run) -> Iterator[tuple[str, Any, Callable[[dict[str, Any], Path], object]]]:
+def _figures_of(run: Run) -> Iterator[tuple[str, Any, Draw]]:
     record = run.record
     if drawn := (record.get("activations") or {}).get("map"):
-        yield "map", drawn, partial(activation_map, dpi=DPI)
+        yield "map", drawn, activation_map
     if curves := (record.get("activations") or {}).get("curves"):
-        yield "activations", curves, partial(activation_curves, dpi=DPI)
+        yield "activations", curves, activation_curves
     if stages := (record.get("attention") or {}).get("stages"):
-        yield "attention", stages, partial(attention_maps, dpi=DPI)
+        yield "attention", stages, attention_maps
     if steps := (record.get("search") or {}).get("steps"):
         yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
     if steps := (record.get("tuning") or {}).get("steps"):
         yield "tuning", [step["loss"] for step in steps], tuning_loss
     if searches := alpha_searches(record):
-        yield "qfem", searches, partial(qfem_tradeoff, dpi=DPI)
+        yield "qfem", searches, qfem_tradeoff
 
 
-def search_trajectory(result: dict[str, Any], path: Path) -> None:
+def search_trajectory(result: dict[str, Any], path: Path, dpi: int = DPI, width: str | None = None) -> None:
     """The objective of each greedy step without and with its best candidate; a rejected step is marked."""
     search = result["search"]
-    figure, axis = pyplot.subplots(figsize=(4.6, 3.0))
+    figure, axis = pyplot.subplots(figsize=inches(width, (4.6, 3.0)))
     for step in search["steps"]:
         colour = "#2166ac" if step["accepted"] else "#b2182b"
         places, heights = [step["step"], step["step"] + 1], [step["objective_before"], step["objective_after"]]
@@ -231,13 +245,13 @@ def search_trajectory(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("tokens in the prefix beyond its start")
     axis.set_ylabel(str(search.get("objective", "objective")).replace("_", " "))
     axis.margins(y=0.2)
-    _finish(figure, axis, path)
+    _finish(figure, axis, path, dpi, width)
 
 
-def tuning_loss(result: dict[str, Any], path: Path) -> None:
+def tuning_loss(result: dict[str, Any], path: Path, dpi: int = DPI, width: str | None = None) -> None:
     """Loss of every tuning step, and the held-out loss where it was measured; the step that was kept is marked."""
     tuning = result["tuning"]
-    figure, axis = pyplot.subplots(figsize=(4.6, 3.0))
+    figure, axis = pyplot.subplots(figsize=inches(width, (4.6, 3.0)))
     steps = [step["step"] + 1 for step in tuning["steps"]]
     axis.plot(steps, [step["loss"] for step in tuning["steps"]], color="#92c5de", linewidth=1.0, label="batch")
     held_out = [
@@ -252,10 +266,11 @@ def tuning_loss(result: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(frameon=False, fontsize=8)
-    _finish(figure, axis, path)
+    _finish(figure, axis, path, dpi, width)
 
 
-def _finish(figure: Figure, axis: Axes, path: Path) -> None:
+def _finish(figure: Figure, axis: Axes, path: Path, dpi: int, width: str | None) -> None:
     tidy(axis)
+    set_text(figure, width)
     figure.tight_layout()
-    save(figure, path, DPI)
+    save(figure, path, dpi, width)

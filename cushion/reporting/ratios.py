@@ -11,9 +11,10 @@ from matplotlib import pyplot
 from cushion.metrics.columns import Column, Place, columns
 from cushion.reporting.comparisons import measured
 from cushion.reporting.figures import save, tidy
-from cushion.reporting.lines import grouped
+from cushion.reporting.lines import grouped, place
 from cushion.reporting.measures import measure_of
 from cushion.reporting.runs import varying
+from cushion.reporting.sizes import WIDTHS, broken, legend_columns
 from cushion.reporting.tradeoffs import STAGE_TITLES, NumberedRun, described, is_wide
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
@@ -34,7 +35,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The ratios of one experiment on one model, in the order of their runs."""
+    """The ratios of one experiment on one model, in ascending order of what their runs differ in."""
 
     title: str
     ratios: tuple[Ratio, ...]
@@ -60,9 +61,11 @@ def compared(runs: Sequence[NumberedRun]) -> Comparison | None:
     column = _ratio([row for _, run in done for row in run.record["rows"]])
     if column is None:
         return None
-    keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
+    there = [(number, run) for number, run in done if any(column.shown(row) is not None for row in run.record["rows"])]
+    keys = [key for key in varying(run for _, run in there) if not key.endswith("seed")]
     found, numbers = [], set()
-    for seeds in grouped(done, lambda numbered: numbered[1].identity("seed")):
+    groups = grouped(done, lambda numbered: numbered[1].identity("seed"))
+    for seeds in sorted(groups, key=lambda group: place(group[0][1], keys)):
         label = described(seeds[0][1], keys) or seeds[0][1].model
         for stage in STAGES:
             same = [
@@ -87,10 +90,16 @@ def _ratio(rows: Sequence[dict[str, object]]) -> Column | None:
     return next(ratios, None)
 
 
-def draw_comparison(comparison: Comparison, path: Path, dpi: int) -> Path:
-    """Draw a line for each configuration and a mark for each prefix, with its interval; the dotted line is no loss."""
+def draw_comparison(comparison: Comparison, path: Path, dpi: int, width: str | None = None) -> Path:
+    """Draw a line for each configuration and a mark for each prefix, with its interval; the dotted line is no loss.
+
+    `width` is one of `sizes.WIDTHS`, for a paper.
+    """
     labels = list(dict.fromkeys(ratio.label for ratio in comparison.ratios))
-    figure, axis = pyplot.subplots(figsize=(6.4, 1.3 + 0.32 * len(labels)), layout="constrained")
+    written = [broken(label, width).replace("$", r"\$") for label in labels]
+    lines = max(text.count("\n") for text in written) + 1
+    size = (6.4 if width is None else WIDTHS[width], 1.3 + (0.17 + 0.15 * lines) * len(labels))
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     for step, stage in enumerate(STAGES):
         ratios = [ratio for ratio in comparison.ratios if ratio.stage == stage]
         if not ratios:
@@ -115,9 +124,10 @@ def draw_comparison(comparison: Comparison, path: Path, dpi: int) -> Path:
     if wide:
         axis.set_xscale("log")
     axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)
-    axis.set_yticks(range(len(labels)), [label.replace("$", r"\$") for label in labels], fontsize=8)
+    axis.set_yticks(range(len(labels)), written, fontsize=8)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-    axis.set_xlabel(f"{comparison.title}{' (log)' if wide else ''}", fontsize=8)
+    name = f"{broken(comparison.title, width, column=40, page=80)}{' (log)' if wide else ''}"
+    (axis.set_xlabel if width is None else figure.supxlabel)(name, fontsize=8)
     tidy(axis)
-    figure.legend(loc="outside lower center", ncols=len(STAGES), frameon=False, fontsize=8)
-    return save(figure, path, dpi)
+    figure.legend(loc="outside lower center", ncols=legend_columns(len(STAGES), width), frameon=False, fontsize=8)
+    return save(figure, path, dpi, width)

@@ -16,6 +16,7 @@ from cushion.reporting.figures import save, tidy
 from cushion.reporting.lines import grouped
 from cushion.reporting.lines import value_of as setting
 from cushion.reporting.runs import varying
+from cushion.reporting.sizes import broken, inches
 from cushion.schema import FOUND, NO_PREFIX, STAGES, TUNED, is_frozen
 
 NumberedRun = tuple[int, Run]
@@ -76,8 +77,9 @@ def tradeoffs(runs: Sequence[NumberedRun]) -> Iterator[Tradeoff]:
     if not measured:
         return
     corpus = measured[0]
-    keys = [key for key in varying(run for _, run in done) if not key.endswith("seed")]
-    swept = [key for key in keys if _is_swept([setting(run, key) for _, run in done])]
+    there = [run for _, run in done if any(key_of(corpus) in row["values"] for row in run.record["rows"])]
+    keys = [key for key in varying(there) if not key.endswith("seed")]
+    swept = [key for key in keys if _is_swept([setting(run, key) for run in there])]
     if len(swept) == 1:
         others = [key for key in keys if key not in swept]
         yield from _tradeoff("tradeoff", swept[0], corpus, runs, lambda run: setting(run, swept[0]), others, swept)
@@ -171,12 +173,13 @@ def described(run: Run, keys: Sequence[str]) -> str:
     return ", ".join(str(value) if key.endswith(".name") else f"{key}={value}" for key, value in parts)
 
 
-def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
+def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int, width: str | None = None) -> Path:
     """Draw the points with bars of their deviations; logarithmic over wide spans.
 
     No prefix is dotted, found dashed, and tuned solid; a point of fewer seeds than were run says of how many.
+    `width` is one of `sizes.WIDTHS`, for a paper.
     """
-    figure, axis = pyplot.subplots(figsize=(5.4, 3.4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=inches(width, (5.4, 3.4)), layout="constrained")
     settings = list(dict.fromkeys(apart for _, apart in tradeoff.series))
     for (stage, apart), points in tradeoff.series.items():
         line = _LINES[stage] if tradeoff.kind == "tradeoff" else ""
@@ -191,7 +194,7 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
             markersize=4.5,
             linewidth=1.4,
             capsize=2.5,
-            label=", ".join(filter(None, (STAGE_TITLES[stage], apart))).replace("$", r"\$"),
+            label=broken(", ".join(filter(None, (STAGE_TITLES[stage], apart))), width, column=45).replace("$", r"\$"),
         )
         for point in points:
             words = [point.label] if tradeoff.kind == "cost" else []
@@ -206,8 +209,8 @@ def draw_tradeoff(tradeoff: Tradeoff, path: Path, dpi: int) -> Path:
     axis.set_xlabel(f"{tradeoff.axis} (log)" if wide_x else tradeoff.axis)
     axis.set_ylabel(f"perplexity {tradeoff.corpus}{' (log)' if wide_y else ''}".replace("$", r"\$"))
     tidy(axis)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=2)
-    return save(figure, path, dpi)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=7, ncols=1 if width == "column" else 2)
+    return save(figure, path, dpi, width)
 
 
 def _bars(deviations: Sequence[float | None]) -> list[float] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 from matplotlib import pyplot
+from matplotlib.text import Text
 
 from cushion.reporting.figures import (
     FIGURES,
@@ -18,6 +19,7 @@ from cushion.reporting.figures import (
     figures_of,
     qfem_tradeoff,
 )
+from cushion.reporting.sizes import WIDTHS
 
 KEYS = ("top1", "top2", "top3", "top10_percent", "median")
 
@@ -116,9 +118,12 @@ def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize(("name", "stages"), [*((name, 3) for name in FIGURES), ("activation_curves", 1)])
-def test_nothing_in_a_figure_is_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stages: int
+@pytest.mark.parametrize(
+    ("name", "stages", "width"),
+    [*((name, 3, width) for name in FIGURES for width in (None, "column")), ("activation_curves", 1, None)],
+)
+def test_nothing_in_a_figure_is_cut_off_and_for_a_paper_its_text_has_one_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stages: int, width: str | None
 ) -> None:
     record = result(stages)
     names = list(record["activations"]["titles"])
@@ -129,13 +134,17 @@ def test_nothing_in_a_figure_is_cut_off(
     record["qfem"] = {name: {"alpha_search": searched(2)} for name in names}
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
-        FIGURES[name](record, tmp_path / "drawn.png")
+        FIGURES[name](record, tmp_path / "drawn.png", width=width)
     figure = pyplot.gcf()
     try:
         figure.draw_without_rendering()  # lays it out
         drawn, whole = figure.get_tightbbox(), figure.bbox_inches
         assert whole.xmin <= drawn.xmin and drawn.xmax <= whole.xmax
         assert whole.ymin <= drawn.ymin and drawn.ymax <= whole.ymax
+        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text() and text.get_visible()}
+        if width is not None:
+            assert (whole.width, sizes) == (WIDTHS[width], {8.0})
+            assert len([axis for axis in figure.axes if axis.get_title()]) >= stages
     finally:
         pyplot.close(figure)
 
