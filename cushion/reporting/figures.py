@@ -149,7 +149,7 @@ def qfem_tradeoff(result: dict[str, Any], path: Path, dpi: int = 200, width: str
         axis.set_xlim(-0.15, 1.3 * max(kept, default=1))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_yscale("log")
-        axis.set_xlabel("linears in full precision (log)")
+        axis.set_xlabel("linears kept (log)" if width else "linears in full precision (log)")
         axis.set_title(titles[stage], fontsize=9)
         tidy(axis)
     set_label(figure, axes, "perplexity (log)" if width else "perplexity, calibration text (log)", width)

@@ -21,7 +21,8 @@ class Cell:
     `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart. What stands behind a value
     in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
     `seeds` says of how many seeds a cell with lost ones is, `2 of 3`. A comparison has the ends of its interval, `low`
-    and `high`, its p-value, and a `verdict` in words. `best` is written bold.
+    and `high`, its p-value, and a `verdict` in words. `best` is written bold. What
+    stands `below` is for a page on a narrow screen: there it takes the place of columns that are left out.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Cell:
     high: float | None = None
     p: float | None = None
     verdict: str = ""
+    below: str = ""
     best: bool = False
 
 

@@ -48,14 +48,17 @@ def experiment_table(
     for line in lines:
         beside = [group[0] for group in groups if group[0].model == line.model]
         words = [Cell(in_spans(sorted(numbers[run.path] for run in line.runs))), Cell(line.model)]
-        words += [_settings(line.configurations, beside, key) for key in settings]
+        swept = [_settings(line.configurations, beside, key) for key in settings]
+        words += swept
+        below = ", ".join(cell.text if key.endswith(".name") else f"{key.rpartition('.')[2]}={cell.text}"
+                          for key, cell in zip(settings, swept, strict=True))  # fmt: skip
         if line.row is None:
             run = line.runs[0]
-            words += [Cell(f"failed: {run.error}", kind="failed"), Cell(NONE), Cell(f"seed {run.seed}")]
+            words += [Cell(f"failed: {run.error}", kind="failed", below=below), Cell(NONE), Cell(f"seed {run.seed}")]
             body.append([*words, *(FAILED for _ in measures)])
         else:
             of = [measured(measure, line.same, len(line.same)) for measure in measures]
-            body.append([*words, *_words(line.row, line.same, line.asked), *of])
+            body.append([*words, *_words(line.row, line.same, line.asked, below), *of])
     for description in missing:
         blanks = [Cell(NONE) for _ in range(len(settings) + 2)]
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
@@ -76,7 +79,7 @@ def experiment_table(
         (places["run"], places["row"]),
         key=f"runs-{experiment}",
         foldable=(places["model"], places["prefix"], places["seeds"]),
-        aside=(places["run"], places["model"], places["prefix"], places["seeds"]),
+        aside=tuple(number for title, number in places.items() if title != "row"),
     )
 
 
@@ -89,11 +92,11 @@ def _notes(lines: Sequence[Line], body: Sequence[Sequence[Cell]]) -> list[str]:
     return notes
 
 
-def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], asked: int) -> list[Cell]:
+def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], asked: int, below: str) -> list[Cell]:
     prefixes = list(dict.fromkeys(repr(other["prefix"]) if other["prefix"] else NONE for _, other in same))
     seeds = len({run.seed for run, _ in same})
     count = Cell(str(seeds), value=float(seeds)) if seeds == asked else Cell(f"{seeds} of {asked}")
-    return [Cell(row["label"]), Cell(", ".join(prefixes)), count]
+    return [Cell(row["label"], below=below), Cell(", ".join(prefixes)), count]
 
 
 def varying(runs: Iterable[Run]) -> list[str]:

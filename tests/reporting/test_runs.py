@@ -123,7 +123,9 @@ def test_what_every_line_says_becomes_a_note_and_lines_of_missing_runs_do_not_co
     assert short.headings() == [title for title in table.headings() if title not in ("model", "seeds")]
     assert "In every line: model model, seeds 1." in short.notes
     assert [short.headings()[place] for place in short.in_view()] == ["run", "row"]
-    assert [short.headings()[place] for place in short.aside] == ["run", "prefix"]
+    assert [short.headings()[place] for place in short.aside] == ["run", "search.tau", "prefix"], "on a phone"
+    below = [line[short.headings().index("row")].below for line in short.body]
+    assert below == ["tau=all", "tau=all", "tau=0.5", "tau=2.0", ""], "there it stands below the row's name"
     assert short.labels == table.labels - 2
 
 
