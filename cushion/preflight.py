@@ -76,7 +76,7 @@ def _check_objective(config: DictConfig) -> None:
     if config.objective is None and not swept:
         raise ConfigError(
             f"hydra/sweeper={config.hydra.runtime.choices['hydra/sweeper']} needs the number that it optimises: "
-            "name one of the final numbers of a run, for example objective=ratio/wikitext2, or perplexity/wikitext2"
+            "name one of the final numbers of a run, for example objective=perplexity/wikitext2, or accuracy_mean"
         )
     logging.getLogger("hydra_plugins").setLevel(logging.INFO)
 

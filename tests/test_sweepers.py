@@ -71,7 +71,7 @@ def test_hydra_gets_the_number_also_of_a_finished_run(
 def test_a_sweeper_that_optimises_is_told_what(cushion: Command, arguments: list[str]) -> None:  # noqa: F811
     line = one_error(cushion("-m", *arguments, "hydra.sweeper._target_=hydra_plugins.any.OptunaSweeper"))
     assert "needs the number that it optimises" in line
-    assert "objective=ratio/wikitext2" in line
+    assert "objective=perplexity/wikitext2" in line
 
 
 def test_optuna_finds_the_best_of_its_trials(cushion: Command, arguments: list[str]) -> None:  # noqa: F811

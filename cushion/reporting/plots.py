@@ -145,7 +145,7 @@ def scale_of(kind: str, record: dict[str, Any]) -> str:
     """What a caption says of the scale of a figure of one run; nothing of a linear one."""
     if kind == "search":
         return "logarithmic axis" if _falls_above_zero(record["search"]) else ""
-    return {"map": "logarithmic colours", "activations": "logarithmic axis", "qfem": "logarithmic axes"}.get(kind, "")
+    return TITLES[kind][1]
 
 
 def _falls_above_zero(search: dict[str, Any]) -> bool:
@@ -153,13 +153,14 @@ def _falls_above_zero(search: dict[str, Any]) -> bool:
 
 
 TITLES = {
-    "map": "Activation magnitudes by token position and channel before and after",
-    "activations": "Activation magnitudes before and after",
-    "attention": "Attention on the prefix and on the first tokens",
-    "search": "Search trajectory",
-    "tuning": "Tuning loss",
-    "qfem": "QFeM trade-off",
+    "map": ("Activation magnitudes by token position and channel before and after", "logarithmic colours"),
+    "activations": ("Activation magnitudes before and after", "logarithmic axis"),
+    "attention": ("Attention on the prefix and on the first tokens", ""),
+    "search": ("Search trajectory", ""),
+    "tuning": ("Tuning loss", ""),
+    "qfem": ("QFeM trade-off", "logarithmic axes"),
 }
+"""The figures of one run, in the order of a report: what one shows, and its scale where it always is logarithmic."""
 
 PAPER = {
     "map": (
@@ -180,7 +181,7 @@ PAPER = {
 
 def _title(kind: str, drawn: Sequence[NumberedRun]) -> str:
     experiment, title = PAPER.get(kind, ("", ""))
-    return title if any(run.experiment == experiment for _, run in drawn) else TITLES[kind]
+    return title if any(run.experiment == experiment for _, run in drawn) else TITLES[kind][0]
 
 
 def _told_apart(
