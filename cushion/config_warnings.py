@@ -38,6 +38,9 @@ def options_without_effect(config: RunConfig) -> list[str]:
                 f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "
                 "its share where another purpose names the same source"
             )
+    else:
+        why = _never_as_tokens(config)
+        changed("eval", config.eval, ("prefix_as_tokens",) if why else (), why)
     if not config.eval.latency.is_on:
         keys, why = ("prompt_lengths", "new_tokens", "repeats", "warmup"), "with eval.latency.batch_sizes=[]"
         changed("eval.latency", config.eval.latency, keys, why)
@@ -57,6 +60,16 @@ def options_without_effect(config: RunConfig) -> list[str]:
         changed_execution = without_effect("", config, ("execution",), f"with quantizer={quantizer.name}")
         found += [warning.removeprefix(".") for warning in changed_execution]
     return found
+
+
+def _never_as_tokens(config: RunConfig) -> str:
+    """Why no row of a run has a prefix that could be tokens, and a quantizer; empty where one may have."""
+    if config.quantizer.is_full_precision:
+        return f"with quantizer={config.quantizer.name}"
+    if SEARCH_METHODS[config.search.method].find is None:
+        return f"with search={config.search.name}"
+    tuning, controls = config.tuning, config.eval.controls
+    return f"with tuning={tuning.name} and eval.controls=false" if tuning.method != "none" and not controls else ""
 
 
 _WITHOUT_A_READER = {
