@@ -27,6 +27,8 @@ _SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("eval.perplexity", {"eval.perplexity": True}),
     ("eval.attention_texts", {"eval.attention_texts": 1}),
     ("eval.latency.batch_sizes", {"eval.latency.batch_sizes": [1]}),
+    ("search.method", {"search.method": "bos"}),
+    ("eval.controls", {"eval.controls": True}),
     ("tuning.method", {"tuning.method": "prefix", "tuning.steps": 1, "tuning.epochs": None, "search.method": "bos"}),
     ("tuning.method", {"tuning.method": "prefix", "tuning.steps": None, "tuning.epochs": 1.0, "search.method": "bos"}),
     ("tuning.lambda_q", {"tuning.lambda_q": 1.0}),

@@ -19,7 +19,17 @@ from torch.nn import functional
 
 from cushion import pipeline
 from cushion.artifacts import ArtifactStore
-from cushion.config import ActivationConfig, EvalConfig, ModelConfig, QuantizerConfig, SearchConfig, WeightConfig
+from cushion.config import (
+    ActivationConfig,
+    EvalConfig,
+    ModelConfig,
+    QuantizerConfig,
+    RunConfig,
+    SearchConfig,
+    TuningConfig,
+    WeightConfig,
+)
+from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError
 from cushion.evaluation import prefix_as_tokens
 from cushion.evaluation.perplexity import block_losses, perplexity
@@ -165,6 +175,22 @@ def test_what_is_broken_is_never_written(run: FinishedRun, tmp_path: Path, monke
     with pytest.raises(ConfigError, match="quantizer=per_tensor_static with the prefix as tokens"):
         export(run, "tokens", tmp_path / "made")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_a_row_to_measure_so_is_warned() -> None:
+    asked = EvalConfig(prefix_as_tokens=True)
+    found, tuned = SearchConfig(name="bos", method="bos"), TuningConfig(name="short", method="prefix", steps=5)
+    cases = {
+        "": RunConfig(search=found, eval=asked),
+        " with search.method=none": RunConfig(eval=asked),
+        " with quantizer.weights.bits=null": RunConfig(
+            search=found, eval=asked, quantizer=QuantizerConfig("none", WeightConfig(None), ActivationConfig(None))
+        ),
+        " with eval.controls=false": RunConfig(search=found, eval=replace(asked, controls=False), tuning=tuned),
+    }
+    for why, config in cases.items():
+        expected = [f"eval.prefix_as_tokens=True has no effect{why}"] if why else []
+        assert [warning for warning in options_without_effect(config) if "prefix_as_tokens" in warning] == expected
 
 
 def test_what_tokens_cannot_say_is_refused_before_anything_is_loaded(
