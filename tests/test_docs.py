@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_the_snippet_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert "Once upon a time" in text
 
 
+def test_the_tutorial_runs_on_the_random_model(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(text_file.parent)
+    names: dict[str, Any] = {"__name__": "tutorial"}
+    cells = json.loads(page("docs/tutorial.ipynb"))["cells"]
+    settings, *others = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for number, source in enumerate([settings.replace("# SETTINGS", "SETTINGS"), *others], start=1):
+        exec(compile(source, f"docs/tutorial.ipynb, cell {number}", "exec"), names)
+    assert names["tuned"].rows[-1].label in capsys.readouterr().out
+    assert len(names["prefix"]) == 1
+
+
 def test_the_readme_is_short() -> None:
     assert len(page("README.md").splitlines()) <= 120
 
@@ -121,9 +135,9 @@ def test_links_lead_somewhere(folder: str) -> None:
 
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    listed = re.findall(r": ([\w/]+\.md|[\w/]+\.ipynb)$", page("mkdocs.yml"), re.MULTILINE)
-    pages = [path for kind in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(kind)]
-    assert sorted(listed) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in pages)
+    listed = re.findall(r": ([\w/]+\.md)$", page("mkdocs.yml"), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs") for kind in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(kind)]
+    assert sorted(listed) == sorted(path.with_suffix(".md").as_posix() for path in pages)
 
 
 def test_the_readme_names_every_model_and_no_option_that_there_is_not() -> None:
