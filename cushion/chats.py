@@ -11,7 +11,8 @@ from cushion.models import LanguageModel
 def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = False) -> str:
     """A chat as its model was trained on it.
 
-    A BOS token with which the template begins is left out: whether texts begin with one is said by the key `bos`.
+    Where the tokenizer puts BOS before a text by itself, one that the template writes is left out: whether texts begin
+    with it is said by the key `bos`. Elsewhere it is a mark of the template's own, as `<|im_start|>` of SmolLM2 is, and stays.
 
     Args:
         lm: its tokenizer has the template.
@@ -34,4 +35,4 @@ def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = Fa
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the chat template of {lm.label} does not take these messages: {reason}") from error
     assert isinstance(text, str)
-    return text.removeprefix(tokenizer.bos_token or "")
+    return text.removeprefix(tokenizer.bos_token or "") if lm.adds_bos else text

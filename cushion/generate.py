@@ -104,7 +104,7 @@ def prompt_tokens(lm: LanguageModel, text: str, chat: bool, bos: bool) -> Tensor
 
     Args:
         chat: take the text for what a user says, in the tokenizer's chat template.
-        bos: put BOS in front.
+        bos: put BOS in front, unless the text begins with it.
 
     Raises:
         CushionError: there is no token at all, or no chat template.
@@ -115,7 +115,7 @@ def prompt_tokens(lm: LanguageModel, text: str, chat: bool, bos: bool) -> Tensor
     if chat:
         text = chat_text(lm, [{"role": "user", "content": text}], asks=True)
     tokens = lm.encode(text)[None]
-    if bos:
+    if bos and tokens[0, :1].tolist() != [lm.bos_token_id]:  # a chat template may write it
         tokens = lm.with_bos(tokens)
     if tokens.shape[1] == 0:
         raise ConfigError("PROMPT='' gives the model nothing to go on from: write at least one word")

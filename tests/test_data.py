@@ -516,7 +516,10 @@ def test_chats_are_written_by_the_tokenizers_template(tmp_path: Path, tiny: Tiny
             ("a.parquet", "text"),
         ]:
             found = list(read_documents(tmp_path / name, field, lambda messages: chat_text(lm, messages)))
-            assert found == [f"[user] q{n}\n[assistant] a{n}\n" for n in range(3)], name
+            assert found == [f"<s>[user] q{n}\n[assistant] a{n}\n" for n in range(3)], name
+        with pytest.MonkeyPatch.context() as patch:  # a tokenizer that puts BOS in front by itself
+            patch.setattr(LanguageModel, "adds_bos", True)
+            assert chat_text(lm, chats[0]) == "[user] q0\n[assistant] a0\n", "the key `bos` says whether it is there"
         lm.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
         with pytest.raises(DataError, match=r"line 1: the chat template of tiny_\w+ does not take .*must alternate"):
             list(read_documents(tmp_path / "gpt.jsonl", "text", lambda messages: chat_text(lm, messages)))
