@@ -12,7 +12,8 @@ def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = Fa
     """A chat as its model was trained on it.
 
     Where the tokenizer puts BOS before a text by itself, one that the template writes is left out: whether texts begin
-    with it is said by the key `bos`. Elsewhere it is a mark of the template's own, as `<|im_start|>` of SmolLM2 is, and stays.
+    with it is said by the key `bos`. Elsewhere it is a mark of the template's own, as SmolLM2's `<|im_start|>` is, and
+    stays.
 
     Args:
         lm: its tokenizer has the template.
