@@ -235,12 +235,23 @@ def report(error: BaseException) -> None:
     elif isinstance(error, OSError) and error.filename is not None and error.errno in _NO_PLACE:
         advice = "name another place with paths.output_dir, paths.cache_dir or paths.model_dir, or mend it"
         print(f"cushion: error: {error.filename}: {error.strerror}: {advice}", file=sys.stderr, flush=True)
+    elif isinstance(error, OSError) and error.errno in _NO_LOCKS:
+        advice = "name a place on another file system with paths.output_dir, paths.cache_dir and paths.model_dir"
+        print(f"cushion: error: files cannot be locked ({error.strerror}): {advice}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
 
 
-_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 """What the system says where a folder or file cannot be made."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+"""What it says where there are no locks: network file systems without a lock service, mostly."""
+
+_SWEEPERS = ("optuna", "ax", "nevergrad")
+"""Hydra's sweepers that are packages of their own, `hydra-<name>-sweeper`."""
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -307,6 +318,9 @@ def one_line(error: BaseException) -> str:
     for key in (str(getattr(link, "full_key", None)) for link in _with_causes(error)):
         if key in MOVED:
             return f"{key} is not a key any more: {MOVED[key]}"
+    sweeper = str(getattr(error, "missing_cfg_file", "")).removeprefix("hydra/sweeper/")
+    if sweeper in _SWEEPERS:
+        return f"hydra/sweeper={sweeper} is not installed: pip install hydra-{sweeper}-sweeper"
     cause = _misspelt(error)
     return ": ".join(parts) + (f" {nested}" if nested else "") + (did_you_mean(*cause) if cause else "")
 

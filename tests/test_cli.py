@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -151,6 +152,7 @@ MISTAKES = {
         "smoothquant smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
+    "a sweeper of a package": (["hydra/sweeper=ax"], "hydra/sweeper=ax is not", "pip install hydra-ax-sweeper"),
     "unknown option of Hydra's": (["hydra/launcher=slrm"], "joblib_local slurm", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
     "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
@@ -260,6 +262,18 @@ def test_a_refused_run_leaves_a_failed_result_and_how_it_came_about(
     log = (path.parent / "run.log").read_text().splitlines()
     assert log[0].endswith(f"cushion {' '.join([*given, 'eval.blocks=100000'])}")
     assert "100000 were asked for" in log[-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "way_out"), [(errno.ENOLCK, "on another file system"), (errno.ELOOP, "x: Too many")]
+)
+def test_a_place_that_cannot_be_used_is_told_in_one_line(
+    number: int, way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.report(OSError(number, os.strerror(number), *(["x"] if number == errno.ELOOP else [])))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert way_out in line
+    assert "paths.output_dir" in line
 
 
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(
