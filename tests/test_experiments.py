@@ -210,7 +210,7 @@ def test_an_experiment_whose_notes_say_no_bos_has_none() -> None:
     for name in said:
         assert (SETTINGS[name] or {}).get("bos") == "never", name
     without = [path.stem for path in FILES if path.stem.startswith(("cushioncache_", "ablation_"))]
-    for name in (*said, *without, "methods_grid", "ranges_grid", "formats"):
+    for name in (*said, *without, "methods_grid", "ranges_grid", "formats", "rotation_grid"):
         assert OmegaConf.load(EXPERIMENTS / f"{name}.yaml").bos == "never", name
 
 
