@@ -57,12 +57,18 @@ def main(words: Sequence[str] | None = None) -> None:
         config = recorded(Path(place))
         with tempfile.TemporaryDirectory() as folder:
             overrides = without(overrides_of(config, Path(folder)), given)
-            print(f"cushion rerun: cushion {shlex.join([*overrides, *given])}", file=sys.stderr, flush=True)
-            sys.argv = ["cushion", *overrides, *given]
+            sys.argv = ["cushion", *command(overrides, given)]
+            print(f"cushion rerun: {shlex.join(sys.argv)}", file=sys.stderr, flush=True)
             cli.main()
     except (ArtifactError, ConfigError) as error:
         cli.report(error)
         sys.exit(1)
+
+
+def command(overrides: Sequence[str], given: Sequence[str]) -> list[str]:
+    """The words of the command: options stand before all overrides, since Hydra takes those in one row only."""
+    own = [word for word in given if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    return [*(word for word in given if word not in own), *overrides, *own]
 
 
 def recorded(place: Path) -> RunConfig:
@@ -231,7 +237,7 @@ def _check(config: RunConfig, node: DictConfig, folder: Path | None) -> None:
         raise ConfigError(f"this configuration cannot be given as overrides: they do not set {', '.join(wrong)}")
 
 
-_BARE = re.compile(r"[A-Za-z_][\w./-]*|/[\w./-]+")
+_BARE = re.compile(r"[A-Za-z_][\w./-]*|/[\w./-]+", re.ASCII)
 """Text that needs no quotes, but for what would be read as a word of YAML."""
 _WORDS = ("null", "true", "false", "inf", "nan")
 
@@ -251,5 +257,5 @@ def text_of(value: Any) -> str:
         return repr(value)
     if _BARE.fullmatch(value) and value.lower() not in _WORDS:
         return value
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    escaped = re.sub(r'(\\*)("|\$\{|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), value)
     return f'"{escaped}"'

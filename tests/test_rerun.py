@@ -15,7 +15,7 @@ from test_cli import Outcome, arguments, cushion, one_error  # noqa: F401 - fixt
 
 from cushion import cli, rerun
 from cushion.composition import compose, compose_raw
-from cushion.config import ActivationConfig, CorpusConfig, RunConfig, SearchConfig, SearchRound, to_dict
+from cushion.config import ActivationConfig, CorpusConfig, RunConfig, SearchConfig, SearchRound, TrackingConfig, to_dict
 from cushion.errors import ConfigError
 from cushion.results import FILE_NAME
 
@@ -23,7 +23,7 @@ Command = Callable[..., Outcome]
 
 # ---- a configuration as overrides -----------------------------------------------------------------------------------
 
-TEXTS = ["word", "it's", 'a "b"', "null", "12", "1e3", "a b", "x\\", 'x\\"y', "${a}", "a,b", "[x]", "{a:b}", "", '"',
+TEXTS = ["word", "it's", 'a "b"', "null", "12", "1e3", "a b", "x\\", 'x\\"y', "a,b", "[x]", "{a:b}", "", '"',
          "a=b", "é", "~/x", "/a/b.c", "-3", "a\nb", "a\\nb", "True"]  # fmt: skip
 
 
@@ -31,6 +31,28 @@ TEXTS = ["word", "it's", 'a "b"', "null", "12", "1e3", "a b", "x\\", 'x\\"y', "$
 def test_any_text_comes_back_from_an_override(text: str) -> None:
     value = OverridesParser.create().parse_override(f"key={rerun.text_of([text])}").value()
     assert [one.text if isinstance(one, QuotedString) else one for one in value] == [text]
+
+
+@pytest.mark.parametrize("text", ["${a}", "\\\\${a}", "größe/é", "a$b", "${"])
+def test_any_text_comes_back_from_a_composed_configuration(text: str) -> None:
+    config = replace(RunConfig(), tracking=TrackingConfig(project=text))
+    made = cli.to_run_config(compose_raw(rerun.overrides_of(config))[0])
+    assert made.tracking.project == text
+
+
+def test_options_stand_before_all_overrides() -> None:
+    given = ["-m", "search.tau=0.3,0.5", "--config-dir", "mine", "~data.further.c4", "++x=1"]
+    words = rerun.command(["seed=1", "model=tiny"], given)
+    assert words == [
+        "-m",
+        "--config-dir",
+        "mine",
+        "seed=1",
+        "model=tiny",
+        "search.tau=0.3,0.5",
+        "~data.further.c4",
+        "++x=1",
+    ]
 
 
 COMPOSED = {

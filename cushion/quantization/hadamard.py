@@ -37,15 +37,14 @@ class HadamardTransform:
     """Multiplies the last dimension, whatever its size, with `randomized_hadamard` of that size and seed 0."""
 
     def __init__(self) -> None:
-        self._matrices: dict[tuple[int, torch.device], Tensor] = {}
+        self._matrices: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, values: Tensor) -> Tensor:
         """`values`: (..., size) -> the same shape and dtype; multiplied in float32, or in float64 if they are."""
-        place = values.shape[-1], values.device
-        if place not in self._matrices:
-            self._matrices[place] = randomized_hadamard(place[0]).to(place[1])
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        return (values.to(dtype) @ self._matrices[place].to(dtype)).to(values.dtype)
+        size, device, dtype = values.shape[-1], values.device, torch.promote_types(values.dtype, torch.float32)
+        if (size, device, dtype) not in self._matrices:  # made in float64, which not every device has
+            self._matrices[size, device, dtype] = randomized_hadamard(size).to(dtype).to(device)
+        return (values.to(dtype) @ self._matrices[size, device, dtype]).to(values.dtype)
 
 
 def hadamard(size: int) -> Tensor | None:

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from cushion.artifacts import read_json, write_json
 from cushion.errors import CalibrationError
+from cushion.float64 import in_float64
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Site, Work
 from cushion.quantization.formats.blocks import quantizer_of
@@ -153,4 +154,4 @@ def better_alone(errors: Mapping[str, Any]) -> frozenset[str]:
 
 def squared_distance(one: Tensor, other: Tensor) -> Tensor:
     """`||one - other||^2`, a float64 scalar on the CPU."""
-    return (one.double() - other.double()).square().sum().cpu()
+    return (in_float64(one) - in_float64(other)).square().sum().cpu()

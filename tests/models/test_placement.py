@@ -18,6 +18,7 @@ from cushion import float64
 from cushion.activations import MagnitudeStatistics, observe_inputs
 from cushion.config import (
     EvalConfig,
+    KvCacheConfig,
     ModelConfig,
     PathsConfig,
     QuantizerConfig,
@@ -122,9 +123,10 @@ NAMES = ("model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i i
     [
         SMOOTHED,
         QuantizerConfig(rotation="hadamard", input_rotation="down"),
+        QuantizerConfig(head_rotation="all", kv_cache=KvCacheConfig(8)),
         QuantizerConfig(weights=WeightConfig(4, "per_channel", method="gptq"), targets=["o_proj"]),
     ],
-    ids=["smoothed", "rotated", "gptq"],
+    ids=["smoothed", "rotated", "heads rotated", "gptq"],
 )
 def test_a_device_without_float64_gives_the_numbers_of_one_with_it(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, quantizer: QuantizerConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UNLIKE, VARIANTS
+from conftest import POST_NORM, UNLIKE, VARIANTS
 from helpers import random_texts
 from torch import Tensor
 from transformers.models.llama import modeling_llama
@@ -79,7 +79,7 @@ def test_every_family_computes_the_same_behind_any_prefix(tiny: Tiny, family: st
                 matrix = randomized_hadamard(values.shape[-1]).float()
                 torch.testing.assert_close(own.values, values @ matrix, rtol=0, atol=1e-4)
                 assert not torch.allclose(own.values, values, rtol=0, atol=1e-2)
-    every = heads(rotation="none" if family == "opt_post_norm" else "hadamard", input_rotation="all")
+    every = heads(rotation="none" if family in POST_NORM else "hadamard", input_rotation="all")
     with quantized(lm, every):
         torch.testing.assert_close(logits(lm, prefixes[1]), plain[1][0], rtol=0, atol=1e-4)
     assert_untouched(lm, before)
