@@ -22,7 +22,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -306,6 +306,10 @@ _NOISE = ("reference_type=", "object_type=", "full_key:", "Config search path", 
 
 def one_line(error: BaseException) -> str:
     """The message of an error and of what caused it in one line, with the nearest key where a key is misspelt."""
+    if isinstance(error, OverrideParseException) and not error.override.isascii() and "=" in error.override:
+        key, _, value = error.override.partition("=")
+        quoted = value.strip("'\"").replace('"', '\\"')
+        return f"{error.override} is not read as key=value: put the value in quotes, {key}='\"{quoted}\"'"
     parts: list[str] = []
     link: BaseException | None = error
     while link is not None:

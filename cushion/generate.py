@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cushion
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
@@ -112,6 +113,8 @@ def prompt_tokens(lm: LanguageModel, text: str, chat: bool, bos: bool) -> Tensor
     """
     from cushion.chats import chat_text
 
+    if chat and not lm.tokenizer.chat_template:
+        raise ConfigError(f"--chat: the tokenizer of {lm.label} has no chat template: leave --chat out")
     if chat:
         text = chat_text(lm, [{"role": "user", "content": text}], asks=True)
     tokens = lm.encode(text)[None]
@@ -206,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cushion-generate",
         description="Stream text from the model of a finished run's row, behind its prefix.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {cushion.__version__}")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or its result.json")
     parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from standard input")
     parser.add_argument(

@@ -152,6 +152,7 @@ MISTAKES = {
         "smoothquant smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
+    "a letter beyond ASCII": (["tracking.project=größe"], "tracking.project=größe is not read", "='\"größe\"'"),
     "a sweeper of a package": (["hydra/sweeper=ax"], "hydra/sweeper=ax is not", "pip install hydra-ax-sweeper"),
     "unknown option of Hydra's": (["hydra/launcher=slrm"], "joblib_local slurm", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),

@@ -31,6 +31,7 @@ from cushion.execution.base import Execution
 from cushion.export.checkpoint_card import PREFIX_FOLDER, Agreement, checkpoint_card
 from cushion.export.finished import FinishedRun
 from cushion.export.peft_adapter import write_adapter
+from cushion.export.prefix_tokens import TOLERANCE
 from cushion.export.refit import Refitted, refit
 from cushion.export.schemes import TARGET, Scheme, scheme_of
 from cushion.models import LanguageModel
@@ -61,6 +62,12 @@ def write(run: FinishedRun, folder: Path) -> None:
             f"the checkpoint gives other logits than the simulation, by up to {agreement.difference:.2g}, where it "
             "should give the same: this is a mistake of Cushion or of the installed compressed-tensors, so nothing "
             "is written; try its version in requirements/constraints.txt"
+        )
+    excess = agreement.exported / agreement.simulated - 1
+    if not excess <= TOLERANCE:
+        raise ArtifactError(
+            f"the checkpoint as transformers runs it has a perplexity of {agreement.exported:.2f}, {excess:.1%} above "
+            f"{agreement.simulated:.2f} of the simulation: it is broken so, and nothing is written ({scheme.differs})"
         )
     (folder / "README.md").write_text(checkpoint_card(run, folder.name, scheme, kept, agreement), encoding="utf-8")
 

@@ -52,7 +52,7 @@ def checkpoint_card(run: FinishedRun, name: str, scheme: Scheme, kept: list[str]
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     own = run.record["rows"][-1]["label"]
     parts = [f"---\n{head}\n---", f"# {name}", *_what(run, scheme, kept), "## How it was made", made_with(run)]
-    parts += [*figures(run, f"This checkpoint is the model of the row {own!r}."), *_check(scheme, agreement)]
+    parts += [*figures(run, f"This checkpoint is the model of the row {own!r}."), *_check(run, scheme, agreement)]
     return "\n\n".join([*parts, *_use(run, name, scheme)]) + "\n"
 
 
@@ -103,9 +103,10 @@ def _arguments(own: dict[str, Any]) -> str:
     return f"{numbers}, one {'dynamic ' if own['dynamic'] else ''}scale per {strategy}{kind}"
 
 
-def _check(scheme: Scheme, agreement: Agreement) -> list[str]:
+def _check(run: FinishedRun, scheme: Scheme, agreement: Agreement) -> list[str]:
+    where = " behind the prefix" if run.record["prefix"] else ""
     said = (
-        f"Loaded by transformers in {scheme.dtype} behind the prefix, on the first {agreement.blocks} blocks of "
+        f"Loaded by transformers in {scheme.dtype}{where}, on the first {agreement.blocks} blocks of "
         f"{agreement.length} tokens of {agreement.corpus!r}: the largest difference of a logit from Cushion's "
         f"simulation is {agreement.difference:.3g}; perplexity {agreement.exported:.4f}, in the simulation "
         f"{agreement.simulated:.4f}."

@@ -57,11 +57,12 @@ class Line:
 def lines_of(group: Sequence[Run]) -> Iterator[Line]:
     """The lines of one configuration, whose runs differ in their seed: each of its rows, then its failed runs."""
     done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
-    rows = done[0].record["rows"] if done else []
-    for row in rows:
-        same = tuple((run, other) for run in done for other in run.record["rows"] if other["name"] == row["name"])
-        asked = len({run.seed for run in group})
-        yield Line(tuple(run for run, _ in same), (group[0],), same, asked, own=row is rows[-1])
+    fullest = sorted(done, key=lambda run: -len(run.record["rows"]))  # a seed may find no prefix
+    named = [row["name"] for run in fullest for row in run.record["rows"]]
+    for name in dict.fromkeys(named):
+        same = tuple((run, row) for run in done for row in run.record["rows"] if row["name"] == name)
+        asked, is_own = len({run.seed for run in group}), name == fullest[0].record["rows"][-1]["name"]
+        yield Line(tuple(run for run, _ in same), (group[0],), same, asked, own=is_own)
     for run in failed:
         yield Line((run,), (run,))
 

@@ -113,7 +113,7 @@ def _held(lock: Path) -> bool:
             return False
     except Timeout:
         return True
-    except PermissionError as error:
+    except OSError as error:
         raise ArtifactError(f"whether a run is at work cannot be told without write access to {lock}") from error
 
 
