@@ -41,6 +41,7 @@ _SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("quantizer.weights.method", {"quantizer.weights.method": "gptq"}),
     ("quantizer.activations.bits", {"quantizer.activations.bits": 8}),
     ("quantizer.activations.range", {"quantizer.activations.range": "static"}),
+    ("quantizer.activations.granularity", {"quantizer.activations.granularity": "per_cluster"}),
     ("quantizer.activations.symmetric", {"quantizer.activations.symmetric": True}),
     ("quantizer.kv_cache.bits", {"quantizer.kv_cache.bits": 8}),
     ("quantizer.attention.bits", {"quantizer.attention.bits": 8}),

@@ -1,6 +1,7 @@
 """The quantizer under which a prefix is tuned, and where the ranges of its activations come from (`tuning.ranges`).
 
-- `dynamic`: from every input, whatever the run's own quantizer has.
+- `dynamic`: from every input, whatever the run's own quantizer has; one range for each tensor where that has several
+  for its channels.
 - `static`: as the run's own quantizer has them, estimated anew behind the prefix as it changes.
 - `learned`: as the run's own quantizer has them behind the found prefix at first; then they learn with keys and values.
 """
@@ -31,7 +32,9 @@ def tuning_quantizer(config: TuningConfig, quantizer: QuantizerConfig) -> Quanti
     if config.prediction_model == "full_precision":
         return turned_off(quantizer, lambda part: True)
     if config.ranges == "dynamic":
-        return replace(quantizer, activations=replace(quantizer.activations, range="dynamic"))
+        own = quantizer.activations
+        granularity = "per_tensor" if own.by_channel else own.granularity
+        return replace(quantizer, activations=replace(own, range="dynamic", granularity=granularity))
     return quantizer
 
 

@@ -13,12 +13,17 @@ RECONSTRUCTION_METHODS = ("none", "blockwise")
 
 
 def check_learns(what: str, quantizer: QuantizerConfig, way_out: str) -> None:
-    """Raise `ConfigError` where the static range of a format is not the range of single values, which could learn."""
+    """Raise `ConfigError` where an input does not have one static range of single values, which could learn."""
     form = FORMATS[quantizer.activations.format]
     if quantizer.activations.bits is not None and form.block is not None:
         raise ConfigError(
             f"{what} learns one scale for each input, and quantizer.activations.format={form.name} has scales for "
             f"blocks: {way_out}"
+        )
+    if quantizer.activations.bits is not None and quantizer.activations.by_channel:
+        raise ConfigError(
+            f"{what} learns one scale for each input, and quantizer.activations.granularity="
+            f"{quantizer.activations.granularity} has several: {way_out}"
         )
 
 
@@ -68,7 +73,7 @@ class ReconstructionConfig:
                 f"reconstruction={self.name} learns static ranges, and quantizer={quantizer.name} has none "
                 f"(quantizer.activations.range={activations.range}): choose quantizer=per_tensor_static, {way_out}"
             )
-        check_learns(f"reconstruction={self.name}", quantizer, "choose another format, or reconstruction=none")
+        check_learns(f"reconstruction={self.name}", quantizer, "choose another quantizer, or reconstruction=none")
         if self.weights and quantizer.weights.bits is None:
             raise ConfigError(
                 f"reconstruction.weights=true learns quantized weights, and quantizer={quantizer.name} has none "

@@ -119,14 +119,15 @@ def beyond_ranges(model: QuantizedLazily) -> dict[str, float]:
 def beyond_range(quantizer: ActivationQuantizer, values: Tensor) -> float:
     """How far `values`, any shape, go beyond a static range: 1 where none does, or where there is no such range.
 
-    In units of the end of the range that is farther from 0: with a symmetric range, 3 is three times its end.
+    In units of the end of the range that is farther from 0: with a symmetric range, 3 is three times its end. Of
+    channels with ranges of their own, that which goes farthest.
     """
     if quantizer.parameters is None:
         return 1.0
     scale, offset = quantizer.parameters
     low, high = (scale * bound + offset for bound in quantizer.grid.bounds)
-    outside = torch.maximum(values.float() - high, low - values.float()).amax().clamp(min=0)
-    return float(1 + outside / torch.maximum(low.abs(), high.abs()))
+    outside = torch.maximum(values.float() - high, low - values.float()).clamp(min=0)
+    return float(1 + (outside / torch.maximum(low.abs(), high.abs())).amax())
 
 
 @dataclass(frozen=True, eq=False)

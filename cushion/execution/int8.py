@@ -49,6 +49,11 @@ def unsupported(quantizer: QuantizerConfig) -> str | None:
             "quantizer.weights.granularity=per_group has several scales within one sum: set it to per_channel or "
             f"per_tensor, {simulated}"
         )
+    if quantizer.activations.by_channel:
+        return (
+            f"quantizer.activations.granularity={quantizer.activations.granularity} has several scales within one sum: "
+            f"set it to per_tensor, {simulated}"
+        )
     if not quantizer.activations.symmetric and quantizer.zero_point == "real":
         return (
             "quantizer.zero_point=real is an offset that no integer stands for (quantizer.activations.symmetric=false):"

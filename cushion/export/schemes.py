@@ -129,6 +129,10 @@ def _inputs(quantizer: QuantizerConfig) -> dict[str, Any] | None:
         return _in_blocks(own.format, own.bits, dynamic="local")
     if own.format in BLOCKS:
         return _in_blocks(own.format, own.bits, dynamic=True)
+    if own.by_channel:
+        why = "an input has one scale there"
+        way_out = "run with quantizer.activations.granularity=per_tensor"
+        raise _refusal(f"quantizer.activations.granularity={own.granularity}", why, way_out)
     if own.format == "int" and own.symmetric and is_static and own.narrow_range:
         raise _refusal(
             "quantizer.activations.narrow_range=true",

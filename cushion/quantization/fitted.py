@@ -175,6 +175,11 @@ class FittedQuantizer:
                 f"quantizer={self.config.name} has ranges that were learned, and quantizer.activations.range="
                 f"{self.config.activations.range} has no use for them: set it to static"
             )
+        if learned.ranges and self.config.activations.by_channel:
+            raise CalibrationError(
+                f"quantizer={self.config.name} has ranges that were learned, one for each input, and quantizer."
+                f"activations.granularity={self.config.activations.granularity} has several: set it to per_tensor"
+            )
         for name, weight in learned.weights.items():
             if weight.shape != linears[name].weight.shape:
                 shapes = f"{tuple(weight.shape)}, and that of the model {tuple(linears[name].weight.shape)}"

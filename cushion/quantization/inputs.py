@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from cushion.models import LanguageModel
+from cushion.quantization.clusters import cluster_ranges
 from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.formats.blocks import BlockGrid, quantizer_of
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
 from cushion.quantization.numerics import Grid
-from cushion.quantization.parts.activations import EXTREMES, ActivationConfig, range_from
+from cushion.quantization.parts.activations import CHANNEL_EXTREMES, EXTREMES, ActivationConfig, range_from
 from cushion.quantization.parts.attention import AttentionConfig
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.quantizer import QuantizerConfig
@@ -44,14 +45,17 @@ class _Inputs(Effect):
         if work.keep is not None and site.name in work.keep:
             return
         if work.learns and fixed is not None:
-            assert not isinstance(grid, BlockGrid), "refused with the configuration"
+            assert not (isinstance(grid, BlockGrid) or activations.by_channel), "refused with the configuration"
             site.activation = LearnableQuantizer(grid, fixed)
         else:
             site.activation = quantizer_of(grid, activations.granularity, fixed, work.straight_through)
 
 
 def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing."""
+    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing.
+
+    Minimum and maximum, scalars, or (channels,) where channels have ranges of their own.
+    """
     if name in work.learned.ranges:
         low, high = work.learned.ranges[name]
         return low.to(device), high.to(device)
@@ -64,11 +68,23 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
     if source == EXTREMES:
         low, high = work.gathered(EXTREMES, name).range
         return low.to(device), high.to(device)
+    if source == CHANNEL_EXTREMES:
+        low, high = (end.to(device) for end in work.gathered(CHANNEL_EXTREMES, name).range)
+        return _of_channels(low, high, work.config.activations)
     low, high = work.ranges_of(name, device)
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel
         divisor = work.divisors[name].to(device)
         low, high = low / divisor, high / divisor
+    if work.config.activations.by_channel:
+        return _of_channels(low, high, work.config.activations)
     return low.amin(), high.amax()
+
+
+def _of_channels(low: Tensor, high: Tensor, own: ActivationConfig) -> tuple[Tensor, Tensor]:
+    """The range of every channel, (channels,), from its minimum and maximum: its own, or that of its cluster."""
+    if own.granularity == "per_channel":
+        return low, high
+    return cluster_ranges(low, high, own.clusters, own.cluster_seed)
 
 
 INPUTS = _Inputs()

@@ -84,9 +84,11 @@ class ActivationQuantizer:
 
     Args:
         grid: the integer grid.
-        granularity: `per_tensor` or `per_token` (one scale for the last dimension of each token).
-        static_range: minimum and maximum fixed by calibration; None computes them from every input (dynamic). A dynamic
-            per-tensor range spans the whole tensor, all texts of a batch together, as in a real kernel.
+        granularity: `per_tensor` or `per_token` (one scale for the last dimension of each token), or one whose ranges
+            are static and are given.
+        static_range: minimum and maximum fixed by calibration, scalars, or (channels,); None computes them from every
+            input (dynamic). A dynamic per-tensor range spans the whole tensor, all texts of a batch together, as in a
+            real kernel.
         straight_through: let gradients pass as if nothing had been rounded, with scale and offset held constant. What a
             static range clips gets none.
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cushion.checks import one_of, require, without_effect
+from cushion.checks import at_least, one_of, require, without_effect
+from cushion.errors import ConfigError
 from cushion.quantization.estimators.base import Estimator
 from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import GRANULARITIES, NOTHING, RANGES, Needed, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
-from cushion.quantization.parts.registry import mixes_channels, register
+from cushion.quantization.parts.registry import PARTS, mixes_channels, register
 
 KINDS_OF_RANGE = ("static", "dynamic")
+BY_CHANNEL = ("per_channel", "per_cluster")
+"""Granularities whose scales differ between the channels of an input: static, and simulated alone."""
+LARGEST_SEED = 2**32 - 1
 
 EXTREMES = Needed("cushion.quantization.statistics.extremes:Extremes")
 """What min-max needs where the ranges of channels are not the range of a linear's input."""
+CHANNEL_EXTREMES = Needed("cushion.quantization.statistics.channel_extremes:ChannelExtremes")
+"""The same where the channels that are read have ranges of their own."""
 
 
 @dataclass
@@ -24,7 +30,8 @@ class ActivationConfig:
     """`quantizer.activations`: the grid of every linear's input. `bits: null` leaves them in full precision.
 
     `estimator` says how a static range follows from calibration text, `estimator_options` has what it reads.
-    `narrow_range: false` lets static symmetric codes reach -2^(N-1), as integer kernels do.
+    `narrow_range: false` lets static symmetric codes reach -2^(N-1), as integer kernels do. `clusters` of channels have
+    one range each with `granularity: per_cluster`, found by K-means from `cluster_seed`.
     """
 
     bits: int | None = 8
@@ -35,19 +42,42 @@ class ActivationConfig:
     estimator_options: dict[str, Any] = field(default_factory=dict)
     format: str = "int"
     narrow_range: bool = True
+    clusters: int = 32
+    cluster_seed: int = 0
 
     def __post_init__(self) -> None:
         reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
         require(self.narrow_range or self.format == "int", "quantizer.activations.narrow_range", False, reason)
-        one_of("quantizer.activations.granularity", self.granularity, GRANULARITIES)
+        one_of("quantizer.activations.granularity", self.granularity, (*GRANULARITIES, *BY_CHANNEL))
         one_of("quantizer.activations.range", self.range, KINDS_OF_RANGE)
         check_format("quantizer.activations", self.format, self.bits, self.symmetric, self.granularity)
         self.estimation()
+        at_least("quantizer.activations.clusters", self.clusters, 1)
+        reason = f"from 0 to {LARGEST_SEED}"
+        require(0 <= self.cluster_seed <= LARGEST_SEED, "quantizer.activations.cluster_seed", self.cluster_seed, reason)
         if self.bits is not None and self.range == "static":
             self._check_static()
         if self.granularity == "per_token":
             reason = "per-token scales are computed on the fly: set quantizer.activations.range=dynamic"
             require(self.range == "dynamic", "quantizer.activations.range", self.range, reason)
+        if self.by_channel:
+            self._check_by_channel()
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether the channels of one input have several scales."""
+        return self.granularity in BY_CHANNEL
+
+    def _check_by_channel(self) -> None:
+        """Refuse ranges of channels that are not those of calibration, or that an estimator would have to find."""
+        reason = f"with quantizer.activations.granularity={self.granularity} scales come from calibration: set static"
+        require(self.range == "static", "quantizer.activations.range", self.range, reason)
+        works = [name for name, other in ESTIMATORS.items() if other.statistic is None]
+        reason = (
+            f"with quantizer.activations.granularity={self.granularity} ranges are those of channels, and it finds one "
+            f"for the whole input: choose {', '.join(works)}"
+        )
+        require(self.estimator in works, "quantizer.activations.estimator", self.estimator, reason)
 
     def _check_static(self) -> None:
         """Refuse static ranges that the format cannot have, and estimators that cannot work for it."""
@@ -83,10 +113,12 @@ def _reaches_lowest(activations: ActivationConfig) -> bool:
 
 
 def range_from(quantizer: Quantizer) -> Needed:
-    """What the static range of a linear's input follows from: what its estimator needs, or `EXTREMES` for min-max."""
+    """What the static range of a linear's input follows from: what its estimator needs, or extremes for min-max."""
     estimator, options = quantizer.activations.estimation()
     needed = estimator.needed(options)
-    return EXTREMES if needed == RANGES and mixes_channels(quantizer) else needed
+    if needed != RANGES or not mixes_channels(quantizer):
+        return needed
+    return CHANNEL_EXTREMES if quantizer.activations.by_channel else EXTREMES
 
 
 class Activations(Part):
@@ -106,6 +138,15 @@ class Activations(Part):
         """Inputs in full precision."""
         return replace(quantizer, activations=ActivationConfig(bits=None))
 
+    def check(self, quantizer: Quantizer) -> None:
+        """A choice of rotated sites goes by errors with one scale for each input, which is not what would be used."""
+        if self.is_on(quantizer) and quantizer.activations.by_channel and PARTS["rotation_sites"].is_on(quantizer):
+            raise ConfigError(
+                "quantizer.rotation_sites=adaptive compares errors with one scale for each input, and "
+                f"quantizer.activations.granularity={quantizer.activations.granularity} has several: use "
+                "quantizer.rotation_sites=all, or another granularity"
+            )
+
     def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
         """What the estimator of static ranges needs."""
         if not (self.is_on(quantizer) and quantizer.activations.range == "static"):
@@ -118,6 +159,8 @@ class Activations(Part):
         del own["estimator"], own["estimator_options"]
         if own["narrow_range"] or not _reaches_lowest(quantizer.activations):  # keys of before there was a choice
             del own["narrow_range"]
+        if own["granularity"] != "per_cluster":
+            del own["clusters"], own["cluster_seed"]
         if own["range"] == "static":
             estimator, options = quantizer.activations.estimation()
             own["estimator"] = estimator.identity(options)
@@ -148,10 +191,13 @@ class Activations(Part):
         return self.is_on(quantizer) and activations.range == "dynamic" and spans
 
     def label(self, quantizer: Quantizer) -> str:
-        """`A8`, and the estimator of a static range where it is not min-max, or not the one in the quantizer's name."""
+        """`A8`, an estimator that is neither min-max nor in the quantizer's name, and scales of channels."""
         own, named = quantizer.activations, [name for name, _ in ESTIMATORS.items() if name in quantizer.name]
         is_said = not self.is_on(quantizer) or own.range != "static" or own.estimator == (named or ["minmax"])[0]
-        return f"A{width(own)}" + ("" if is_said else f" {own.estimator}")
+        words = [] if is_said else [own.estimator]
+        if self.is_on(quantizer) and own.by_channel:
+            words.append(f"{own.clusters} clusters" if own.granularity == "per_cluster" else "A per channel")
+        return " ".join([f"A{width(own)}", *words])
 
 
 register(Activations())

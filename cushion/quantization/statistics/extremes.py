@@ -28,7 +28,7 @@ class Extremes(RangeStatistic):
 
     @property
     def range(self) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum, float32 scalars."""
+        """Minimum and maximum, float32."""
         assert self._range is not None, "nothing was added"
         return self._range[0], self._range[1]
 
