@@ -30,6 +30,7 @@ from cushion.config.tuning import TuningConfig as TuningConfig
 from cushion.errors import ConfigError
 from cushion.quantization.parts.activations import ActivationConfig as ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig as AttentionConfig
+from cushion.quantization.parts.compensation import CompensationConfig as CompensationConfig
 from cushion.quantization.parts.kv_cache import KvCacheConfig as KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig as QFeMConfig
 from cushion.quantization.parts.registry import rounds

@@ -22,7 +22,7 @@ from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.grids import DynamicGrid
-from cushion.quantization.parts.registry import parts
+from cushion.quantization.parts.registry import PARTS, parts
 from cushion.quantization.parts.weights import WeightConfig
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -44,6 +44,11 @@ def unsupported(quantizer: QuantizerConfig) -> str | None:
     reason = reason or _no_codes("quantizer.activations", quantizer.activations)
     if reason is not None:
         return f"{reason}, {simulated}"
+    if PARTS["compensation"].is_on(quantizer):
+        return (
+            f"quantizer.compensation.method={quantizer.compensation.method} has a branch in floating point beside the "
+            f"codes: set it to none, {simulated}"
+        )
     if quantizer.weights.granularity == "per_group":
         return (
             "quantizer.weights.granularity=per_group has several scales within one sum: set it to per_channel or "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+from cushion.checks import written
 from cushion.errors import ConfigError
 from cushion.export.finished import FinishedRun
 from cushion.quantization.formats.registry import FORMATS
@@ -207,11 +208,15 @@ def _difference_of_blocks(quantizer: QuantizerConfig) -> str:
 
 
 def _switched_off(part: Part, quantizer: QuantizerConfig) -> str:
-    """What turns a part off, as it is written: `quantizer.kv_cache.bits=null`."""
+    """What turns a part off, as it is written: `quantizer.kv_cache.bits=null`, by the first key that is another."""
     if not part.fields:
         return f"{part.key}=null"
-    off = getattr(part.off(quantizer), part.fields[0])
-    return f"{part.key}.bits=null" if is_dataclass(off) else f"{part.key}={off}"
+    on, off = (getattr(one, part.fields[0]) for one in (quantizer, part.off(quantizer)))
+    if not is_dataclass(off):
+        return f"{part.key}={off}"
+    name = next(key for key, value in vars(off).items() if value != getattr(on, key))
+    value = getattr(off, name)
+    return f"{part.key}.{name}={value if isinstance(value, str) else written(value)}"
 
 
 def _refusal(what: str, why: str, way_out: str) -> ConfigError:

@@ -110,6 +110,7 @@ class Site:
         weight: (out_features, in_features), or quantized.
         bias: (out_features,) or None.
         activation: the quantizer of its input; None leaves the input in full precision.
+        divisor: (in_features,): what its input is divided by before that; None for nothing.
 
     """
 
@@ -118,6 +119,7 @@ class Site:
     weight: Tensor | QuantizedWeight
     bias: Tensor | None
     activation: ActivationQuantizer | None = None
+    divisor: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,6 +231,8 @@ def rounded(
             placed[name] = build.linear(site.weight, site.bias, shared)
             if name in work.input_hooks:
                 placed[name].register_forward_pre_hook(work.input_hooks[name], with_kwargs=True)
+            if site.divisor is not None:
+                placed[name].register_forward_pre_hook(partial(_divided, divisor=site.divisor))
             work.replacements.put(work.lm.model.get_submodule(parent), leaf, placed[name])
         yield placed
 
@@ -242,6 +245,12 @@ def sites(work: Work, block: int | None = None) -> Iterator[Site]:
             weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
             learned = work.learned.weights.get(name)
             yield Site(name, linear, weight if learned is None else learned.to(weight), bias)
+
+
+def _divided(_module: nn.Module, inputs: tuple[Tensor], divisor: Tensor) -> Tensor:
+    """What a linear reads where its input is divided: a hook before its forward pass."""
+    (values,) = inputs
+    return (values / divisor).to(values.dtype)
 
 
 def _siblings(lm: LanguageModel) -> dict[str, list[ActivationQuantizer]]:

@@ -11,6 +11,7 @@ from cushion.quantization.formats.base import SHARED_EXPONENTS
 from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.attention import AttentionConfig
 from cushion.quantization.parts.base import RANGES, Needed, Part
+from cushion.quantization.parts.compensation import CompensationConfig
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig
 from cushion.quantization.parts.registry import PARTS, parts
@@ -43,6 +44,7 @@ class QuantizerConfig:
     name: str = "per_tensor_static"
     weights: WeightConfig = field(default_factory=WeightConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
     kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     levels: str = "full"

@@ -18,6 +18,7 @@ from cushion.config import (
     ActivationConfig,
     AttentionConfig,
     CalibrationConfig,
+    CompensationConfig,
     KvCacheConfig,
     QuantizerConfig,
     WeightConfig,
@@ -203,6 +204,7 @@ REFUSED = {
     r"quantizer\.weights\.granularity=per_group .* per_channel": QuantizerConfig(
         weights=WeightConfig(granularity="per_group", group_size=8)
     ),
+    r"quantizer\.compensation\.method=lqer .* set it to none": QuantizerConfig(compensation=CompensationConfig("lqer")),
     r"quantizer\.zero_point=real .* set it to integer": QuantizerConfig(activations=replace(DYNAMIC, symmetric=False)),
 }
 

@@ -33,6 +33,8 @@ from cushion.cli import config_folder
 from cushion.config import (
     ActivationConfig,
     CalibrationConfig,
+    CompensationConfig,
+    KvCacheConfig,
     QFeMConfig,
     QuantizerConfig,
     ReconstructionConfig,
@@ -298,6 +300,10 @@ REFUSED = {
     "weights.format=fp8_e5m2: .* one of int, fp8_e4m3": under(weights(format="fp8_e5m2"), static()),
     "quantizer=it, which rounds nothing": under(weights(bits=None), FULL),
     "input_rotation: .* run with quantizer.input_rotation=none": under(weights(), static(), input_rotation="down"),
+    "compensation: .* run with quantizer.compensation.method=none": under(
+        weights(), static(), compensation=CompensationConfig("lqer")
+    ),
+    "kv_cache: .* run with quantizer.kv_cache.bits=null": under(weights(), static(), kv_cache=KvCacheConfig(8)),
 }
 
 
@@ -341,7 +347,9 @@ def test_the_page_says_of_the_options_what_the_code_does() -> None:
             file = config_folder() / "quantizer" / f"{option}.yaml"
             quantizer = structured(QuantizerConfig, OmegaConf.load(file), "quantizer")
             if verdict.startswith(("equal with", "refused")):
-                with pytest.raises(ConfigError, match="narrow_range=false" if "with" in verdict else "input_rotation"):
+                refused = "compensation" if "branch" in verdict else "input_rotation"
+                reason = "narrow_range=false" if "with" in verdict else refused
+                with pytest.raises(ConfigError, match=reason):
                     schemes.scheme_of(quantizer)
                 if "with" in verdict:
                     quantizer.activations = replace(quantizer.activations, narrow_range=False)

@@ -18,6 +18,7 @@ from cushion.checks import at_least
 from cushion.config import (
     ActivationConfig,
     AttentionConfig,
+    CompensationConfig,
     KvCacheConfig,
     QFeMConfig,
     QuantizerConfig,
@@ -43,6 +44,7 @@ EVERYTHING = QuantizerConfig(
     "everything",
     weights=WeightConfig(4, "per_group", 16, method="gptq"),
     activations=ActivationConfig(6, symmetric=False),
+    compensation=CompensationConfig("aser", 8),
     kv_cache=KvCacheConfig(4, "per_tensor"),
     attention=AttentionConfig(5),
     levels="paper",
@@ -82,6 +84,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     [
         ("weights", set(), {"levels", "targets"}, False, "W4"),
         ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6"),
+        ("compensation", set(), set(), False, " ASER 8"),
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
@@ -107,6 +110,8 @@ CHANGES: dict[str, list[Any]] = {
                     ActivationConfig(6, "per_token", "dynamic", False), ActivationConfig(6, estimator="mse"),
                     ActivationConfig(6, estimator="percentile"),
                     ActivationConfig(6, estimator="percentile", estimator_options={"percentile": 99})],
+    "compensation": [CompensationConfig("aser", 9), CompensationConfig("lqer", 8), CompensationConfig("l2qer", 8),
+                     CompensationConfig("aser", 8, 0.5), CompensationConfig("aser", 8, damping=0.1)],
     "kv_cache": [KvCacheConfig(5, "per_tensor"), KvCacheConfig(4), KvCacheConfig(4, "per_tensor", True),
                  KvCacheConfig(8, "per_tensor", True), KvCacheConfig(8, "per_tensor", True, format="fp8_e4m3"),
                  KvCacheConfig(8, "per_tensor", True, "static")],
@@ -130,7 +135,7 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert EVERYTHING.spans_batch
     assert (
         EVERYTHING.scheme
-        == "everything W4A6KV4 GPTQ attention 5 rotated adaptive values and keys rotated all inputs rotated"
+        == "everything W4A6KV4 GPTQ ASER 8 attention 5 rotated adaptive values and keys rotated all inputs rotated"
     )
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
