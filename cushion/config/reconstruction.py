@@ -79,8 +79,9 @@ class ReconstructionConfig:
                 f"reconstruction.weights=true learns quantized weights, and quantizer={quantizer.name} has none "
                 "(quantizer.weights.bits=null): set reconstruction.weights=false"
             )
-        if self.weights and quantizer.blockwise:
+        fixed = [part for part in quantizer.blockwise if not part.weights_may_learn]
+        if self.weights and fixed:
             raise ConfigError(
-                f"reconstruction.weights=true cannot be used with {quantizer.blockwise[0].key}, which "
+                f"reconstruction.weights=true cannot be used with {fixed[0].key}, which "
                 "was fitted to the weights as they are: set reconstruction.weights=false"
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cushion.models import LanguageModel
@@ -13,6 +12,7 @@ from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.formats.blocks import BlockGrid, quantizer_of
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.learned import LearnableQuantizer
+from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid
 from cushion.quantization.parts.activations import CHANNEL_EXTREMES, EXTREMES, ActivationConfig, range_from
 from cushion.quantization.parts.attention import AttentionConfig
@@ -35,6 +35,7 @@ class _Inputs(Effect):
 
     def at(self, work: Work, site: Site) -> None:
         """A quantizer of the input, with the range that calibration gives where it is static."""
+<<<<<<< HEAD
         activations = work.config.activations
         grid = grid_of(work.config, activations)
         if not activations.narrow_range:
@@ -56,6 +57,36 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
 
     Minimum and maximum, scalars, or (channels,) where channels have ranges of their own.
     """
+=======
+        fixed = static_range(work, site) if work.config.activations.range == "static" else None
+        if work.keep is None or site.name not in work.keep:
+            site.activation = input_quantizer(work, fixed)
+
+
+def _grid(config: QuantizerConfig) -> Grid:
+    grid = grid_of(config, config.activations)
+    return grid if config.activations.narrow_range else replace(grid, narrow_range=False)
+
+
+def input_quantizer(work: Work, fixed: tuple[Tensor, Tensor] | None) -> ActivationQuantizer:
+    """What rounds the input of a linear, as the quantizer says.
+
+    Args:
+        work: it says whether static ranges learn, and whether gradients pass.
+        fixed: minimum and maximum of a static range, None for a dynamic one.
+
+    """
+    grid = _grid(work.config)
+    if work.learns and fixed is not None:
+        assert not isinstance(grid, BlockGrid), "refused with the configuration"
+        return LearnableQuantizer(grid, fixed)
+    return quantizer_of(grid, work.config.activations.granularity, fixed, work.straight_through)
+
+
+def static_range(work: Work, site: Site) -> tuple[Tensor, Tensor]:
+    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing."""
+    name, device = site.name, site.linear.weight.device
+>>>>>>> h14
     if name in work.learned.ranges:
         low, high = work.learned.ranges[name]
         return low.to(device), high.to(device)
@@ -63,7 +94,7 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
     source = range_from(work.config)
     if estimator.statistic is not None:
         observed = work.gathered(source, name)
-        low, high = estimator.range_of(observed, grid, options)
+        low, high = estimator.range_of(observed, _grid(work.config), options)
         return low.to(device), high.to(device)
     if source == EXTREMES:
         low, high = work.gathered(EXTREMES, name).range

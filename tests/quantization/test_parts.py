@@ -43,8 +43,12 @@ FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_p
 EVERYTHING = QuantizerConfig(
     "everything",
     weights=WeightConfig(4, "per_group", 16, method="gptq"),
+<<<<<<< HEAD
     activations=ActivationConfig(6, symmetric=False),
     compensation=CompensationConfig("aser", 8),
+=======
+    activations=ActivationConfig(6, symmetric=False, estimator="block_output"),
+>>>>>>> h14
     kv_cache=KvCacheConfig(4, "per_tensor"),
     attention=AttentionConfig(5),
     levels="paper",
@@ -60,6 +64,10 @@ EVERYTHING = QuantizerConfig(
 )
 
 
+WITHOUT_FIELD = {"gptq": ("weights",), "block_output": ("activations",)}
+"""Parts that are a method of another one, and whose field they are chosen in."""
+
+
 def test_every_field_of_a_quantizer_belongs_to_exactly_one_part() -> None:
     owned = [name for part in parts() for name in part.fields]
     assert sorted([*owned, *SHARED, "name", "calibration", "plugins"]) == sorted(
@@ -73,7 +81,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     assert part.is_on(EVERYTHING)
     assert not part.is_on(off)
     changed = [one.name for one in fields(off) if getattr(off, one.name) != getattr(EVERYTHING, one.name)]
-    assert set(changed) == set(part.fields or ("weights",)), "GPTQ is a method of the weights"
+    assert set(changed) == set(part.fields or WITHOUT_FIELD[name])
     assert part.statistics(off) == part.reads(off) == frozenset()
     assert not part.spans_batch(off)
     assert part.off(off) == off
@@ -83,8 +91,12 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     ("part", "statistics", "reads", "spans_batch", "label"),
     [
         ("weights", set(), {"levels", "targets"}, False, "W4"),
+<<<<<<< HEAD
         ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6"),
         ("compensation", set(), set(), False, " ASER 8"),
+=======
+        ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6 block_output"),
+>>>>>>> h14
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
@@ -106,7 +118,9 @@ def test_what_a_part_declares(part: str, statistics: set[Any], reads: set[str], 
 CHANGES: dict[str, list[Any]] = {
     "weights": [WeightConfig(5, "per_group", 16), WeightConfig(4), WeightConfig(4, "per_group", 8),
                 WeightConfig(4, "per_group", 16, "mse")],
-    "activations": [ActivationConfig(5, symmetric=False), ActivationConfig(6), ActivationConfig(6, range="dynamic"),
+    "activations": [ActivationConfig(5, symmetric=False), ActivationConfig(6, symmetric=False),
+                    ActivationConfig(6, symmetric=False, estimator="block_output", estimator_options={"texts": 9}),
+                    ActivationConfig(6), ActivationConfig(6, range="dynamic"),
                     ActivationConfig(6, "per_token", "dynamic", False), ActivationConfig(6, estimator="mse"),
                     ActivationConfig(6, estimator="percentile"),
                     ActivationConfig(6, estimator="percentile", estimator_options={"percentile": 99})],
@@ -133,9 +147,14 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.gathered == {EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.spans_batch
+<<<<<<< HEAD
     assert (
         EVERYTHING.scheme
         == "everything W4A6KV4 GPTQ ASER 8 attention 5 rotated adaptive values and keys rotated all inputs rotated"
+=======
+    assert EVERYTHING.scheme == (
+        "everything W4A6KV4 GPTQ block_output attention 5 rotated adaptive values and keys rotated all inputs rotated"
+>>>>>>> h14
     )
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))

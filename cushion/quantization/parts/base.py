@@ -58,6 +58,9 @@ class Part(ABC):
     blockwise: ClassVar[bool] = False
     """Whether its effect is fitted (`Effect.fit`) to one decoder block after another, those before it quantized."""
 
+    weights_may_learn: ClassVar[bool] = False
+    """Whether what a `blockwise` part found still holds where the weights learn after it."""
+
     mixes_channels: ClassVar[bool] = False
     """Whether a linear reads mixtures of the channels that calibration saw, so that their ranges are not its range."""
 
