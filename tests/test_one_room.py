@@ -45,7 +45,6 @@ OTHERS = {
     ): "the texts of warnings: all of `SHARED`, see below",
     ("cushion/reporting/plots.py", "activations, attention"): "kinds of figures",
     ("cushion/reporting/plots.py", "activations, attention, qfem"): "kinds of figures",
-    ("cushion/reporting/plots.py", "activations, qfem"): "kinds of figures",
     ("scripts/reference_runs.py", "qfem, rotation"): "options of the group `quantizer`",
 }
 """Collections that hold fields of a quantizer for another reason."""

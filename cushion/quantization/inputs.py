@@ -35,29 +35,6 @@ class _Inputs(Effect):
 
     def at(self, work: Work, site: Site) -> None:
         """A quantizer of the input, with the range that calibration gives where it is static."""
-<<<<<<< HEAD
-        activations = work.config.activations
-        grid = grid_of(work.config, activations)
-        if not activations.narrow_range:
-            grid = replace(grid, narrow_range=False)
-        fixed = None
-        if activations.range == "static":
-            fixed = _static_range(work, site.name, grid, site.linear.weight.device)
-        if work.keep is not None and site.name in work.keep:
-            return
-        if work.learns and fixed is not None:
-            assert not (isinstance(grid, BlockGrid) or activations.by_channel), "refused with the configuration"
-            site.activation = LearnableQuantizer(grid, fixed)
-        else:
-            site.activation = quantizer_of(grid, activations.granularity, fixed, work.straight_through)
-
-
-def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing.
-
-    Minimum and maximum, scalars, or (channels,) where channels have ranges of their own.
-    """
-=======
         fixed = static_range(work, site) if work.config.activations.range == "static" else None
         if work.keep is None or site.name not in work.keep:
             site.activation = input_quantizer(work, fixed)
@@ -78,15 +55,18 @@ def input_quantizer(work: Work, fixed: tuple[Tensor, Tensor] | None) -> Activati
     """
     grid = _grid(work.config)
     if work.learns and fixed is not None:
-        assert not isinstance(grid, BlockGrid), "refused with the configuration"
+        by_channel = work.config.activations.by_channel
+        assert not (isinstance(grid, BlockGrid) or by_channel), "refused with the configuration"
         return LearnableQuantizer(grid, fixed)
     return quantizer_of(grid, work.config.activations.granularity, fixed, work.straight_through)
 
 
 def static_range(work: Work, site: Site) -> tuple[Tensor, Tensor]:
-    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing."""
+    """The range of a linear's input: learned, or what the estimator finds in what calibration saw behind smoothing.
+
+    Minimum and maximum, scalars, or (channels,) where channels have ranges of their own.
+    """
     name, device = site.name, site.linear.weight.device
->>>>>>> h14
     if name in work.learned.ranges:
         low, high = work.learned.ranges[name]
         return low.to(device), high.to(device)

@@ -43,12 +43,8 @@ FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_p
 EVERYTHING = QuantizerConfig(
     "everything",
     weights=WeightConfig(4, "per_group", 16, method="gptq"),
-<<<<<<< HEAD
-    activations=ActivationConfig(6, symmetric=False),
-    compensation=CompensationConfig("aser", 8),
-=======
     activations=ActivationConfig(6, symmetric=False, estimator="block_output"),
->>>>>>> h14
+    compensation=CompensationConfig("aser", 8),
     kv_cache=KvCacheConfig(4, "per_tensor"),
     attention=AttentionConfig(5),
     levels="paper",
@@ -91,12 +87,8 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     ("part", "statistics", "reads", "spans_batch", "label"),
     [
         ("weights", set(), {"levels", "targets"}, False, "W4"),
-<<<<<<< HEAD
-        ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6"),
-        ("compensation", set(), set(), False, " ASER 8"),
-=======
         ("activations", {EXTREMES}, {"levels", "zero_point", "targets"}, False, "A6 block_output"),
->>>>>>> h14
+        ("compensation", set(), set(), False, " ASER 8"),
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
@@ -147,14 +139,9 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert EVERYTHING.statistics == {RANGES, EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.gathered == {EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.spans_batch
-<<<<<<< HEAD
-    assert (
-        EVERYTHING.scheme
-        == "everything W4A6KV4 GPTQ ASER 8 attention 5 rotated adaptive values and keys rotated all inputs rotated"
-=======
     assert EVERYTHING.scheme == (
-        "everything W4A6KV4 GPTQ block_output attention 5 rotated adaptive values and keys rotated all inputs rotated"
->>>>>>> h14
+        "everything W4A6KV4 GPTQ ASER 8 block_output attention 5 rotated adaptive values and keys rotated all inputs "
+        "rotated"
     )
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
