@@ -1,8 +1,8 @@
-"""SmoothQuant on a model: its scales folded into norms and the linears that read them."""
+"""Smoothing on a model: scales folded into norms and the linears that read them, those of SmoothQuant or others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -21,17 +21,7 @@ from cushion.quantization.smoothquant import smoothing_scales
 class _Smoothing(Effect):
     def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
         """The norms stand before the linears, and have weights."""
-        key = f"quantizer.smoothing_alpha={config.smoothing_alpha}"
-        for name, value in unmet(lm.architecture.smoothing_requires, lm.model.config):
-            raise ConfigError(
-                f"{key} cannot be used with {lm.label}: its configuration has {name}={value}, so its norms do not "
-                "stand before the linears or have no weights; use quantizer.smoothing_alpha=null"
-            )
-        if not lm.architecture.smoothing:
-            raise ConfigError(
-                f"{key} has nothing to smooth in {lm.label}: its architecture names no norms that stand before "
-                "linears; use quantizer.smoothing_alpha=null"
-            )
+        check_smoothable(lm, f"quantizer.smoothing_alpha={config.smoothing_alpha}", "quantizer.smoothing_alpha=null")
 
     @contextmanager
     def around(self, work: Work) -> Iterator[None]:
@@ -55,16 +45,51 @@ class _Smoothing(Effect):
                 linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
                 weights = [linear.weight.detach() for linear in linears.values()]
                 scale = smoothing_scales(_shared_abs_max(linears, work), weights, alpha)
-                _divide_norm(lm.model.get_submodule(norm_name), scale, lm.architecture.norm_offset, replacements)
-                for name, reader in readers.items():
-                    weight = cast(Tensor, reader.weight)
-                    new = (weight.float() * scale.to(weight.device)).to(weight.dtype)
-                    replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
-                    if name in linears:
-                        work.divisors[name] = scale
+                fold_scale(work, norm_name, readers, scale, replacements)
 
 
 SMOOTHING = _Smoothing()
+
+
+def check_smoothable(lm: LanguageModel, key: str, way_out: str) -> None:
+    """Raise `ConfigError` where a model has no norms, with weights, that stand before linears."""
+    for name, value in unmet(lm.architecture.smoothing_requires, lm.model.config):
+        raise ConfigError(
+            f"{key} cannot be used with {lm.label}: its configuration has {name}={value}, so its norms do not "
+            f"stand before the linears or have no weights; use {way_out}"
+        )
+    if not lm.architecture.smoothing:
+        raise ConfigError(
+            f"{key} has nothing to smooth in {lm.label}: its architecture names no norms that stand before "
+            f"linears; use {way_out}"
+        )
+
+
+def fold_scale(
+    work: Work, norm: str, readers: Mapping[str, nn.Module], scale: Tensor, replacements: Replacements
+) -> None:
+    """Divide the output of a norm by `scale`, (channels,), and multiply the columns of all that read it with it.
+
+    Args:
+        work: its `divisors` are told of every linear.
+        norm: its full name.
+        readers: by full name; a router among them follows the others.
+        scale: positive, float32.
+        replacements: where the new weights are put.
+
+    """
+    lm = work.lm
+    _divide_norm(lm.model.get_submodule(norm), scale, lm.architecture.norm_offset, replacements)
+    for name, reader in readers.items():
+        new = scaled_weight(cast(Tensor, reader.weight), scale)
+        replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
+        if lm.is_quantized(name):
+            work.divisors[name] = scale
+
+
+def scaled_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """`W diag(s)`, a new tensor of the shape, (out_features, channels), and dtype of `weight`."""
+    return (weight.float() * scale.to(weight.device)).to(weight.dtype)
 
 
 def _shared_abs_max(readers: dict[str, nn.Linear], work: Work) -> Tensor:
