@@ -39,6 +39,7 @@ from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.smoothing import check_smoothable, fold_scale, scaled_weight
+from cushion.quantization.smoothquant import smoothing_scales
 from cushion.quantization.weights import WEIGHTS
 from cushion.registry import located
 
@@ -85,7 +86,18 @@ def awq_candidates(group: Group, steps: int) -> Iterator[Fold]:
         yield Fold(awq_scales(magnitudes, number / steps), number / steps)
 
 
-CANDIDATES: dict[str, Callable[[Group, int], Iterator[Fold]]] = {"awq": awq_candidates}
+def smoothquant_candidates(group: Group, steps: int) -> Iterator[Fold]:
+    """SmoothQuant's scales with alpha from 0 to 1 in `steps` steps."""
+    largest = torch.cat(list(group.outputs)).abs().amax(0)
+    weights = [linear.weight.detach() for linear in group.linears.values()]
+    for number in range(steps + 1):
+        yield Fold(smoothing_scales(largest, weights, number / steps), number / steps)
+
+
+CANDIDATES: dict[str, Callable[[Group, int], Iterator[Fold]]] = {
+    "smoothquant": smoothquant_candidates,
+    "awq": awq_candidates,
+}
 """By method, the grid of a group."""
 
 

@@ -21,10 +21,14 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.awq import awq_scales
 from cushion.quantization.check import check_quantizer
+from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import fitted_behind
+from cushion.quantization.numerics import Grid
 from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.smoothing_search import SmoothingSearch, search_smoothing
+from cushion.quantization.smoothquant import smoothing_scales
+from cushion.quantization.statistics.histogram import Histogram
 
 Tiny = Callable[..., LanguageModel]
 TEXTS = random_texts(3, 16)
@@ -93,6 +97,36 @@ def test_awq_takes_the_alpha_with_the_least_output_error(tiny: Tiny) -> None:
     torch.testing.assert_close(found.folds[NORM].scale, awq_scales(mean, found.folds[NORM].value))
 
 
+@pytest.mark.parametrize("kind", ["per_token", "static", "mse"])
+def test_smoothquant_takes_the_alpha_with_the_least_output_error(tiny: Tiny, kind: str) -> None:
+    """With scales of tokens, and with a static one, from min-max or from the inputs behind each of the smoothings."""
+    lm, prefix, seen = planted(tiny)
+    static = ActivationConfig(4, estimator="mse" if kind == "mse" else "minmax")
+    activations = ActivationConfig(4, "per_token", "dynamic") if kind == "per_token" else static
+    largest, expected = torch.cat(seen).abs().amax(0), {}
+    for number in range(6):
+        weights = projections(lm)
+        scale = largest ** (number / 5) / torch.cat(weights).abs().amax(0) ** (1 - number / 5)
+        smoothed = torch.cat(seen) / scale
+        rounded = nearest(smoothed, 4, (1,) if kind == "per_token" else (0, 1))
+        if kind == "mse":
+            histogram = Histogram()
+            for values in seen:
+                histogram.update(values / scale)
+            low, high = ESTIMATORS["mse"].range_of(histogram, Grid(4, True), {})
+            step = torch.maximum(-low, high) / 7
+            rounded = (smoothed / step).round().clamp(-7, 7) * step
+        pairs = [(nearest(weight * scale, 8, (1,)), weight) for weight in weights]
+        expected[number / 5] = sum(float((rounded @ q.T - torch.cat(seen) @ w.T).square().sum()) for q, w in pairs)
+    config = searched("smoothquant", weights=WeightConfig(8, "per_channel"), activations=activations)
+    found = search(lm, prefix, config)
+    assert_least(found, expected)
+    assert len(set(expected.values())) == 6
+    torch.testing.assert_close(
+        found.folds[NORM].scale, smoothing_scales(largest, projections(lm), found.folds[NORM].value)
+    )
+
+
 def test_the_scales_of_awq_are_positive_and_their_extremes_are_inverse() -> None:
     for alpha in (0.0, 0.35, 1.0):
         scales = awq_scales(torch.tensor([0.0, 1e-9, 0.5, 400.0]), alpha)
@@ -118,7 +152,7 @@ def unrounded(lm: LanguageModel, config: QuantizerConfig, behind: Prefix) -> Ite
 
 
 @pytest.mark.parametrize("family", UNLIKE)
-@pytest.mark.parametrize("method", ["awq"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
 def test_any_scales_leave_the_function_as_it_was(tiny: Tiny, family: str, method: str) -> None:
     lm = tiny(family)
     prefix, before = Prefix.from_tokens(lm.model, [17, 42]), snapshot(lm)

@@ -9,7 +9,7 @@ from cushion.errors import ConfigError
 from cushion.quantization.parts.base import NOTHING, Needed, Part, Quantizer
 from cushion.quantization.parts.registry import register
 
-METHODS = ("none", "awq")
+METHODS = ("none", "smoothquant", "awq")
 
 SEARCHED = Needed("cushion.quantization.smoothing_search:SmoothingSearch")
 """The scales of every norm, found before anything else is gathered."""
