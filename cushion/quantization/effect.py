@@ -150,13 +150,14 @@ class Turn:
     sites: Mapping[str, Site] = field(default_factory=dict)
 
     @torch.no_grad()
-    def linear_inputs(self) -> Iterator[tuple[str, Tensor]]:
+    def linear_inputs(self, full_precision: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and input of every targeted linear, text by text: (1, tokens, channels) or (tokens, channels).
 
-        The blocks before are quantized, this one is not. An expert that no token of a text is routed to is left out.
+        The blocks before are quantized, unless `full_precision`; this one is not. An expert that no token of a text is
+        routed to is left out.
         """
         linears, seen = {name: site.linear for name, site in self.sites.items()}, list[tuple[str, Tensor]]()
-        for text, hidden in zip(self.texts, self.quantized, strict=True):
+        for text, hidden in zip(self.texts, self.inputs if full_precision else self.quantized, strict=True):
             with observe_inputs(linears, lambda name, values: seen.append((name, values))):
                 self.run(text[None], hidden[None])
             yield from seen

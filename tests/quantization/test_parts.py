@@ -42,7 +42,7 @@ from cushion.tuning_ranges import tuning_quantizer
 FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
 EVERYTHING = QuantizerConfig(
     "everything",
-    weights=WeightConfig(4, "per_group", 16, method="gptq"),
+    weights=WeightConfig(4, "per_group", 16, "output", method="gptq"),
     activations=ActivationConfig(6, symmetric=False),
     kv_cache=KvCacheConfig(4, "per_tensor"),
     attention=AttentionConfig(5),
@@ -75,7 +75,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     assert part.is_on(everything)
     assert not part.is_on(off)
     changed = [one.name for one in fields(off) if getattr(off, one.name) != getattr(everything, one.name)]
-    assert set(changed) == set(part.fields or ("weights",)), "GPTQ is a method of the weights"
+    assert set(changed) == set(part.fields or ("weights",)), "GPTQ and clipping are options of the weights"
     assert part.statistics(off) == part.reads(off) == frozenset()
     assert not part.spans_batch(off)
     assert part.off(off) == off
