@@ -37,6 +37,7 @@ class Work:
         learns: whether the static ranges are to learn.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+        shifts: by linear, (in_features,): what was taken from its input after that. Filled by smoothing.
         fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
         input_hooks: by linear, a hook before its forward pass, which whatever stands for the linear keeps.
 
@@ -52,6 +53,7 @@ class Work:
     learns: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
     fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
 

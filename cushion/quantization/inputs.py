@@ -68,6 +68,9 @@ def _static_range(work: Work, name: str, grid: Grid, device: torch.device) -> tu
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel
         divisor = work.divisors[name].to(device)
         low, high = low / divisor, high / divisor
+    if name in work.shifts:
+        shift = work.shifts[name].to(device)
+        low, high = low - shift, high - shift
     return low.amin(), high.amax()
 
 

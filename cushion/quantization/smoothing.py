@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import cast
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,42 @@ def fold_scale(
         replacements.put(reader, "weight", nn.Parameter(new, requires_grad=False))
         if lm.is_quantized(name):
             work.divisors[name] = scale
+
+
+def fold_shift(
+    work: Work, norm: str, readers: Mapping[str, nn.Module], shift: Tensor, replacements: Replacements, hooks: ExitStack
+) -> None:
+    """Take `shift`, (channels,), from the output of a norm, and give what is lost to the bias of all that read it.
+
+    A linear's bias becomes `b + W z`, and one without gets it. The norm's bias becomes `b - z`; from the output of a
+    norm without one z is taken while the model runs.
+
+    Args:
+        work: its `shifts` are told of every linear.
+        norm: its full name.
+        readers: by full name, all of them linears.
+        shift: z, float32.
+        replacements: where the new biases are put.
+        hooks: closes what is done while the model runs.
+
+    """
+    module = work.lm.model.get_submodule(norm)
+    old = getattr(module, "bias", None)
+    if old is not None:
+        new = (old.float() - shift.to(old.device)).to(old.dtype)
+        replacements.put(module, "bias", nn.Parameter(new, requires_grad=False))
+    else:
+        hooks.callback(module.register_forward_hook(partial(_minus, shift)).remove)
+    for name, reader in readers.items():
+        linear = cast(nn.Linear, reader)
+        added = linear.weight.float() @ shift.to(linear.weight.device)
+        new = added if linear.bias is None else linear.bias.float() + added
+        replacements.put(linear, "bias", nn.Parameter(new.to(linear.weight.dtype), requires_grad=False))
+        work.shifts[name] = shift
+
+
+def _minus(shift: Tensor, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output - shift.to(output)
 
 
 def scaled_weight(weight: Tensor, scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cushion.activations import ChannelRanges, observe_inputs
-from cushion.artifacts import read_tensors, write_json
+from cushion.artifacts import read_json, read_tensors, write_json
 from cushion.blockwise import BlockRunner
 from cushion.errors import CalibrationError, input_not_finite
 from cushion.models import LanguageModel
@@ -31,6 +31,7 @@ from cushion.quantization.effect import Effect, Site, Work
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.inputs import INPUTS
 from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.os_plus import channel_shift, threshold_scales
 from cushion.quantization.parts.activations import range_from
 from cushion.quantization.parts.base import RANGES
 from cushion.quantization.parts.registry import PARTS, turned_off, without_rounding
@@ -38,7 +39,7 @@ from cushion.quantization.parts.rotation_sites import rotated_nowhere
 from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
-from cushion.quantization.smoothing import check_smoothable, fold_scale, scaled_weight
+from cushion.quantization.smoothing import check_smoothable, fold_scale, fold_shift, scaled_weight
 from cushion.quantization.smoothquant import smoothing_scales
 from cushion.quantization.weights import WEIGHTS
 from cushion.registry import located
@@ -48,16 +49,25 @@ FILE_NAME = "scales.safetensors"
 
 @dataclass(frozen=True)
 class Fold:
-    """What a norm's output is divided by, with the value of alpha that gave it.
+    """What is taken from a norm's output, and what that is divided by then, with the number that gave it.
 
     Args:
         scale: float32, (channels,), all positive.
-        value: of the searched number.
+        value: of the searched number, alpha or a threshold.
+        shift: float32, (channels,); None for none.
 
     """
 
     scale: Tensor
     value: float
+    shift: Tensor | None = None
+
+    def moved(self, values: Tensor) -> Tensor:
+        """`(X - z) / s` for X of shape (..., channels), in its own dtype."""
+        found = values.float()
+        if self.shift is not None:
+            found = found - self.shift.to(values.device)
+        return (found / self.scale.to(values.device)).to(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Group:
         linears: by full name, as the quantizer finds them.
         inputs: of each linear that is quantized, text by text; tensors that several linears read are the same objects.
             An expert has those of the tokens that were routed to it.
+        takes_shift: whether all that reads the norm are linears, whose bias can take what a shift of it loses.
 
     """
 
@@ -77,6 +88,7 @@ class Group:
     outputs: Sequence[Tensor]
     linears: Mapping[str, nn.Linear]
     inputs: Mapping[str, Sequence[Tensor]]
+    takes_shift: bool
 
 
 def awq_candidates(group: Group, steps: int) -> Iterator[Fold]:
@@ -94,9 +106,20 @@ def smoothquant_candidates(group: Group, steps: int) -> Iterator[Fold]:
         yield Fold(smoothing_scales(largest, weights, number / steps), number / steps)
 
 
+def os_plus_candidates(group: Group, steps: int) -> Iterator[Fold]:
+    """Outlier Suppression+'s shift, with thresholds from the largest magnitude downwards in `steps` steps."""
+    values = torch.cat(list(group.outputs)).float()
+    shift = channel_shift(values.amin(0), values.amax(0)) if group.takes_shift else None
+    largest = (values if shift is None else values - shift).abs().amax(0)
+    for number in range(steps, 0, -1):
+        threshold = float(largest.max()) * number / steps
+        yield Fold(threshold_scales(largest, threshold), threshold, shift)
+
+
 CANDIDATES: dict[str, Callable[[Group, int], Iterator[Fold]]] = {
     "smoothquant": smoothquant_candidates,
     "awq": awq_candidates,
+    "os_plus": os_plus_candidates,
 }
 """By method, the grid of a group."""
 
@@ -147,15 +170,20 @@ class SmoothingSearch:
 
     def write(self, folder: Path) -> None:
         """Keep the scales, and for every norm the grid with its errors, `smoothing.json`."""
-        save_file({norm: fold.scale.cpu().contiguous() for norm, fold in self.folds.items()}, folder / FILE_NAME)
+        tensors = {f"scale {norm}": fold.scale for norm, fold in self.folds.items()}
+        tensors |= {f"shift {norm}": fold.shift for norm, fold in self.folds.items() if fold.shift is not None}
+        save_file({name: one.cpu().clone().contiguous() for name, one in tensors.items()}, folder / FILE_NAME)
         found = {norm: {"found": fold.value, "errors": self.errors[norm]} for norm, fold in self.folds.items()}
         write_json(folder / "smoothing.json", found)
 
     @classmethod
     def read(cls, folder: Path, device: torch.device) -> dict[str, Fold]:
-        """The scales by norm."""
-        tensors = read_tensors(folder / FILE_NAME, str(device))
-        return {norm: Fold(scale, math.nan) for norm, scale in tensors.items()}
+        """What was found, by norm."""
+        tensors, found = read_tensors(folder / FILE_NAME, str(device)), read_json(folder / "smoothing.json")
+        return {
+            norm: Fold(tensors[f"scale {norm}"], float(own["found"]), tensors.get(f"shift {norm}"))
+            for norm, own in found.items()
+        }
 
 
 def output_error(
@@ -184,10 +212,12 @@ def output_error(
         weight = site.weight.dequantize() if isinstance(site.weight, QuantizedWeight) else site.weight
         same = tuple(id(one) for one in own)
         if same not in known:
-            divided = [(one.float() / fold.scale.to(one.device)).to(one.dtype) for one in own]
-            known[same] = _quantized(divided, name, linear, quantizer, work)
+            known[same] = _quantized([fold.moved(one) for one in own], name, linear, quantizer, work)
+        bias = None
+        if fold.shift is not None:
+            bias = (linear.weight.float() @ fold.shift.to(linear.weight.device)).to(weight.dtype)
         for values, reference in zip(known[same], references[name], strict=True):
-            error += float((functional.linear(values, weight) - reference).float().square().sum())
+            error += float((functional.linear(values, weight, bias) - reference).float().square().sum())
     return error
 
 
@@ -256,7 +286,8 @@ def _groups(lm: LanguageModel, index: int, targets: Mapping[str, nn.Linear]) -> 
             outputs: list[Tensor] = []
             inputs: dict[str, list[Tensor]] = {}
             linears = {name: cast(nn.Linear, reader) for name, reader in readers.items() if lm.is_quantized(name)}
-            groups.append(Group(norm, outputs, linears, inputs))
+            takes_shift = all(isinstance(reader, nn.Linear) for reader in readers.values())
+            groups.append(Group(norm, outputs, linears, inputs, takes_shift))
 
             def see_output(_module: nn.Module, _args: Any, output: Tensor, seen: list[Tensor] = outputs) -> None:
                 seen.append(output.detach().flatten(0, -2))
@@ -278,16 +309,19 @@ class _SearchedSmoothing(Effect):
 
     @contextmanager
     def around(self, work: Work) -> Iterator[None]:
-        """The scales that were found folded into norms and all that read them; a linear's is told in `divisors`."""
-        replacements = Replacements()
-        try:
+        """What was found folded into norms and all that read them; `divisors` and `shifts` have it by linear."""
+        replacements, found = Replacements(), work.inputs[SEARCHED]
+        with ExitStack() as stack:
+            stack.callback(replacements.undo)
             for index in range(len(work.lm.blocks)):
                 for norm, readers in work.lm.norm_readers(index):
-                    if norm in work.inputs[SEARCHED]:
-                        fold_scale(work, norm, readers, work.inputs[SEARCHED][norm].scale, replacements)
+                    if norm not in found:
+                        continue
+                    fold: Fold = found[norm]
+                    fold_scale(work, norm, readers, fold.scale, replacements)
+                    if fold.shift is not None:
+                        fold_shift(work, norm, readers, fold.shift / fold.scale, replacements, stack)
             yield
-        finally:
-            replacements.undo()
 
 
 SEARCHED_SMOOTHING = _SearchedSmoothing()

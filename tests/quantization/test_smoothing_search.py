@@ -25,6 +25,7 @@ from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.numerics import Grid
+from cushion.quantization.os_plus import threshold_scales
 from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.smoothing_search import SmoothingSearch, search_smoothing
 from cushion.quantization.smoothquant import smoothing_scales
@@ -127,6 +128,54 @@ def test_smoothquant_takes_the_alpha_with_the_least_output_error(tiny: Tiny, kin
     )
 
 
+def test_outlier_suppression_takes_the_threshold_with_the_least_output_error(tiny: Tiny) -> None:
+    lm, prefix, _ = planted(tiny)
+    with torch.no_grad():  # a channel far from zero in every token
+        lm.blocks[1].input_layernorm.weight[5] = 0
+        lm.blocks[1].input_layernorm.register_forward_hook(lambda _m, _a, out: out + 9 * (torch.arange(32) == 5))
+    seen: list[Tensor] = []
+    hook = lm.blocks[1].self_attn.q_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    for text in TEXTS:
+        logits(lm, prefix, text[None])
+    hook.remove()
+    inputs, weights, expected = torch.cat(seen), projections(lm), {}
+    middle = (inputs.amax(0) + inputs.amin(0)) / 2
+    largest = (inputs - middle).abs().amax(0)
+    for number in range(5, 0, -1):
+        threshold = float(largest.max()) * number / 5
+        scale = torch.where(largest > threshold, largest / threshold, 1)
+        rounded = nearest((inputs - middle) / scale, 4, (0, 1))
+        pairs = [(nearest(weight * scale, 8, (1,)), weight) for weight in weights]
+        expected[threshold] = sum(float((rounded @ q.T + w @ middle - inputs @ w.T).square().sum()) for q, w in pairs)
+    config = searched("os_plus", weights=WeightConfig(8, "per_channel"), activations=ActivationConfig(4))
+    found = search(lm, prefix, config)
+    assert_least(found, expected)
+    fold = found.folds[NORM]
+    assert fold.value < max(expected) and float(middle[5]) == pytest.approx(9)
+    torch.testing.assert_close(fold.shift, middle)
+    assert torch.equal(threshold_scales(largest, float(largest.max())), torch.ones(32)), "the identity"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_shift_moves_the_static_range(tiny: Tiny, family: str) -> None:
+    """The range is that of what the shifted linears read: its largest magnitude is on the last code."""
+    lm = tiny(family)
+    prefix = Prefix.from_tokens(lm.model, [17, 42])
+    fitted = fitted_behind(lm, prefix, searched("os_plus", activations=ActivationConfig(8)), TEXTS)
+    name = next(name for name in lm.norm_readers(1)[0][1])
+    seen: list[Tensor] = []
+    with unrounded(lm, fitted.config, prefix):
+        hook = lm.model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        for text in TEXTS:
+            logits(lm, prefix, text[None])
+        hook.remove()
+    with fitted.on(lm):
+        placed: Any = lm.model.get_submodule(name)
+        assert float(placed.activation.parameters[0]) * 127 == pytest.approx(
+            max(float(one.abs().max()) for one in seen), rel=1e-5
+        )
+
+
 def test_the_scales_of_awq_are_positive_and_their_extremes_are_inverse() -> None:
     for alpha in (0.0, 0.35, 1.0):
         scales = awq_scales(torch.tensor([0.0, 1e-9, 0.5, 400.0]), alpha)
@@ -135,9 +184,9 @@ def test_the_scales_of_awq_are_positive_and_their_extremes_are_inverse() -> None
     assert torch.equal(awq_scales(torch.tensor([0.0, 7.0]), 0.0), torch.ones(2))
 
 
-def logits(lm: LanguageModel, prefix: Prefix) -> Tensor:
+def logits(lm: LanguageModel, prefix: Prefix, texts: Tensor = TEXTS) -> Tensor:
     with torch.no_grad():
-        return lm.model(TEXTS, past_key_values=prefix.cache(lm.model, len(TEXTS)), use_cache=True).logits
+        return lm.model(texts, past_key_values=prefix.cache(lm.model, len(texts)), use_cache=True).logits
 
 
 @contextmanager
@@ -152,7 +201,7 @@ def unrounded(lm: LanguageModel, config: QuantizerConfig, behind: Prefix) -> Ite
 
 
 @pytest.mark.parametrize("family", UNLIKE)
-@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("method", ["awq", "smoothquant", "os_plus"])
 def test_any_scales_leave_the_function_as_it_was(tiny: Tiny, family: str, method: str) -> None:
     lm = tiny(family)
     prefix, before = Prefix.from_tokens(lm.model, [17, 42]), snapshot(lm)
@@ -165,11 +214,11 @@ def test_any_scales_leave_the_function_as_it_was(tiny: Tiny, family: str, method
     assert_untouched(lm, before)
 
 
-def test_a_search_goes_with_everything_that_needs_the_inputs_behind_it(tiny: Tiny) -> None:
-    """The range of a linear is that of what it reads: no value of the calibration texts is clipped."""
+@pytest.mark.parametrize("method", ["awq", "os_plus"])
+def test_a_search_goes_with_everything_that_needs_the_inputs_behind_it(tiny: Tiny, method: str) -> None:
     lm, prefix, _ = planted(tiny)
     config = searched(
-        "awq", activations=ActivationConfig(8), rotation="hadamard", input_rotation="down", rotation_sites="adaptive",
+        method, activations=ActivationConfig(8), rotation="hadamard", input_rotation="down", rotation_sites="adaptive",
         head_rotation="values",
     )  # fmt: skip
     fitted = fitted_behind(lm, prefix, config, TEXTS)
@@ -181,11 +230,13 @@ def test_a_search_goes_with_everything_that_needs_the_inputs_behind_it(tiny: Tin
 
 def test_what_is_written_is_what_is_folded(tiny: Tiny, tmp_path: Path) -> None:
     lm = tiny("llama")
-    found = search(lm, Prefix.empty(), searched("awq"))
+    found = search(lm, Prefix.empty(), searched("os_plus", activations=ActivationConfig(8)))
     found.write(tmp_path)
     read = SmoothingSearch.read(tmp_path, torch.device("cpu"))
     assert read.keys() == found.folds.keys()
-    assert all(torch.equal(read[norm].scale, fold.scale) for norm, fold in found.folds.items())
+    for norm, fold in found.folds.items():
+        assert torch.equal(read[norm].scale, fold.scale) and read[norm].value == fold.value
+        assert fold.shift is not None and torch.equal(read[norm].shift, fold.shift)
     with torch.no_grad():
         lm.blocks[1].input_layernorm.weight[0] = float("nan")
     with pytest.raises(CalibrationError, match="not finite"):

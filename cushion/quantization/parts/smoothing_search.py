@@ -9,7 +9,7 @@ from cushion.errors import ConfigError
 from cushion.quantization.parts.base import NOTHING, Needed, Part, Quantizer
 from cushion.quantization.parts.registry import register
 
-METHODS = ("none", "smoothquant", "awq")
+METHODS = ("none", "smoothquant", "awq", "os_plus")
 
 SEARCHED = Needed("cushion.quantization.smoothing_search:SmoothingSearch")
 """The scales of every norm, found before anything else is gathered."""
@@ -50,6 +50,10 @@ class SmoothingSearch(Part):
             raise ConfigError(
                 f"{key} weighs the channels that quantizer.input_rotation=all mixes again: use input_rotation=down"
             )
+
+    def in_linears_of(self, quantizer: Quantizer) -> bool:
+        """Not where it shifts: a norm without a bias has no place for that."""
+        return bool(quantizer.smoothing_search != "os_plus")
 
     def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
         """The errors that decide are those of calibration text."""
