@@ -74,7 +74,7 @@ class _Clipping(Effect):
         if not is_clipped(site.name):
             return
         weights, limit = work.config.weights, work.fit_of("clipping", site.name).to(site.linear.weight.device)
-        weight = work.learned.weights.get(site.name, site.linear.weight.detach()).to(site.linear.weight)
+        weight = site.linear.weight.detach()
         if weights.granularity == "per_channel":
             limit = limit[:, 0]
         site.weight = quantize_weight(
