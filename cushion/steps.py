@@ -32,8 +32,10 @@ from cushion.quantization.learned import Learned
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import without_rounding
 from cushion.quantization.parts.rotation_sites import LEFT_ALONE
+from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.reconstruction_step import Reconstructed, ReconstructionStep
 from cushion.quantization.rotation_sites_step import RotationSitesStep
+from cushion.quantization.smoothing_search_step import SmoothingSearchStep
 from cushion.row import Measured, measure_row
 from cushion.search.methods import METHODS, Found, SearchContext
 from cushion.step import Context, compute
@@ -151,11 +153,14 @@ class Steps:
         texts = self._texts.calibration
         assert texts is not None
         plain = self._ranges_if_needed(behind, without_rounding(quantizer))
-        if LEFT_ALONE not in quantizer.gathered:
-            return compute(InputStatisticsStep(behind, quantizer, plain, texts, title), self._context)
-        chosen = compute(RotationSitesStep(behind, quantizer, plain, texts), self._context)
-        found = compute(InputStatisticsStep(behind, quantizer, chosen, texts, title), self._context)
-        return replace(found, seconds=found.seconds + chosen.seconds - (0.0 if plain is None else plain.seconds))
+        first = plain
+        if SEARCHED in quantizer.gathered:
+            first = compute(SmoothingSearchStep(behind, quantizer, first, texts), self._context)
+        if LEFT_ALONE in quantizer.gathered:
+            first = compute(RotationSitesStep(behind, quantizer, first, texts), self._context)
+        found = compute(InputStatisticsStep(behind, quantizer, first, texts, title), self._context)
+        own = (0.0 if first is None else first.seconds) - (0.0 if plain is None else plain.seconds)
+        return replace(found, seconds=found.seconds + own)
 
     def measure_activations(self, behind: Prefix, title: str) -> tuple[MagnitudeCurve, float]:
         """The magnitude curve and the mean L_q per text behind a prefix, on the full-precision model."""

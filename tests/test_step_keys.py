@@ -94,7 +94,11 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
         found.append(config)
     config = small_config(text, folder / "out")
     config.quantizer = replace(
-        config.quantizer, plugins={"codes": {}}, input_rotation="down", rotation_sites="adaptive"
+        config.quantizer,
+        plugins={"codes": {}},
+        input_rotation="down",
+        rotation_sites="adaptive",
+        smoothing_search="awq",
     )
     timing = LatencyConfig([1], [4], new_tokens=2, repeats=3, warmup=1)
     config.eval = replace(config.eval, controls=False, latency=timing)

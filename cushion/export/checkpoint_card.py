@@ -71,6 +71,10 @@ def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
         words
         for words, is_on in (
             (f"smoothing (alpha {quantizer['smoothing_alpha']})", quantizer["smoothing_alpha"] is not None),
+            (
+                f"smoothing whose scales were searched ({quantizer['smoothing_search']})",
+                quantizer["smoothing_search"] != "none",
+            ),
             (f"a rotation of the residual stream ({quantizer['rotation']})", quantizer["rotation"] != "none"),
         )
         if is_on

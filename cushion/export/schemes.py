@@ -85,7 +85,7 @@ def scheme_of(quantizer: QuantizerConfig) -> Scheme:
     if not rounds(quantizer):
         raise ConfigError(f"--to={TARGET} has nothing to write of quantizer={quantizer.name}, which rounds nothing")
     for part in parts():
-        if part.is_on(quantizer) and not part.in_linears:
+        if part.is_on(quantizer) and not part.in_linears_of(quantizer):
             why = "it is neither in the codes nor in the scales of linears"
             raise _refusal(part.key, why, f"run with {_switched_off(part, quantizer)}")
     weights, inputs = _weights(quantizer), _inputs(quantizer)

@@ -37,6 +37,7 @@ class Work:
         learns: whether the static ranges are to learn.
         replacements: where an effect puts what stands in a module's place for the time being.
         divisors: by linear, (in_features,): what its input was divided by. Filled by smoothing.
+        shifts: by linear, (in_features,): what was taken from its input after that. Filled by smoothing.
         fits: by part and linear, what `Effect.fit` found. Filled block by block while the parts are fitted.
         input_hooks: by linear, a hook before its forward pass, which whatever stands for the linear keeps.
 
@@ -52,6 +53,7 @@ class Work:
     learns: bool = False
     replacements: Replacements = field(default_factory=Replacements)
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
     fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -152,13 +154,14 @@ class Turn:
     sites: Mapping[str, Site] = field(default_factory=dict)
 
     @torch.no_grad()
-    def linear_inputs(self) -> Iterator[tuple[str, Tensor]]:
+    def linear_inputs(self, full_precision: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and input of every targeted linear, text by text: (1, tokens, channels) or (tokens, channels).
 
-        The blocks before are quantized, this one is not. An expert that no token of a text is routed to is left out.
+        The blocks before are quantized, unless `full_precision`; this one is not. An expert that no token of a text is
+        routed to is left out.
         """
         linears, seen = {name: site.linear for name, site in self.sites.items()}, list[tuple[str, Tensor]]()
-        for text, hidden in zip(self.texts, self.quantized, strict=True):
+        for text, hidden in zip(self.texts, self.inputs if full_precision else self.quantized, strict=True):
             with observe_inputs(linears, lambda name, values: seen.append((name, values))):
                 self.run(text[None], hidden[None])
             yield from seen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,13 +31,20 @@ from cushion.quantization.identity import quantizer_identity, rotation_of
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS, without_rounding
 from cushion.quantization.parts.rotation_sites import LEFT_ALONE, rotated_nowhere
+from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.rotation import rotated
 from cushion.quantization.rotation_sites import SiteErrors, better_alone
+from cushion.quantization.smoothing_search import search_smoothing
 from cushion.quantization.statistics.gathered import GatheredStatistics, read_statistics
 from cushion.quantization.statistics.observer import InputObserver
 from cushion.registry import located
 from cushion.step import Context, Step
+
+FOUND_FIRST = frozenset({SEARCHED, LEFT_ALONE})
+"""What steps of their own find, in this order, before everything else is gathered behind it."""
+
+NO_INPUTS: Mapping[Needed, Any] = {}
 
 
 @torch.no_grad()
@@ -73,7 +80,12 @@ def observe_fitted(
 
 
 def observe_sites(
-    lm: LanguageModel, behind: Prefix, texts: Tensor, quantizer: QuantizerConfig, ranges: ChannelRanges | None
+    lm: LanguageModel,
+    behind: Prefix,
+    texts: Tensor,
+    quantizer: QuantizerConfig,
+    ranges: ChannelRanges | None,
+    inputs: Mapping[Needed, Any] = NO_INPUTS,
 ) -> Iterator[tuple[int, SiteErrors]]:
     """Run `texts` through the model with no site rotated, and collect the errors that a rotation of each would lower.
 
@@ -81,12 +93,13 @@ def observe_sites(
         texts: token ids, (texts, tokens). Each text is run alone, behind the prefix.
         quantizer: its errors are collected.
         ranges: with which it smooths.
+        inputs: what was found before, such as scales with which it smooths.
 
     Yields:
         The number of texts done, and the errors so far. Close the generator before using the model for anything else.
 
     """
-    plain = FittedQuantizer(without_rounding(rotated_nowhere(quantizer)), ranges)
+    plain = FittedQuantizer(without_rounding(rotated_nowhere(quantizer)), ranges, inputs=inputs)
     with plain.on(lm):
         errors = SiteErrors(lm, quantizer)
     for done in observe_fitted(lm, behind, texts, plain, [errors]):
@@ -150,7 +163,7 @@ class InputStatisticsStep(Step[InputStatistics]):
         return InputStatistics(found, folder.name, seconds)
 
     def _needed(self) -> list[Needed]:
-        return sorted(self.quantizer.gathered - {LEFT_ALONE})
+        return sorted(self.quantizer.gathered - FOUND_FIRST)
 
 
 def fitted_behind(
@@ -173,11 +186,15 @@ def fitted_behind(
         rotation, seed = rotation_of(quantizer)
         with rotated(lm, rotation, seed):
             deque(calibrate(lm, behind, texts, ranges), maxlen=0)
-    fitted = FittedQuantizer(quantizer, ranges, keep)
+    first: dict[Needed, Any] = {}
+    if SEARCHED in quantizer.gathered:
+        *_, (_, found) = search_smoothing(lm, behind, texts, quantizer)
+        first[SEARCHED] = found.folds
     if LEFT_ALONE in quantizer.gathered:
-        *_, (_, errors) = observe_sites(lm, behind, texts, quantizer, ranges)
-        fitted = replace(fitted, inputs={LEFT_ALONE: better_alone(errors.errors)})
-    needed = sorted(PARTS["qfem"].off(quantizer).gathered - {LEFT_ALONE})
+        *_, (_, errors) = observe_sites(lm, behind, texts, quantizer, ranges, first)
+        first[LEFT_ALONE] = better_alone(errors.errors)
+    fitted = FittedQuantizer(quantizer, ranges, keep, first)
+    needed = sorted(PARTS["qfem"].off(quantizer).gathered - FOUND_FIRST)
     if not needed:
         return fitted
     observers = [_observer(one) for one in needed]

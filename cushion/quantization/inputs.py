@@ -86,6 +86,9 @@ def static_range(work: Work, site: Site) -> tuple[Tensor, Tensor]:
     if name in work.divisors:  # dividing by positive constants commutes with taking the extremes of a channel
         divisor = work.divisors[name].to(device)
         low, high = low / divisor, high / divisor
+    if name in work.shifts:
+        shift = work.shifts[name].to(device)
+        low, high = low - shift, high - shift
     if work.config.activations.by_channel:
         return _of_channels(low, high, work.config.activations)
     return low.amin(), high.amax()

@@ -51,6 +51,8 @@ class QuantizerConfig:
     zero_point: str = "real"
     shared_exponent: str | None = None
     smoothing_alpha: float | None = None
+    smoothing_search: str = "none"
+    smoothing_steps: int = 20
     rotation: str = "none"
     rotation_seed: int = 0
     head_rotation: str = "none"

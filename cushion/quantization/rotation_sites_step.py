@@ -50,8 +50,9 @@ class RotationSitesStep(Step[Calibration]):
     def make(self, context: Context, workspace: Workspace) -> None:
         """Run the texts once."""
         started = time.perf_counter()
-        ranges = None if self.calibration is None else self.calibration.ranges
-        for done, errors in observe_sites(context.lm, self.behind, self.texts, self.quantizer, ranges):
+        before = self.calibration or Calibration(None, "", 0.0)
+        seen = observe_sites(context.lm, self.behind, self.texts, self.quantizer, before.ranges, before.inputs)
+        for done, errors in seen:
             context.progress("sites of rotations", done, len(self.texts), "text")
             if done == len(self.texts):
                 errors.write(workspace.folder)

@@ -37,12 +37,13 @@ from cushion.quantization.parts.base import RANGES, Part
 from cushion.quantization.parts.qfem import RATIOS
 from cushion.quantization.parts.registry import PARTS, SHARED, parts, turned_off, unread, without_rounding
 from cushion.quantization.parts.rotation_sites import LEFT_ALONE
+from cushion.quantization.parts.smoothing_search import SEARCHED
 from cushion.tuning_ranges import tuning_quantizer
 
 FULL_PRECISION = TuningConfig(method="prefix", steps=1, prediction_model="full_precision")
 EVERYTHING = QuantizerConfig(
     "everything",
-    weights=WeightConfig(4, "per_group", 16, method="gptq"),
+    weights=WeightConfig(4, "per_group", 16, "output", method="gptq"),
     activations=ActivationConfig(6, symmetric=False, estimator="block_output"),
     compensation=CompensationConfig("aser", 8),
     kv_cache=KvCacheConfig(4, "per_tensor"),
@@ -58,9 +59,11 @@ EVERYTHING = QuantizerConfig(
     targets=["q_proj"],
     qfem=QFeMConfig(alpha=3.0, texts=2),
 )
+SEARCHING = replace(EVERYTHING, smoothing_alpha=None, smoothing_search="awq", smoothing_steps=7, input_rotation="down")
+"""With the one part that some of the others exclude."""
 
 
-WITHOUT_FIELD = {"gptq": ("weights",), "block_output": ("activations",)}
+WITHOUT_FIELD = {"gptq": ("weights",), "clipping": ("weights",), "block_output": ("activations",)}
 """Parts that are a method of another one, and whose field they are chosen in."""
 
 
@@ -73,10 +76,11 @@ def test_every_field_of_a_quantizer_belongs_to_exactly_one_part() -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -> None:
-    part, off = PARTS[name], PARTS[name].off(EVERYTHING)
-    assert part.is_on(EVERYTHING)
+    everything = SEARCHING if name == "smoothing_search" else EVERYTHING
+    part, off = PARTS[name], PARTS[name].off(everything)
+    assert part.is_on(everything)
     assert not part.is_on(off)
-    changed = [one.name for one in fields(off) if getattr(off, one.name) != getattr(EVERYTHING, one.name)]
+    changed = [one.name for one in fields(off) if getattr(off, one.name) != getattr(everything, one.name)]
     assert set(changed) == set(part.fields or WITHOUT_FIELD[name])
     assert part.statistics(off) == part.reads(off) == frozenset()
     assert not part.spans_batch(off)
@@ -92,6 +96,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
+        ("smoothing_search", {SEARCHED}, set(), False, " awq"),
         ("rotation", set(), set(), False, " rotated"),
         ("head_rotation", set(), set(), False, " values and keys rotated"),
         ("rotation_sites", {LEFT_ALONE}, set(), False, " adaptive"),
@@ -100,11 +105,11 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
     ],
 )
 def test_what_a_part_declares(part: str, statistics: set[Any], reads: set[str], spans_batch: bool, label: str) -> None:
-    one = PARTS[part]
-    assert one.statistics(EVERYTHING) == statistics
-    assert one.reads(EVERYTHING) == reads
-    assert one.spans_batch(EVERYTHING) == spans_batch
-    assert one.label(EVERYTHING) == label
+    one, everything = PARTS[part], SEARCHING if part == "smoothing_search" else EVERYTHING
+    assert one.statistics(everything) == statistics
+    assert one.reads(everything) == reads
+    assert one.spans_batch(everything) == spans_batch
+    assert one.label(everything) == label
 
 
 CHANGES: dict[str, list[Any]] = {
@@ -123,6 +128,7 @@ CHANGES: dict[str, list[Any]] = {
                  KvCacheConfig(8, "per_tensor", True, "static")],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
+    "smoothing_search": [], "smoothing_steps": [],
     "head_rotation": ["none", "values", "keys"], "input_rotation": ["none"], "rotation_sites": ["all"],
     "levels": ["full"], "zero_point": ["real"], "shared_exponent": [], "targets": [["all"]],
 }  # fmt: skip
@@ -131,6 +137,7 @@ CHANGES: dict[str, list[Any]] = {
 def test_everything_that_decides_is_in_the_identity() -> None:
     assert CHANGES.keys() == {*SHARED, *(name for part in parts() for name in part.fields)} - {"qfem"}
     changed = [EVERYTHING, *(replace(EVERYTHING, **{key: value}) for key in CHANGES for value in CHANGES[key])]
+    changed += [SEARCHING, replace(SEARCHING, smoothing_steps=9), replace(SEARCHING, smoothing_search="none")]
     identities = [json.dumps(quantizer_identity(quantizer), sort_keys=True) for quantizer in changed]
     assert len(set(identities)) == len(changed)
 

@@ -67,6 +67,10 @@ class Part(ABC):
     in_linears: ClassVar[bool] = False
     """Whether codes, scales and the choice of linears hold all that it does: a plain checkpoint then expresses it."""
 
+    def in_linears_of(self, quantizer: Quantizer) -> bool:
+        """`in_linears` for one quantizer, where that depends on its options."""
+        return self.in_linears
+
     @property
     def key(self) -> str:
         """What messages call it."""

@@ -15,7 +15,7 @@ class Gptq(Part):
     """The codes of the weights chosen block by block, on the grid that the weights have."""
 
     name = "gptq"
-    order = 11
+    order = 12
     effect = "cushion.quantization.gptq:GPTQ"
     in_linears = True
     blockwise = True

@@ -12,7 +12,7 @@ from cushion.quantization.parts.grids import grid_keys, width
 from cushion.quantization.parts.registry import register
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_block")
-WEIGHT_ESTIMATORS = ("minmax", "mse")
+WEIGHT_ESTIMATORS = ("minmax", "mse", "output")
 WEIGHT_METHODS = ("rtn", "gptq")
 COLUMN_ORDERS = ("given", "diagonal")
 
@@ -21,7 +21,8 @@ COLUMN_ORDERS = ("given", "diagonal")
 class WeightConfig:
     """`quantizer.weights`: the grid of the weights, symmetric. `bits: null` leaves them in full precision.
 
-    `estimator` says how their ranges are found: `minmax`, or `mse`, those with the smallest squared error; `method` how
+    `estimator` says how their ranges are found: `minmax`, `mse`, those with the smallest squared error, or
+    `output`, those with the smallest error of the outputs on calibration text; `method` how
     the codes are: `rtn`, each the nearest, or `gptq`, with its `damping` and the order in which it takes the columns.
     """
 

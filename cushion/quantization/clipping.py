@@ -1,0 +1,85 @@
+"""AWQ's clipping (arXiv 2306.00978, the authors' `auto_clip`): ranges of weights with the least error of the outputs.
+
+A group of inputs of one row adds `x w^T` to an output. Its range is shrunk to the share, of `SHARES`, for which the
+squared error of that summand over the calibration tokens, `(w - Q(w)) X^T X (w - Q(w))^T`, is least. X is the input of
+the linear in the full-precision model, smoothed and rotated as the quantizer says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cushion.quantization.effect import Effect, Site, Turn, Work
+from cushion.quantization.numerics import Grid, fake_quantize, quantize_weight
+from cushion.quantization.weights import weight_grid
+
+SHARES = tuple(1 - number / 20 for number in range(10))
+"""Of the largest magnitude of a group: 1 to 0.55, as in the authors' code."""
+
+QUERIES_AND_KEYS = ("q_proj", "k_proj", "qkv", "query")
+"""Words in the last part of the name of a linear that makes queries or keys: their errors multiply, so these keep all
+values, as in the authors' code."""
+
+
+def is_clipped(name: str) -> bool:
+    """Whether the ranges of the linear of this name are searched: it makes neither queries nor keys."""
+    return not any(word in name.rpartition(".")[2] for word in QUERIES_AND_KEYS)
+
+
+def clipped_limits(groups: Tensor, products: Tensor, grid: Grid) -> Tensor:
+    """The largest magnitude that each group of weights keeps.
+
+    Args:
+        groups: the weight, (out_features, groups, size).
+        products: `X^T X` of the inputs of each group, (groups, size, size), float32.
+        grid: of the codes.
+
+    Returns:
+        (out_features, groups, 1), float32; of equally good shares the largest.
+
+    """
+    weight = groups.float()
+    largest = weight.abs().amax(2, keepdim=True)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for share in SHARES:
+        limit = largest * share
+        lost = fake_quantize(weight, *grid.parameters(-limit, limit), grid) - weight
+        weighted = torch.bmm(lost.transpose(0, 1), products).transpose(0, 1)
+        error = (weighted * lost).sum(2, keepdim=True)
+        better = error < least
+        best, least = torch.where(better, limit, best), torch.where(better, error, least)
+    return best
+
+
+class _Clipping(Effect):
+    def fit(self, turn: Turn) -> dict[str, Tensor]:
+        """The limits of the block's linears, by full name. An expert that no token reaches is left out."""
+        weights, products = turn.work.config.weights, dict[str, Tensor]()
+        for name, values in turn.linear_inputs(full_precision=True):
+            if is_clipped(name):
+                size = weights.group_size if weights.granularity == "per_group" else values.shape[-1]
+                inputs = values.flatten(0, -2).float().unflatten(1, (-1, size)).transpose(0, 1)
+                product = torch.bmm(inputs.transpose(1, 2), inputs)
+                products[name] = products[name] + product if name in products else product
+        found = {}
+        for name, product in products.items():
+            weight = turn.sites[name].linear.weight.detach()
+            groups = weight.unflatten(1, (len(product), -1))
+            found[name] = clipped_limits(groups, product, weight_grid(turn.work.config))
+        return found
+
+    def at(self, work: Work, site: Site) -> None:
+        """Codes in the ranges that were found, in place of those in the range of all values."""
+        if not is_clipped(site.name):
+            return
+        weights, limit = work.config.weights, work.fit_of("clipping", site.name).to(site.linear.weight.device)
+        weight = site.linear.weight.detach()
+        if weights.granularity == "per_channel":
+            limit = limit[:, 0]
+        site.weight = quantize_weight(
+            weight, weight_grid(work.config), weights.granularity, weights.group_size, lambda *_: (-limit, limit)
+        )
+
+
+CLIPPING = _Clipping()
