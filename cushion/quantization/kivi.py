@@ -1,4 +1,4 @@
-"""KIVI's layout of a quantized key-value cache (arXiv 2402.02750, section 4), simulated for all queries at once.
+"""KIVI's layout of a quantized key-value cache (arXiv 2402.02750), simulated for all queries at once.
 
 Keys have one scale for every channel of every `group_size` neighbouring tokens, values one for every token and
 `group_size` neighbouring channels of a head. The newest tokens are in full precision: every query finds the cache as
