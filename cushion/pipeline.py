@@ -310,6 +310,7 @@ class _Run:
             measured.records,
             shares_of(self.tasks, measured.tasks),
             self.tasks.in_mean,
+            (self.result.attention or {}).get("stages", {}).get(stage.key, {}),
             None if ceiling is None else ceiling.measured,
         )
         if quantizer is None:

@@ -20,16 +20,22 @@ from cushion.step import Context, Step
 ATTENTION_TOKENS = 512
 """Tokens of a text at most: the probabilities of all layers take tokens^2 per head and layer."""
 
+SINKS = 5
+"""How many positions count as sinks: what suffices for KVSink (arXiv 2508.04257)."""
+
 
 @dataclass(frozen=True)
 class AttentionShares:
     """Shares of attention, each (layers, heads), 0 to 1, averaged over queries and texts.
 
     `prefix`: on all positions of the prefix together (0 without one); `first`: on the first tokens of the text.
+    `sinks_in_prefix`: how many of the `SINKS` positions that get the most attention, averaged over layers, heads and
+    queries, are the prefix's, averaged over texts; None without a prefix.
     """
 
     prefix: list[list[float]]
     first: list[list[float]]
+    sinks_in_prefix: float | None
 
 
 @torch.no_grad()
@@ -47,6 +53,7 @@ def attention_shares(lm: LanguageModel, prefix: Prefix, texts: Tensor, first: in
     assert 0 < first < texts.shape[1]
     on_prefix: list[Tensor] = []
     on_first: list[Tensor] = []
+    sinks: list[int] = []
     with _eager_attention(lm):
         for text in texts:
             probabilities = lm.body(
@@ -59,7 +66,22 @@ def attention_shares(lm: LanguageModel, prefix: Prefix, texts: Tensor, first: in
             assert all(0 <= length <= len(prefix) for length in kept)
             on_prefix.append(_share(queries, [slice(0, length) for length in kept]))
             on_first.append(_share(queries, [slice(length, length + first) for length in kept]))
-    return AttentionShares(_mean(on_prefix), _mean(on_first))
+            sinks.append(int((sink_positions(queries, len(prefix) + len(text)) < len(prefix)).sum()))
+    return AttentionShares(_mean(on_prefix), _mean(on_first), sum(sinks) / len(sinks) if len(prefix) else None)
+
+
+def sink_positions(layers: list[Tensor], positions: int) -> Tensor:
+    """The `SINKS` positions that get the most attention, or all of fewer, descending.
+
+    Args:
+        layers: probabilities of each layer, (heads, queries, keys); the keys are the last ones of all positions.
+        positions: how many there are.
+
+    """
+    received = torch.zeros(positions)
+    for layer in layers:
+        received[positions - layer.shape[-1] :] += layer.mean((0, 1)).cpu()
+    return received.topk(min(SINKS, positions)).indices
 
 
 def _share(layers: list[Tensor], keys: list[slice]) -> Tensor:

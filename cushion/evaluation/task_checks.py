@@ -26,6 +26,7 @@ def task_batch_size(config: EvalConfig, quantizer: QuantizerConfig | None, devic
     """Requests per forward pass: as configured, else one where a dynamic per-tensor range would span a batch.
 
     A dynamic per-tensor range is that of the whole batch: other requests and padding would decide a request's scale.
+    So would padding where a cache counts tokens from the start of a row.
 
     Returns:
         A number, or `auto`, on a GPU alone: as many as fit, from lm-eval's 64 down, found anew for every task.
@@ -84,7 +85,8 @@ def check_tasks(
     if isinstance(config.task_batch_size, int) and config.task_batch_size > 1 and quantizer.spans_batch:
         raise ConfigError(
             f"eval.task_batch_size={config.task_batch_size} with quantizer={quantizer.name}: one dynamic range per "
-            "tensor would span all requests of a batch and their padding; set eval.task_batch_size=1, auto or null"
+            "tensor would span all requests of a batch and their padding (groups and protected tokens of "
+            "quantizer.kv_cache would be counted from the padding); set eval.task_batch_size=1, auto or null"
         )
 
 

@@ -167,6 +167,8 @@ class Measured:
     """By task or group with a score, what each single task counts for in it; they add up to one."""
     in_mean: Sequence[str] = ()
     """The tasks and groups that `accuracy` is the mean of."""
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    """The fields of `evaluation.attention.AttentionShares` behind the row's prefix; empty where it was not measured."""
     ceiling: Measured | None = None
     """Full precision with the same prefix, which the row is compared with; None where it is that, or has none."""
 

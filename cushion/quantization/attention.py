@@ -2,7 +2,8 @@
 
 Both are simulated in an attention function of transformers' attention interface, put on the model for the length of a
 `with` block. Keys and values of a prefix are its own: they stay in full precision and enter no scale, and so do the
-probabilities that weigh them. Ranges are dynamic, but for those of a cache whose scales were calibrated.
+probabilities that weigh them; so do as many tokens at the start of a text as `kv_cache.protect` says, in the cache.
+Ranges are dynamic, but for those of a cache whose scales were calibrated.
 
 Formats of blocks have them along the dimension over which a product sums: the channels of a head for queries and keys,
 the positions for probabilities and values. Cached keys and values both have them along the channels of a head.
@@ -28,6 +29,7 @@ from cushion.quantization.effect import Effect, Work
 from cushion.quantization.formats.blocks import BlockQuantizer, quantizer_of
 from cushion.quantization.hadamard import HadamardTransform
 from cushion.quantization.inputs import grid_of
+from cushion.quantization.kivi import KiviLayout
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.parts.head_rotation import rotates_keys
 from cushion.quantization.parts.kv_cache import cache_ranges
@@ -45,7 +47,7 @@ class AttentionQuantizer:
 
     Args:
         config: `kv_cache` and `attention` say what is quantized, `levels` and `zero_point` how, and `head_rotation`
-            whether queries and keys are rotated before.
+            whether queries and keys are rotated before. They are not both on with KIVI's layout.
         straight_through: let gradients pass as if nothing had been rounded.
         ranges: with a static cache, the ranges of each layer's keys and values, by `keys_of` and `values_of` its
             number: minimum and maximum of each head, (key-value heads,).
@@ -73,6 +75,10 @@ class AttentionQuantizer:
                 fixed = low.amin(), high.amax()
             self._static[name] = quantizer(config.kv_cache, fixed)
         self._rotated = HadamardTransform() if rotates_keys(config) else None
+        self._protect = config.kv_cache.protect
+        self._kivi: KiviLayout | None = None
+        if self._cache is not None and config.kv_cache.layout == "kivi":
+            self._kivi = KiviLayout(self._cache, config.kv_cache.group_size, config.kv_cache.residual)
         self._past = self._prefix = 0
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,18 +115,26 @@ class AttentionQuantizer:
             query, key = self._rotated(query), self._rotated(key)
         # a sliding window drops the oldest positions of its layer, those of the prefix first
         dropped = self._past + query.shape[2] - key.shape[2]
-        kept = max(0, self._prefix - dropped)
-        key = _beyond(key, kept, self._static.get(keys_of(layer), self._cache), 2)
-        value = _beyond(value, kept, self._static.get(values_of(layer), self._cache), 2)
+        kept, lost = max(0, self._prefix - dropped), max(0, dropped - self._prefix)
+        start = min(kept + max(0, self._protect - lost), key.shape[2])  # of what the cache rounds
+        groups, rounded = query.shape[1] // key.shape[1], None
+        if self._kivi is not None:
+            before = torch.arange(query.shape[2], device=query.device) + self._past - self._prefix - self._protect
+            rounded = self._kivi(key, value, start, before, max(0, lost - self._protect)).repeated(groups)
+        else:
+            key = _beyond(key, start, self._static.get(keys_of(layer), self._cache), 2)
+            value = _beyond(value, start, self._static.get(values_of(layer), self._cache), 2)
         key = _beyond(key, kept, self._inputs, 2)
         if isinstance(self._inputs, BlockQuantizer):
             value = _beyond(value.mT, kept, self._inputs, 3).mT
         else:
             value = _beyond(value, kept, self._inputs, 2)
         query = _beyond(query, 0, self._inputs, 2)
-        groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        scores = query @ key.mT * scaling
+        scores = query @ key.mT
+        if rounded is not None:
+            scores = rounded.in_scores(scores, query)
+        scores = scores * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
@@ -131,12 +145,13 @@ class AttentionQuantizer:
         if sinks is not None:
             probabilities = probabilities[..., :-1]
         probabilities = _beyond(probabilities, kept, self._inputs, 3)
-        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+        output = probabilities @ value if rounded is None else rounded.weighed(probabilities, value)
+        return output.transpose(1, 2).contiguous(), probabilities
 
 
 def _beyond(values: Tensor, start: int, quantizer: ActivationQuantizer | None, dim: int) -> Tensor:
     """`values` with everything from position `start` of dimension `dim` on quantized, by its own range."""
-    if quantizer is None:
+    if quantizer is None or start == values.shape[dim]:
         return values
     own, rest = values.split([start, values.shape[dim] - start], dim=dim)
     return torch.cat([own, quantizer(rest)], dim=dim)

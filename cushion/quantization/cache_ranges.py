@@ -35,24 +35,28 @@ class CacheRanges(InputObserver):
 
     Args:
         rotated_keys: take those of keys that are rotated as they are read, as `quantizer.head_rotation` says.
+        protect: how many tokens at the start of a text stay in full precision and are left out.
 
     """
 
-    def __init__(self, rotated_keys: bool = False) -> None:
+    def __init__(self, rotated_keys: bool = False, protect: int = 0) -> None:
         self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self._protect = protect
         self._rotated = HadamardTransform() if rotated_keys else None
 
     def __call__(self, name: str, values: Tensor) -> None:
         """The inputs of linears are of no interest."""
 
     def watch(self, cache: DynamicCache) -> None:
-        """See what is added to this cache."""
-        update = cache.update
+        """See what is added to this cache, which holds a prefix or nothing yet."""
+        update, before = cache.update, cache.get_seq_length()
 
         def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            keys = key_states if self._rotated is None else self._rotated(key_states)
-            self._widen(keys_of(layer_idx), keys)
-            self._widen(values_of(layer_idx), value_states)
+            protected = max(0, before + self._protect - cache.get_seq_length(layer_idx))
+            if protected < key_states.shape[2]:
+                keys = key_states if self._rotated is None else self._rotated(key_states)
+                self._widen(keys_of(layer_idx), keys[:, :, protected:])
+                self._widen(values_of(layer_idx), value_states[:, :, protected:])
             return update(key_states, value_states, layer_idx, *args, **kwargs)
 
         setattr(cache, "update", watched)  # noqa: B010  # a method of this object alone, which lives for one text

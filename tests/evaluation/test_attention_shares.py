@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ PROMPT = [256, 10, 65]
 def from_the_models_maps(lm: LanguageModel, prompt: list[int], texts: Tensor, first: int) -> AttentionShares:
     """The prefix as plain tokens of one sequence, without any cache, in a pass that predicts what any other does."""
     length = len(prompt)
-    prefix, start = [], []
+    prefix, start, sinks = [], [], []
     for text in texts.tolist():
         tokens = torch.tensor([prompt + text])
         plain = lm.model(input_ids=tokens, use_cache=False).logits
@@ -51,12 +52,17 @@ def from_the_models_maps(lm: LanguageModel, prompt: list[int], texts: Tensor, fi
         rows = maps[:, :, length + first :]
         prefix.append(rows[..., :length].sum(-1).mean(-1))
         start.append(rows[..., length : length + first].sum(-1).mean(-1))
-    return AttentionShares(torch.stack(prefix).mean(0).tolist(), torch.stack(start).mean(0).tolist())
+        received = rows.sum((0, 1, 2)).tolist()
+        top = sorted(range(len(received)), key=lambda position: received[position], reverse=True)[:5]
+        sinks.append(sum(position < length for position in top))
+    mean = sum(sinks) / len(sinks) if prompt else None
+    return AttentionShares(torch.stack(prefix).mean(0).tolist(), torch.stack(start).mean(0).tolist(), mean)
 
 
 def assert_equal(found: AttentionShares, expected: AttentionShares) -> None:
     for ours, theirs in ((found.prefix, expected.prefix), (found.first, expected.first)):
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
+    assert found.sinks_in_prefix == expected.sinks_in_prefix
 
 
 @pytest.mark.parametrize("prompt", [[], PROMPT], ids=["bare", "prefix"])
@@ -124,6 +130,28 @@ def test_a_key_that_outshines_all_others_takes_the_attention(tiny: Tiny) -> None
         plain = torch.tensor(attention_shares(lm, Prefix((65,), tuple(keys), found.values, True), texts, 2).prefix)
         assert torch.allclose(plain[:layer], bare[:layer], atol=1e-6), "no layer below sees it"
         assert not torch.allclose(plain[layer], bare[layer], atol=1e-4)
+
+
+def test_planted_sinks_are_counted_where_they_lie(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is given: on the prefix, on the text, or in a layer that no longer holds the prefix."""
+    prefix, texts = Prefix.from_tokens(tiny().model, PROMPT), random_texts(2, 9)
+
+    def planted(*favoured: list[int], keys: int = 12) -> AttentionShares:
+        maps = iter(favoured)
+
+        def body(self: LanguageModel, ids: Tensor, **_: Any) -> Any:
+            weights = torch.ones(keys)
+            weights[torch.tensor(next(maps)) - 12 + keys] = 50.0
+            narrow = torch.full((1, 4, 9, 10), 0.1)
+            return SimpleNamespace(attentions=((weights / weights.sum()).expand(1, 4, 9, keys), narrow))
+
+        monkeypatch.setattr(LanguageModel, "body", body)
+        return attention_shares(tiny(), prefix, texts, 2)
+
+    assert planted([0, 1, 2, 7, 9], [0, 1, 2, 7, 9]).sinks_in_prefix == 3
+    assert planted([0, 4, 5, 6, 7], [0, 1, 5, 6, 7]).sinks_in_prefix == 1.5
+    assert planted([3, 4, 5, 6, 7], [5, 6, 7, 8, 9]).sinks_in_prefix == 0
+    assert planted([2, 4, 5, 6, 7], [5, 6, 7, 8, 9], keys=10).sinks_in_prefix == 0.5
 
 
 def test_texts_are_cut_and_averaged(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +233,9 @@ def test_a_run_keeps_the_shares_of_every_stage(text_file: Path, tmp_path: Path, 
         found = AttentionShares(**result.attention["stages"][stage])
         assert_equal(found, from_the_models_maps(lm, prompt, texts, 3))
     assert list(result.attention["stages"]) == ["none", "found"]
+    count = result.attention["stages"]["found"]["sinks_in_prefix"]
+    for row in result.rows:
+        assert row.values.get("sinks_in_prefix") == (count if row.stage == "found" else None), row.name
 
 
 def test_a_run_without_attention_has_none(text_file: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_without_its_metric_a_value_stands_nowhere(tmp_path: Path) -> None:
 
 def test_metrics_stand_in_their_order_and_no_key_is_declared_twice() -> None:
     assert [metric.name for metric in metrics()] == [
-        "perplexity", "ratio", "tasks", "accuracy_difference", "activations", "latency",
+        "perplexity", "ratio", "tasks", "accuracy_difference", "activations", "sinks_in_prefix", "latency",
         "prefix_as_tokens", "seconds",
     ]  # fmt: skip
     tasks = {
