@@ -22,6 +22,8 @@ from cushion.evaluation.latency_step import LatencyStep
 from cushion.evaluation.magnitudes import MagnitudesStep
 from cushion.evaluation.perplexity_step import PerplexityStep
 from cushion.evaluation.prefix_as_tokens import TokensPerplexityStep
+from cushion.evaluation.sparsity import SparsityStep
+from cushion.evaluation.spikes import SpikesStep
 from cushion.evaluation.task_step import TaskStep
 from cushion.evaluation.tasks import EvaluationTask
 from cushion.hashing import digest
@@ -76,6 +78,12 @@ def _steps(config: RunConfig, lm: Any) -> Iterator[Step[Any]]:
     if evaluation.attention_texts:
         texts = _text(evaluation.block_length, min(count, evaluation.attention_texts))
         yield AttentionStep(NONE, texts, evaluation.attention_first, "")
+    if evaluation.sparsity_texts:
+        texts, cett = _text(evaluation.block_length, min(count, evaluation.sparsity_texts)), evaluation.sparsity_cett
+        yield SparsityStep(NONE, texts[:, None], tuple(cett), evaluation.sparsity_ppl, False, "")
+    if evaluation.spike_texts:
+        texts = _text(evaluation.block_length, min(count, evaluation.spike_texts))
+        yield SpikesStep(NONE, texts, evaluation.spike_ratio, "")
     calibration = _text(quantizer.calibration.samples, quantizer.calibration.length)
     calibrated: Calibration | None = None
     if quantizer.needs_calibration_text:

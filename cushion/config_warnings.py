@@ -26,6 +26,8 @@ _SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("eval.tasks", {"eval.tasks": ["copa"], "eval.chat_template": True}),
     ("eval.perplexity", {"eval.perplexity": True}),
     ("eval.attention_texts", {"eval.attention_texts": 1}),
+    ("eval.sparsity_texts", {"eval.sparsity_texts": 1}),
+    ("eval.spike_texts", {"eval.spike_texts": 1}),
     ("eval.latency.batch_sizes", {"eval.latency.batch_sizes": [1]}),
     ("search.method", {"search.method": "bos"}),
     ("eval.controls", {"eval.controls": True}),

@@ -154,6 +154,7 @@ class _Run:
             "curves": {key: asdict(curve) for key, (curve, _) in measured.items()},
             "quantization_error": {key: error for key, (_, error) in measured.items()},
             "map": self._map(stages, measured[none.key][0]),
+            **self.steps.measure_further_activations({stage.key: (stage.prefix, stage.title) for stage in stages}),
         }
         self.result.attention = self._attention(stages)
         final = stages[-1]

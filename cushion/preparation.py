@@ -15,6 +15,8 @@ from cushion.data import Corpus, load_corpora
 from cushion.errors import ConfigError
 from cushion.evaluation.latency import check_latency
 from cushion.evaluation.perplexity import check_evaluation, named_in_front
+from cushion.evaluation.sparsity import feed_forward
+from cushion.evaluation.spikes import input_norms
 from cushion.evaluation.task_checks import check_tasks
 from cushion.evaluation.tasks import TaskSet, load_tasks
 from cushion.execution.registry import load_execution
@@ -175,6 +177,10 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     method.check_model(config.search, lm, started)
     longest = method.longest(config.search, started)
     check_evaluation(lm, config.eval, longest, bos)
+    if config.eval.sparsity_texts:
+        feed_forward(lm)
+    if config.eval.spike_texts:
+        input_norms(lm)
     check_tasks(lm, config.eval, tasks, config.quantizer, longest, bos)
     check_latency(lm, config.eval.latency, config.quantizer, longest)
     quantizer, tuning = config.quantizer, config.tuning

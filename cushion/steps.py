@@ -5,8 +5,8 @@ What a step computes, and what its key is made of, stands beside the computation
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from cushion.evaluation.activation_map import ActivationMap, ActivationMapStep
 from cushion.evaluation.alpha_step import AlphaStep
 from cushion.evaluation.attention import AttentionShares, AttentionStep
 from cushion.evaluation.magnitudes import MagnitudesStep
+from cushion.evaluation.sparsity import SPARSITY_TOKENS, SparsityStep
+from cushion.evaluation.spikes import SpikesStep
 from cushion.events import Event
 from cushion.hashing import digest
 from cushion.prefix import Prefix
@@ -233,6 +235,48 @@ class Steps:
         if count == 0:
             return None
         return compute(AttentionStep(behind, self._texts.activations[:count], first, title), self._context)
+
+    def measure_further_activations(self, stages: Mapping[str, tuple[Prefix, str]]) -> dict[str, Any]:
+        """Activation sparsity and spike tokens on the full-precision model, each None where it is not asked for.
+
+        Args:
+            stages: prefix and title by stage.
+
+        """
+        return {"sparsity": self._sparsity(stages), "spikes": self._spikes(stages)}
+
+    def _sparsity(self, stages: Mapping[str, tuple[Prefix, str]]) -> dict[str, Any] | None:
+        config, bos = self._config.eval, self._prepared.bos
+        if config.sparsity_texts == 0:
+            return None
+        texts, cett = self._texts.activations[: config.sparsity_texts], config.sparsity_cett
+        found = {
+            key: compute(SparsityStep(behind, texts, tuple(cett), config.sparsity_ppl, bos, title), self._context)
+            for key, (behind, title) in stages.items()
+        }
+        return {
+            "texts": len(texts),
+            "text_length": min(texts.shape[1], SPARSITY_TOKENS),
+            "cett": list(cett),
+            "ppl": config.sparsity_ppl,
+            "stages": {key: asdict(sparsity) for key, sparsity in found.items()},
+        }
+
+    def _spikes(self, stages: Mapping[str, tuple[Prefix, str]]) -> dict[str, Any] | None:
+        config = self._config.eval
+        if config.spike_texts == 0:
+            return None
+        texts = self._texts.activations[: config.spike_texts]
+        found = {
+            key: compute(SpikesStep(behind, texts, config.spike_ratio, title), self._context)
+            for key, (behind, title) in stages.items()
+        }
+        return {
+            "texts": len(texts),
+            "text_length": texts.shape[1],
+            "ratio": config.spike_ratio,
+            "stages": {key: asdict(spikes) for key, spikes in found.items()},
+        }
 
     def model(
         self,

@@ -68,6 +68,13 @@ WITHOUT: list[tuple[RunConfig, list[str]]] = [
         ["eval.attention_first=2 has no effect with eval.attention_texts=0"],
     ),
     (
+        RunConfig(eval=EvalConfig(sparsity_ppl=1.0, spike_ratio=9.0)),
+        [
+            "eval.sparsity_ppl=1.0 has no effect with eval.sparsity_texts=0",
+            "eval.spike_ratio=9.0 has no effect with eval.spike_texts=0",
+        ],
+    ),
+    (
         RunConfig(eval=EvalConfig(blocks=2, activation_blocks=3)),
         ["eval.activation_blocks=3 has no effect in this combination: every step of the run reads the same without it"],
     ),
@@ -92,6 +99,7 @@ OTHER: dict[str, Any] = {
     "task_batch_size": "auto",
     "chat_template": "name", "system_instruction": "text", "fewshot_as_multiturn": False, "accuracy": "acc_norm",
     "include_path": "path", "samples": True, "activation_blocks": 9, "attention_texts": 3, "attention_first": 9,
+    "sparsity_texts": 3, "sparsity_cett": [0.5], "sparsity_ppl": 9.0, "spike_texts": 3, "spike_ratio": 9.0,
     "controls": False, "latency": LatencyConfig([2], [9], 9, 9, 9),
     "method": "none", "steps": 9, "epochs": 9.0, "sequences": 9, "sequence_length": 9, "learning_rate": 0.9,
     "schedule": "linear", "warmup_steps": 9, "gradient_clip": 9.0, "lambda_q": 9.0, "gradient": "straight_through",
@@ -105,7 +113,9 @@ OTHER: dict[str, Any] = {
 @pytest.mark.parametrize("section", ["eval", "tuning", "reconstruction"])
 def test_every_option_is_read_by_a_run_that_uses_it(section: str) -> None:
     """An option that a step uses and its key does not hold would be told to have no effect: here none is."""
-    evaluation = EvalConfig(tasks=["copa"], chat_template=True, latency=LatencyConfig([1], [4]))
+    evaluation = EvalConfig(
+        tasks=["copa"], chat_template=True, latency=LatencyConfig([1], [4]), sparsity_texts=1, spike_texts=1
+    )
     learning = ReconstructionConfig("r", "blockwise", weights=True)
     whole = [
         RunConfig(search=SEARCH, tuning=tuned(**ranges), reconstruction=learning, eval=evaluation)
@@ -134,7 +144,9 @@ def test_every_step_of_a_run_is_asked_or_known_to_be_spoken_for() -> None:
         tuning=tuned(),
         reconstruction=ReconstructionConfig("r", "blockwise"),
         quantizer=QuantizerConfig(smoothing_alpha=0.5, rotation="hadamard"),
-        eval=EvalConfig(tasks=["copa"], latency=LatencyConfig([1], [4]), prefix_as_tokens=True),
+        eval=EvalConfig(
+            tasks=["copa"], latency=LatencyConfig([1], [4]), prefix_as_tokens=True, sparsity_texts=1, spike_texts=1
+        ),
     )
     lm: Any = type("Model", (), {"tokenizer_fingerprint": ""})
     asked = {step.name for step in _steps(config, lm)}

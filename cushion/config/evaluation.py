@@ -41,6 +41,11 @@ class EvalConfig:
     activation_blocks: int = 4
     attention_texts: int = 1
     attention_first: int = 4
+    sparsity_texts: int = 0
+    sparsity_cett: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3])
+    sparsity_ppl: float | None = None
+    spike_texts: int = 0
+    spike_ratio: float = 64.0
     controls: bool = True
     latency: LatencyConfig = field(default_factory=LatencyConfig)
 
@@ -58,7 +63,15 @@ class EvalConfig:
         require(is_size, "eval.task_batch_size", size, "a whole number of at least 1, auto, or null")
         at_least("eval.shots", self.shots, 0)
         require(self.chat_template != "", "eval.chat_template", "", "false, true, or the name of a template")
-        at_least("eval.attention_texts", self.attention_texts, 0)
+        for key in ("attention_texts", "sparsity_texts", "spike_texts"):
+            at_least(f"eval.{key}", getattr(self, key), 0)
+        targets = self.sparsity_cett
+        is_right = len(targets) > 0 and all(0 <= cett < 1 for cett in targets) and len(set(targets)) == len(targets)
+        reason = "numbers from 0 on and below 1, at least one, each of them once"
+        require(is_right, "eval.sparsity_cett", targets, reason)
+        above = self.sparsity_ppl is None or self.sparsity_ppl > 0
+        require(above, "eval.sparsity_ppl", self.sparsity_ppl, "a number of percent above 0, or null for none")
+        at_least("eval.spike_ratio", self.spike_ratio, 1)
         one_of("eval.accuracy", self.accuracy, ACCURACIES)
         reason = "name tasks in eval.tasks, or leave perplexity on: nothing would be measured"
         is_measured = self.perplexity or len(self.tasks) > 0 or self.latency.is_on

@@ -33,12 +33,14 @@ _LINES = (
 def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     """The figures of the run in `folder`, by name: where they are or will be.
 
-    The map is drawn where the result has one (older ones do not), attention where it was measured, QFeM's trade-off
-    where its alpha was searched.
+    The map is drawn where the result has one (older ones do not), attention, activation ratios and spike tokens where
+    they were measured, QFeM's trade-off where its alpha was searched.
     """
     names = ["activation_curves"]
     names += ["activation_map"] if result["activations"].get("map") else []
     names += ["attention_maps"] if result.get("attention") else []
+    names += ["activation_ratios"] if result["activations"].get("sparsity") else []
+    names += ["spike_cosines"] if result["activations"].get("spikes") else []
     names += ["qfem_tradeoff"] if alpha_searches(result) else []
     return {name: folder / "figures" / f"{name}.png" for name in names}
 
@@ -222,10 +224,76 @@ def attention_maps(result: dict[str, Any], path: Path, dpi: int = 200, width: st
     return save(figure, path, dpi, width)
 
 
+def activation_ratios(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
+    """Share of active neurons over the layers, one line for each CETT, and for CETT-PPL-p%; one panel per prefix.
+
+    Args:
+        result: the content of result.json, of a run that measured activation sparsity.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
+
+    Returns:
+        `path`.
+
+    """
+    sparsity = result["activations"]["sparsity"]
+    lines = {}
+    for stage, found in sparsity["stages"].items():
+        lines[stage] = {f"CETT {level['cett']:g}": level["ratios"] for level in found["levels"]}
+        if found["within_perplexity"] is not None:
+            lines[stage][f"PPL-{sparsity['ppl']:g}%"] = found["within_perplexity"]["ratios"]
+    return _by_block(result, lines, ("Share of active neurons", "activation ratio"), path, dpi, width)
+
+
+def spike_cosines(result: dict[str, Any], path: Path, dpi: int = 200, width: str | None = None) -> Path:
+    """Mean cosine between normalised spike tokens over the layers, and between all others, one panel per prefix.
+
+    Blocks with fewer than two spike tokens have no point.
+
+    Args:
+        result: the content of result.json, of a run that compared spike tokens.
+        path: the file to write; the name's ending says how: `.png` (with a `.pdf` beside it), `.pdf`, `.svg`.
+
+    Returns:
+        `path`.
+
+    """
+    stages = result["activations"]["spikes"]["stages"]
+    lines = {
+        stage: {"spike tokens": found["cosines"], "other tokens": found["others"]} for stage, found in stages.items()
+    }
+    return _by_block(result, lines, ("Tokens behind the norm", "mean cosine"), path, dpi, width)
+
+
+def _by_block(
+    result: dict[str, Any],
+    lines: dict[str, dict[str, list[float | None]]],
+    words: tuple[str, str],
+    path: Path,
+    dpi: int,
+    width: str | None,
+) -> Path:
+    """Curves over the layers on one linear axis up to 1, a panel for each stage; `words`: title and axis."""
+    figure, axes = panels(len(lines), (3.6 * len(lines), 3.3), width, least=1.6)
+    for axis, (stage, curves) in zip(axes, lines.items(), strict=True):
+        for label, values in curves.items():
+            heights = numpy.array(values, dtype=float)  # None becomes no number, which leaves a gap
+            axis.plot(range(len(heights)), heights, "o-", label=label, linewidth=1.4, markersize=2.5)
+        axis.set_ylim(top=1.05)
+        axis.set_xlabel("block")
+        axis.set_title(result["activations"]["titles"][stage], fontsize=9)
+        tidy(axis)
+        whole_numbers(axis.xaxis, width)
+    set_label(figure, axes, words[1], width)
+    _describe(figure, axes, f"{words[0]}, {result['model']['label']}", width)
+    return save(figure, path, dpi, width)
+
+
 FIGURES = {
     "activation_curves": activation_curves,
     "activation_map": activation_map,
     "attention_maps": attention_maps,
+    "activation_ratios": activation_ratios,
+    "spike_cosines": spike_cosines,
     "qfem_tradeoff": qfem_tradeoff,
 }
 """Every figure of a run by name, and what draws it."""

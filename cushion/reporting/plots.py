@@ -17,10 +17,12 @@ from cushion.reporting.collect import Run
 from cushion.reporting.figures import (
     activation_curves,
     activation_map,
+    activation_ratios,
     alpha_searches,
     attention_maps,
     qfem_tradeoff,
     save,
+    spike_cosines,
     tidy,
 )
 from cushion.reporting.lines import value_of as setting
@@ -156,6 +158,8 @@ TITLES = {
     "map": ("Activation magnitudes by token position and channel before and after", "logarithmic colours"),
     "activations": ("Activation magnitudes before and after", "logarithmic axis"),
     "attention": ("Attention on the prefix and on the first tokens", ""),
+    "sparsity": ("Share of active neurons before and after", ""),
+    "spikes": ("Cosines between normalised spike tokens before and after", ""),
     "search": ("Search trajectory", ""),
     "tuning": ("Tuning loss", ""),
     "qfem": ("QFeM trade-off", "logarithmic axes"),
@@ -221,6 +225,10 @@ def _figures_of(run: Run) -> Iterator[tuple[str, Any, Draw]]:
         yield "activations", curves, activation_curves
     if stages := (record.get("attention") or {}).get("stages"):
         yield "attention", stages, attention_maps
+    if drawn := (record.get("activations") or {}).get("sparsity"):
+        yield "sparsity", drawn, activation_ratios
+    if drawn := (record.get("activations") or {}).get("spikes"):
+        yield "spikes", drawn, spike_cosines
     if steps := (record.get("search") or {}).get("steps"):
         yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
     if steps := (record.get("tuning") or {}).get("steps"):
