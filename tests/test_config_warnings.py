@@ -151,6 +151,6 @@ def test_every_step_of_a_run_is_asked_or_known_to_be_spoken_for() -> None:
     lm: Any = type("Model", (), {"tokenizer_fingerprint": ""})
     asked = {step.name for step in _steps(config, lm)}
     by_declaration = {"search", "search_step", "proposal", "qfep", "prefixquant"}
-    by_quantizer = {"fitting", "alpha", "inputs", "beyond_range", "rotation_sites"}
+    by_quantizer = {"fitting", "alpha", "inputs", "beyond_range", "rotation_sites", "smoothing"}
     without_options = {"activation_map"}
     assert asked | by_declaration | by_quantizer | without_options == every_step()
