@@ -40,7 +40,9 @@ def kept(folder: Path, config: RunConfig, overrides: Sequence[str]) -> Iterator[
         overrides: of the command line and of the sweep, as Hydra has them.
 
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    from cushion.results import make_folder  # imports torch
+
+    make_folder(folder)
     (folder / OVERRIDES).write_text(OmegaConf.to_yaml(OmegaConf.create(list(overrides))), encoding="utf-8")
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
     handler = logging.FileHandler(folder / LOG, encoding="utf-8")

@@ -85,13 +85,23 @@ class Prefix:
     def from_tokens(
         cls, model: PreTrainedModel, token_ids: Sequence[int], metadata: dict[str, Any] | None = None
     ) -> Prefix:
-        """The keys and values that `model` computes for `token_ids` from position 0 on, each on its layer's device."""
+        """The keys and values that `model` computes for `token_ids` from position 0 on, each on its layer's device.
+
+        Raises:
+            ConfigError: a quantizer that rotates values within heads is on the model: a prefix holds them as they are.
+
+        """
         if not token_ids:
             return cls.empty()
         cache = DynamicCache()  # not the model's own kind, which drops what is behind a sliding window
         embeddings: Any = model.get_input_embeddings()
         input_ids = torch.tensor([list(token_ids)], device=embeddings.weight.device)
         model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        if getattr(cache, "values_rotated", False):
+            raise ConfigError(
+                "quantizer.head_rotation is on the model, and the values that it gives are rotated: make the prefix "
+                "before the quantizer is put on"
+            )
         layers: list[Any] = cache.layers
         keys = tuple(layer.keys[0].clone() for layer in layers)
         values = tuple(layer.values[0].clone() for layer in layers)

@@ -66,7 +66,13 @@ class Scheme:
 
 def check_run(run: FinishedRun) -> None:
     """Raise `ConfigError` where the format does not express a run's own row, as far as its configuration tells."""
-    scheme_of(run_config(run.folder, run.record).quantizer)
+    config = run_config(run.folder, run.record)
+    scheme_of(config.quantizer)
+    if not config.eval.perplexity:
+        raise ConfigError(
+            f"--to={TARGET} compares the checkpoint with the run on its evaluation text, and eval.perplexity=false left "
+            "the run without one: run with eval.perplexity=true, then export that run"
+        )
     dtype = run.record["model"]["dtype"]
     if dtype != "float32":
         raise ConfigError(

@@ -250,3 +250,9 @@ def test_rotated_keys_that_nothing_rounds_decide_nothing() -> None:
     assert warning.startswith("quantizer.head_rotation='all' has no effect on queries and keys with")
     assert options_without_effect(RunConfig(quantizer=rounded)) == []
     assert options_without_effect(RunConfig(quantizer=heads(head_rotation="values"))) == []
+
+
+def test_a_prefix_is_made_before_heads_are_rotated(tiny: Tiny) -> None:
+    lm = tiny("llama")
+    with quantized(lm, heads()), pytest.raises(ConfigError, match="make the prefix before the quantizer is put on"):
+        Prefix.from_tokens(lm.model, [17, 42])
