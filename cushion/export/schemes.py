@@ -70,8 +70,8 @@ def check_run(run: FinishedRun) -> None:
     scheme_of(config.quantizer)
     if not config.eval.perplexity:
         raise ConfigError(
-            f"--to={TARGET} compares the checkpoint with the run on its evaluation text, and eval.perplexity=false left "
-            "the run without one: run with eval.perplexity=true, then export that run"
+            f"--to={TARGET} compares the checkpoint with the run on its evaluation text, and eval.perplexity=false "
+            "left the run without one: run with eval.perplexity=true, then export that run"
         )
     dtype = run.record["model"]["dtype"]
     if dtype != "float32":
