@@ -347,7 +347,13 @@ def test_the_page_says_of_the_options_what_the_code_does() -> None:
             file = config_folder() / "quantizer" / f"{option}.yaml"
             quantizer = structured(QuantizerConfig, OmegaConf.load(file), "quantizer")
             if verdict.startswith(("equal with", "refused")):
-                refused = "compensation" if "branch" in verdict else "input_rotation"
+                words = {
+                    "branch": "compensation",
+                    "several": "granularity",
+                    "rotate": "rotation|kv_cache",
+                    "cache": "kv",
+                }
+                refused = next((key for word, key in words.items() if word in verdict), "no reason that is known")
                 reason = "narrow_range=false" if "with" in verdict else refused
                 with pytest.raises(ConfigError, match=reason):
                     schemes.scheme_of(quantizer)

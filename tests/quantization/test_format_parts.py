@@ -107,7 +107,7 @@ def logits(lm: LanguageModel, prefix: Prefix | None = None) -> Tensor:
                 quantizer=under(activations=activations_in("nvfp4", range="static")),
                 reconstruction=ReconstructionConfig(name="scales", method="blockwise"),
             ),
-            "reconstruction=scales learns one scale for each input, .* choose another format",
+            "reconstruction=scales learns one scale for each input, .* choose another quantizer",
         ),
     ],
 )  # fmt: skip

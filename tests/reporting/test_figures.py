@@ -132,6 +132,13 @@ def test_nothing_in_a_figure_is_cut_off_and_for_a_paper_its_text_has_one_size(
         "values": {name: [[1.0, 22697.25, 0.1], [2.0, 0.5, 3.0]] for name in names},
     }  # fmt: skip
     record["qfem"] = {name: {"alpha_search": searched(2)} for name in names}
+    shares = {"cett": 0.2, "ratios": [0.5] * 5}
+    record["activations"]["sparsity"] = {
+        "ppl": 1.0, "stages": {name: {"levels": [shares], "within_perplexity": shares} for name in names},
+    }  # fmt: skip
+    record["activations"]["spikes"] = {
+        "stages": {name: {"cosines": [None, 1.0, 0.9, 1.0, None], "others": [0.5] * 5} for name in names}
+    }
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
         FIGURES[name](record, tmp_path / "drawn.png", width=width)

@@ -72,7 +72,7 @@ class ActivationConfig:
         """Refuse ranges of channels that are not those of calibration, or that an estimator would have to find."""
         reason = f"with quantizer.activations.granularity={self.granularity} scales come from calibration: set static"
         require(self.range == "static", "quantizer.activations.range", self.range, reason)
-        works = [name for name, other in ESTIMATORS.items() if other.statistic is None]
+        works = [name for name, other in ESTIMATORS.items() if other.statistic is None and not other.options]
         reason = (
             f"with quantizer.activations.granularity={self.granularity} ranges are those of channels, and it finds one "
             f"for the whole input: choose {', '.join(works)}"

@@ -38,9 +38,9 @@ class CompensationConfig:
         require(share is not None or self.rank is not None, named, share, reason)
         require(self.damping > 0, "quantizer.compensation.damping", self.damping, "a share above 0")
         at_least("quantizer.compensation.outliers", self.outliers, 0)
-        reason = f"at most quantizer.compensation.rank={self.rank}, as the branch alone holds these channels"
-        fits = self.rank is None or self.outliers <= self.rank
-        require(fits, "quantizer.compensation.outliers", self.outliers, reason)
+        if self.rank is not None and self.outliers > self.rank:
+            reason = f"at most quantizer.compensation.rank={self.rank}, as the branch alone holds these channels"
+            require(False, "quantizer.compensation.outliers", self.outliers, reason)
 
 
 class Compensation(Part):
