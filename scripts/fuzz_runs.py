@@ -156,7 +156,7 @@ def _import_everything(tasks: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("cushion.pipeline", "cushion.cli", "cushion.reporting.cli", "cushion.evaluation.harness",
+    for name in ("cushion.start", "cushion.pipeline", "cushion.cli", "cushion.reporting.cli", "cushion.evaluation.harness",
                  "transformers.models.llama.modeling_llama"):  # fmt: skip
         importlib.import_module(name)
     indexed = importlib.import_module("cushion.evaluation.tasks")
@@ -179,7 +179,7 @@ def _be_cushion(words: list[str], folder: Path) -> None:
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         sys.argv = ["cushion", *words]
-        importlib.import_module("cushion.cli").main()
+        importlib.import_module("cushion.start").main()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -73,7 +73,7 @@ def test_the_end_of_a_configuration_is_judged(
 @pytest.mark.parametrize(
     ("sent", "broken", "again", "is_different", "twice", "verdict"),
     [
-        (signal.SIGINT, (130, "cushion: interrupted; go on"), (0, ""), False, [], "SIGINT: went on"),
+        (signal.SIGINT, (130, "WARNING: x\ncushion: stopped"), (0, ""), False, [], "SIGINT: went on"),
         (signal.SIGKILL, (-9, ""), (0, ""), False, [], "SIGKILL: went on"),
         (signal.SIGINT, (1, "cushion: error: x"), (0, ""), False, [], "status 1 of an interrupted run (bad)"),
         (signal.SIGINT, (130, ""), (0, ""), False, [], "status 130 of an interrupted run (bad)"),
