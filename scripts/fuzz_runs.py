@@ -156,7 +156,8 @@ def _import_everything(tasks: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("cushion.start", "cushion.pipeline", "cushion.cli", "cushion.reporting.cli", "cushion.evaluation.harness",
+    for name in ("cushion.start", "cushion.pipeline", "cushion.cli", "cushion.reporting.cli",
+                 "cushion.evaluation.harness",
                  "transformers.models.llama.modeling_llama"):  # fmt: skip
         importlib.import_module(name)
     indexed = importlib.import_module("cushion.evaluation.tasks")
