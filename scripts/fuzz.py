@@ -5,7 +5,7 @@
     python scripts/fuzz.py configs --cases 500     # keys with values that a user may give them, sensible or not
 
 The same seed makes the same cases; `--case` repeats one of them. Exit status 0: none ended badly. A campaign is a
-module beside this one with `add_arguments`, and `cases`, which yields one `fuzz_report.Case` after the other.
+module beside this one with `DEADLINE`, and `cases`, which yields one `fuzz_report.Case` after the other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main() -> None:
         command.add_argument("--seconds", type=float, default=600.0, help="no case begins after them (default: 600)")
         command.add_argument("--case", type=int, metavar="NUMBER", help="do this one alone")
         command.add_argument("--folder", type=Path, help="keep everything there; it must be new (default: a temporary)")
-        module.add_arguments(command)
+        command.add_argument("--deadline", type=float, default=module.DEADLINE, metavar="SECONDS",
+                             help=f"a run hangs that takes longer (default: {module.DEADLINE:g})")  # fmt: skip
     given = parser.parse_args()
     folder: Path = (given.folder or Path(tempfile.mkdtemp(prefix="cushion-fuzz-"))).resolve()
     folder.mkdir(parents=True, exist_ok=given.folder is None)

@@ -18,6 +18,9 @@ from cushion.cli import config_folder
 from cushion.config import RunConfig, to_dict
 from cushion.flat import flatten
 
+DEADLINE = 120.0
+"""Seconds after which a run is said to hang, if nothing else is asked for."""
+
 VALUES = (
     "-1", "0", "1", "2", "3", "7", "0.5", "1.5", "-0.5", "true", "false", "null", "none", "abc", "''", "' '", "[]",
     "[0]", "[1,2]", "[[1]]", "[a]", "{}", "{a: 1}", "nan", "inf", "-inf", "1e400", "1e-400", "9223372036854775808",
@@ -34,17 +37,9 @@ _GROUPS = ("quantizer", "search", "tuning", "reconstruction", "tracking", "eval"
 _FEW = ["eval.block_length=32", "eval.blocks=2", "search.candidates=8", "search.text_length=16", "tuning.steps=2"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this campaign alone has."""
-    parser.add_argument("--deadline", type=float, default=120.0, metavar="SECONDS",
-                        help="a run hangs that takes longer (default: 120)")  # fmt: skip
-
-
 def cases(limits: Limits, given: argparse.Namespace) -> Iterator[Case]:
     """One configuration after the other."""
-    inputs = limits.folder / "inputs"
-    inputs.mkdir()
-    runs = Runs(inputs, given.deadline)
+    runs = Runs(limits.folder / "inputs", given.deadline)
     keys = flatten(to_dict(RunConfig()))
     options = {
         group: sorted(path.stem for path in (config_folder() / group).glob("*.yaml") if path.stem != "wandb")

@@ -19,27 +19,17 @@ from fuzz_runs import KINDS, Ended, Runs, contents, finished
 
 from cushion.journal import FILES
 
+DEADLINE = 60.0
+"""Seconds after which a run is said to hang, if nothing else is asked for."""
+
 _LEFT_OUT = (".lock", *FILES)
 """Ends of names of files that hold nothing, or only say how a run came about."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what this campaign alone has."""
-    parser.add_argument("--deadline", type=float, default=60.0, metavar="SECONDS",
-                        help="a run hangs that takes longer (default: 60)")  # fmt: skip
-
-
 def cases(limits: Limits, given: argparse.Namespace) -> Iterator[Case]:
     """One damage after the other, each to a copy of a sound run."""
-    inputs = limits.folder / "inputs"
-    inputs.mkdir()
-    runs = Runs(inputs, given.deadline)
-    sound = {}
-    for kind in KINDS:
-        ended = runs.run(kind, limits.folder / f"sound-{kind}")
-        if ended.status != 0:
-            raise RuntimeError(f"the sound run of {kind} failed:\n{ended.printed}")
-        sound[kind] = contents(limits.folder / f"sound-{kind}" / "outputs")
+    runs = Runs(limits.folder / "inputs", given.deadline)
+    sound = {kind: runs.sound(kind, limits.folder / f"sound-{kind}").contents for kind in KINDS}
     for index, draw in limits.draws():
         kind, folder = list(KINDS)[index % len(KINDS)], limits.folder / f"case-{index}"
         shutil.copytree(limits.folder / f"sound-{kind}", folder)

@@ -81,6 +81,14 @@ class Ended:
         return "\n".join([*said, *(lines[starts[0] :][-12:] if starts else [])])
 
 
+@dataclass(frozen=True)
+class Sound:
+    """What an unbroken run left, as `contents` tells it, and the seconds that it took."""
+
+    contents: dict[str, Any]
+    seconds: float
+
+
 def finished(output: Path) -> dict[str, int]:
     """Which file says that an artifact is finished, by the artifact's place: computed again, it is another one."""
     found = {}
@@ -98,13 +106,14 @@ class Runs:
     """The runs of `KINDS`: what they read lies in a folder, and what they leave wherever they are started.
 
     Args:
-        folder: where text and tasks are made.
+        folder: where text and tasks are made; it must be new.
         deadline: seconds after which a run is said to hang.
 
     """
 
     def __init__(self, folder: Path, deadline: float) -> None:
         self._deadline = deadline
+        folder.mkdir()
         self._text, self._tasks = folder / "text.txt", folder / "tasks"
         make_text(self._text)
         self._tasks.mkdir()
@@ -149,6 +158,20 @@ class Runs:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "printed").unlink(missing_ok=True)
         return self.wait(self.start(kind, folder, more), folder)
+
+    def sound(self, kind: str, folder: Path) -> Sound:
+        """What an unbroken run leaves.
+
+        Raises:
+            RuntimeError: if it fails.
+
+        """
+        started = time.monotonic()
+        ended = self.run(kind, folder)
+        seconds = time.monotonic() - started
+        if ended.status != 0:
+            raise RuntimeError(f"the sound run of {kind} failed:\n{ended.printed}")
+        return Sound(contents(folder / "outputs"), seconds)
 
 
 def _import_everything(tasks: str) -> None:
