@@ -22,6 +22,7 @@ _VALUES = Values("self_attn.v_proj", "self_attn.o_proj")
 _RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",), final_norm="model.norm", writers=("self_attn.o_proj", "mlp.down_proj")
 )
+_EXPERTS_RESIDUAL = replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj"))
 _GEMMA2_RESIDUAL = ResidualStream(
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
@@ -73,7 +74,7 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
-        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        residual=_EXPERTS_RESIDUAL,
         values=_VALUES,
     ),
     Architecture(
@@ -90,7 +91,7 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
-        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        residual=_EXPERTS_RESIDUAL,
         values=_VALUES,
     ),
     Architecture(
@@ -116,7 +117,7 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.router",),
         down_projection="mlp.experts.*.down_proj",
-        residual=replace(_RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj")),
+        residual=_EXPERTS_RESIDUAL,
         values=_VALUES,
     ),
     Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them

@@ -219,15 +219,16 @@ def _some(values: Sequence[str], what: str) -> str:
 
 def _figures_of(run: Run) -> Iterator[tuple[str, Any, Draw]]:
     record = run.record
-    if drawn := (record.get("activations") or {}).get("map"):
+    activations = record.get("activations") or {}
+    if drawn := activations.get("map"):
         yield "map", drawn, activation_map
-    if curves := (record.get("activations") or {}).get("curves"):
+    if curves := activations.get("curves"):
         yield "activations", curves, activation_curves
     if stages := (record.get("attention") or {}).get("stages"):
         yield "attention", stages, attention_maps
-    if drawn := (record.get("activations") or {}).get("sparsity"):
+    if drawn := activations.get("sparsity"):
         yield "sparsity", drawn, activation_ratios
-    if drawn := (record.get("activations") or {}).get("spikes"):
+    if drawn := activations.get("spikes"):
         yield "spikes", drawn, spike_cosines
     if steps := (record.get("search") or {}).get("steps"):
         yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
