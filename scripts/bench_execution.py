@@ -1,11 +1,12 @@
 """What do linears on 8-bit codes gain over floating point? Ratios to float32, measured in turns in one run.
 
     .venv/bin/python scripts/bench_execution.py [--shapes smollm2,7b] [--rows 1,512] [--repeats 15]
-        [--model embedded:smollm2-135m] [--length 512] [--new-tokens 32] [--decoder-repeats 5]
+        [--model embedded:smollm2-135m] [--length 512] [--new-tokens 32] [--decoder-repeats 5] [--compile]
 
 First one linear at a time, for every shape and number of rows: float32, bfloat16, the simulation, execution=int8 with a
 static scale and with one for each token, the product of codes alone, and torchao's dynamic int8 where it is installed.
-Then the whole decoder: the time to first token of a prompt and the time per output token. Milliseconds are medians, the
+Then the whole decoder: the time to first token of a prompt and the time per output token; with --compile once more as
+torch.compile makes it, which takes minutes for every side before it is timed. Milliseconds are medians, the
 ratio is the median over the rounds of float32's time over the side's, so that above 1 is faster than float32. A round
 times every side once, in an order that turns around. Every linear reads an input of its own: nothing is shared.
 """
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from torch import nn
 
 from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, ModelConfig, PathsConfig, QuantizerConfig, WeightConfig
+from cushion.evaluation.compiling import check_compiler, compiled
 from cushion.evaluation.latency import Timing, prompts, timed
 from cushion.execution.int8 import Int8Linear
 from cushion.execution.int8_matmul import check_int8_matmul, slowdown
@@ -113,11 +116,11 @@ def rows_of(seconds: dict[str, list[float]]) -> list[tuple[str, float, float]]:
 def show(heading: str, seconds: dict[str, list[float]]) -> None:
     print(heading)
     for name, milliseconds, ratio in rows_of(seconds):
-        print(f"  {name:<16}{milliseconds:>12.3f} ms{ratio:>9.2f}", flush=True)
+        print(f"  {name:<24}{milliseconds:>12.3f} ms{ratio:>9.2f}", flush=True)
 
 
-def decoder(path: str, length: int, new_tokens: int, repeats: int) -> None:
-    """The whole model: prompts of one text, and tokens one after another."""
+def decoder(path: str, length: int, new_tokens: int, repeats: int, compiles: bool) -> None:
+    """The whole model, compiled too where asked: prompts of one text, and tokens one after another."""
     lm, half = (
         load_language_model(ModelConfig(path=path, dtype=dtype), PathsConfig()) for dtype in ("float32", "bfloat16")
     )
@@ -135,14 +138,20 @@ def decoder(path: str, length: int, new_tokens: int, repeats: int) -> None:
         "int8 static": (lm, static, "int8"),
         "int8 token": (lm, token, "int8"),
     }
-    found: dict[str, list[Timing]] = {name: [] for name in sides}
-    for number in range(1 + repeats):
-        for name, (model, fitted, execution) in turn(sides, number):
+    ways = {
+        f"{name} compiled" if compiles else name: (*side, compiles)
+        for compiles, (name, side) in product((False, True) if compiles else (False,), sides.items())
+    }
+    found: dict[str, list[Timing]] = {name: [] for name in ways}
+    for number in range(WARMUP + repeats):
+        for name, (model, fitted, execution, is_compiled) in turn(ways, number):
             with ExitStack() as stack:
                 if fitted is not None:
                     stack.enter_context(fitted.on(model, execution=execution))
+                if is_compiled:
+                    stack.enter_context(compiled(model))
                 timing = timed(model, Prefix.empty(), text, new_tokens)
-            if number >= 1:
+            if number >= WARMUP:
                 found[name].append(timing)
     show(f"decoder, first token, prompt of {length}", {name: [one.first for one in own] for name, own in found.items()})
     show("decoder, further tokens, batch 1", {name: [one.following for one in own] for name, own in found.items()})
@@ -162,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of the decoder's prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens that follow it")
     parser.add_argument("--decoder-repeats", type=int, default=5, help="rounds for the decoder; 0 leaves it out")
+    parser.add_argument("--compile", action="store_true", help="the decoder compiled as well")
     options = parser.parse_args(arguments)
     names = options.shapes.split(",") if options.shapes else []
     for name in names:
@@ -169,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--shapes names {name!r}: known are {', '.join(SHAPES)}")
     device = torch.device("cpu")
     check_int8_matmul(device)
+    if options.compile:
+        check_compiler(device)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     print(f"the product of codes takes {slowdown(device):.2f} times as long as that in float32")
     for name in names:
@@ -176,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows in options.rows:
                 show(f"{rows} x {inputs} x {outputs}", in_turns(linears_of(inputs, outputs, rows), options.repeats))
     if options.decoder_repeats:
-        decoder(options.model, options.length, options.new_tokens, options.decoder_repeats)
+        decoder(options.model, options.length, options.new_tokens, options.decoder_repeats, options.compile)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class LatencyConfig:
     new_tokens: int = 16
     repeats: int = 15
     warmup: int = 3
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for key in ("batch_sizes", "prompt_lengths"):

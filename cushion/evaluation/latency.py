@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cushion.config.latency import LatencyConfig
 from cushion.errors import ConfigError
+from cushion.evaluation.compiling import check_compiler, compiled
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.check import surrounds
@@ -83,7 +84,7 @@ def rounds(
         found: dict[int, Timing] = {}
         order = list(enumerate(variants))
         for index, variant in order if number % 2 == 0 else reversed(order):
-            with variant.on():
+            with variant.on(), compiled(lm) if config.compile else nullcontext():
                 found[index] = timed(lm, variant.behind, texts, config.new_tokens)
         yield None if number < config.warmup else [found[index] for index in range(len(variants))]
 
@@ -142,3 +143,5 @@ def check_latency(lm: LanguageModel, config: LatencyConfig, quantizer: Quantizer
             f"eval.latency.prompt_lengths={config.prompt_lengths} with eval.latency.new_tokens={config.new_tokens}"
             f"{behind} needs {needed} positions, but {lm.label} has {lm.context_length}: shorten the prompts"
         )
+    if config.compile:
+        check_compiler(lm.device)

@@ -157,7 +157,9 @@ class ActivationQuantizer:
 
         All readers of one quantizer give the same `compute`.
         """
-        if self.readers == 1 or values.is_inference():  # inference tensors do not count their changes
+        if self.readers == 1 or torch.compiler.is_compiling():  # a compiler sees by itself what is the same
+            return compute(values)
+        if values.is_inference():  # such tensors do not count their changes
             return compute(values)
         last = self._last
         # a reference to a tensor that is gone never compares equal, so memory that is used again is no danger
