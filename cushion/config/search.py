@@ -14,6 +14,7 @@ SCORINGS = ("full", "exact", "pruned")
 ROUND_TEXTS = ("first", "spikes", "start")
 OBJECTIVES = ("quantization_error", "maximum_activation")
 STARTS = ("empty", "bos", "newline")
+ROUNDS_DTYPES = ("model", "auto", "bfloat16")
 
 
 @dataclass
@@ -82,6 +83,7 @@ class SearchConfig:
     eta: float = 64.0
     scoring: str = "full"
     rounds: list[SearchRound] = field(default_factory=default_rounds)
+    rounds_dtype: str = "model"
     verify_texts: int = 0
     verify_candidates: int = 12
     budget_token_forwards: float | None = None
@@ -113,6 +115,7 @@ class SearchConfig:
             at_least(f"search.{key}", getattr(self, key), 1)
         at_least("search.eta", self.eta, 1)
         one_of("search.scoring", self.scoring, SCORINGS)
+        one_of("search.rounds_dtype", self.rounds_dtype, ROUNDS_DTYPES)
         for key in ("budget_token_forwards", "budget_seconds"):
             value = getattr(self, key)
             require(value is None or value > 0, f"search.{key}", value, "above 0, or null for no limit")

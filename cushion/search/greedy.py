@@ -22,8 +22,10 @@ import heapq
 import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from cushion.config import SearchConfig
@@ -33,6 +35,7 @@ from cushion.prefix import Prefix
 from cushion.search.batching import BatchSizer
 from cushion.search.finalists import TIE, best, finalists, mean_ratio, scores
 from cushion.search.greedy_state import Finalist, Scored, SearchState, SearchStep, StepState
+from cushion.search.half_precision import in_dtype, prefix_in, rounds_dtype
 from cushion.search.objective import Objective
 from cushion.search.replicas import Replicas, replica_devices, replicated
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
@@ -69,12 +72,23 @@ def greedy_search(
     if state.finished:
         return
     started = time.perf_counter()
-    with replicated(lm, Objective(config), replica_devices(config.replicas, lm.device)) as replicas:
+    if state.rounds_dtype is None and rounds_of(config):
+        state.rounds_dtype = str(rounds_dtype(config, lm)).removeprefix("torch.")
+    with ExitStack() as stack:
+        replicas, of_rounds = _copies(lm, config, state.rounds_dtype, stack)
         state.under_way.seconds += time.perf_counter() - started
         sizer = BatchSizer(replicas.devices, config.batch_size)
         while not state.finished:
             text = texts[len(state.steps)]
-            yield from _Step(lm, config, text, further, candidates, state, replicas, sizer).run()
+            yield from _Step(lm, config, text, further, candidates, state, replicas, of_rounds, sizer).run()
+
+
+def _copies(lm: LanguageModel, config: SearchConfig, dtype: str | None, stack: ExitStack) -> tuple[Replicas, Replicas]:
+    """What judges candidates, and what ranks them in rounds, within `stack`; the same where the dtype is."""
+    objective, devices = Objective(config), replica_devices(config.replicas, lm.device)
+    replicas = stack.enter_context(replicated(lm, objective, devices))
+    model = lm if dtype is None else in_dtype(lm, getattr(torch, dtype))
+    return replicas, replicas if model is lm else stack.enter_context(replicated(model, objective, devices))
 
 
 class _OutOfBudgetError(Exception):
@@ -93,6 +107,7 @@ class _Step:
         candidates: list[int],
         state: SearchState,
         replicas: Replicas,
+        of_rounds: Replicas,
         sizer: BatchSizer,
     ) -> None:
         self.lm, self.config, self.text, self.candidates = lm, config, text, candidates
@@ -101,7 +116,8 @@ class _Step:
         self.objective, self.blocks = Objective(config), len(lm.blocks)
         self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
-        self.prefixes = replicas.place(self.prefix)
+        self.judges = replicas, replicas.place(self.prefix)
+        self.ranks = of_rounds, of_rounds.place(prefix_in(self.prefix, of_rounds.dtype))
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""
@@ -186,9 +202,10 @@ class _Step:
             batch = pool[start : start + min(size, self._afford(row_cost))]
             bound = self._bound() if stage.kind == "sweep" else math.inf
             rows = rows_of([self.candidates[position] for position in batch], stage.text)
+            replicas, prefixes = self.ranks if stage.kind == "round" else self.judges
             self.sizer.begin()
             try:
-                judged = self.replicas.judge(self.prefixes, rows, stage.depth, bound)
+                judged = replicas.judge(prefixes, rows, stage.depth, bound)
             except Exception as error:
                 if not self.sizer.can_back_off(error, self.replicas.share(len(batch))):
                     raise
@@ -269,7 +286,7 @@ class _Step:
 
     def _record(self) -> SearchStep | None:
         """What is taken: the best of the finalists where a further text is done, else the best on the search text."""
-        step, objectives = self.step, dict(self.step.verified)
+        state, step, objectives = self.state, self.step, dict(self.step.verified)
         judged = self._judged(objectives)
         scored = [(position, own.score) for position, own in judged.items() if own.score is not None]
         chosen = best(scored if step.further else step.verified)
@@ -278,7 +295,7 @@ class _Step:
         assert step.objective_before is not None, "it comes before any candidate"
         token = self.candidates[chosen[0]]
         record = SearchStep(
-            step=len(self.state.steps),
+            step=len(state.steps),
             token_id=token,
             token=self.lm.decode([token]),
             objective_before=step.objective_before,
@@ -289,6 +306,7 @@ class _Step:
             seconds=step.seconds,
             verified=len(step.verified),
             replicas=len(self.replicas),
+            rounds_dtype=state.rounds_dtype,
             ratio=judged[chosen[0]].ratio if step.further else None,
             further_before=step.further_before[: len(step.further)],
             finalists=list(judged.values()),

@@ -42,6 +42,8 @@ class SearchStep:
     """How many of the candidates were judged by the whole objective."""
     replicas: int = 1
     """GPUs (or copies of the model) that worked on it at the end."""
+    rounds_dtype: str | None = None
+    """The dtype that its rounds were run in; None without any."""
     ratio: float | None = None
     """The chosen token's mean ratio over search and further texts, which tau bounds; None without further texts, or
     where it is infinite."""
@@ -110,6 +112,8 @@ class SearchState:
     proposal_token_forwards: int = 0
     proposal_seconds: float = 0.0
     """What it cost to name the candidates, before the first step."""
+    rounds_dtype: str | None = None
+    """The dtype that rounds are run in, once that was chosen: a search that goes on elsewhere keeps it."""
     unrecorded_token_forwards: float = 0.0
     unrecorded_seconds: float = 0.0
     """What a last step cost that the budget ended before it had verified a candidate."""

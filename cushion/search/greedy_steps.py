@@ -32,6 +32,7 @@ def argmin_identity(config: SearchConfig) -> dict[str, Any]:
         "grid": error_identity(config) if with_grid else None,
         "scoring": config.scoring,
         "rounds": [asdict(item) for item in config.rounds] if config.scoring != "full" else None,
+        "rounds_dtype": config.rounds_dtype if config.scoring != "full" else None,
         "verify_candidates": config.verify_candidates if config.verify_texts else None,
         "batch_size": config.batch_size,
     }

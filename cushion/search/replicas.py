@@ -84,6 +84,12 @@ class Replicas:
         """Where the weights of all of them are."""
         return {weight.device for lm in self._lms for weight in lm.model.parameters()}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of their weights."""
+        dtype: torch.dtype = self._lms[0].model.dtype
+        return dtype
+
     def share(self, rows: int) -> int:
         """The rows of the largest part of a batch of `rows`."""
         return -(-rows // len(self))

@@ -75,7 +75,7 @@ def _idle(search: SearchConfig) -> list[str]:
     if search.verify_texts == 0:
         changed(("verify_candidates",), "with search.verify_texts=0")
     if search.scoring == "full":
-        changed(("rounds",), "with search.scoring=full")
+        changed(("rounds", "rounds_dtype"), "with search.scoring=full")
     if search.proposal == "sampled" and search.frequent >= search.candidates:
         found.append(
             f"search.candidates={search.candidates} leaves no room for a seeded draw beside "
@@ -106,6 +106,7 @@ register(
             "replicas",
             "scoring",
             "rounds",
+            "rounds_dtype",
             "verify_texts",
             "verify_candidates",
             "budget_token_forwards",

@@ -1,0 +1,96 @@
+"""The model of a search's rounds: a copy in bfloat16 where the processor multiplies that much faster.
+
+A round only drops candidates, by fewer tokens and blocks than the objective has. Whatever enters a result (the
+verification, the sweep, further texts) is judged by the model itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cushion.config import SearchConfig
+from cushion.errors import ConfigError
+from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+
+FASTER = 2.0
+"""A copy is made where bfloat16 multiplies at least so many times as fast as float32."""
+
+PROBE = (256, 1024, 1024)
+"""Rows, inputs and outputs of the products that are timed against each other."""
+
+
+def rounds_dtype(config: SearchConfig, lm: LanguageModel) -> torch.dtype:
+    """The dtype in which the rounds of a search are run: the model's own, or bfloat16.
+
+    Raises:
+        ConfigError: bfloat16 is asked for, and the model is spread over several devices.
+
+    """
+    own: torch.dtype = lm.model.dtype
+    if config.rounds_dtype == "model" or own == torch.bfloat16:
+        return own
+    is_spread = len({weight.device for weight in lm.model.parameters()}) > 1
+    if config.rounds_dtype == "bfloat16":
+        if is_spread:
+            raise ConfigError(
+                f"search.rounds_dtype=bfloat16 makes a copy of {lm.label}, which is spread over several devices: set "
+                "it to model"
+            )
+        return torch.bfloat16
+    if own != torch.float32 or is_spread:
+        return own
+    return torch.bfloat16 if speedup(lm.device) >= FASTER else own
+
+
+def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+    """The model with its weights in `dtype`: itself where they are, else a copy that shares its buffers.
+
+    Buffers stay as they are, as when a model is loaded in half precision: the frequencies of rotary embeddings would
+    lose their positions.
+    """
+    if lm.model.dtype == dtype:
+        return lm
+    kept: dict[int, object] = {id(buffer): buffer for buffer in lm.model.buffers()}
+    kept |= {
+        id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+        for weight in lm.model.parameters()
+    }
+    model = copy.deepcopy(lm.model, kept)
+    model.config.dtype = dtype
+    return replace(lm, model=model)
+
+
+def prefix_in(prefix: Prefix, dtype: torch.dtype) -> Prefix:
+    """The prefix with keys and values in `dtype`."""
+    keys, values = (tuple(tensor.to(dtype) for tensor in part) for part in (prefix.keys, prefix.values))
+    return replace(prefix, keys=keys, values=values)
+
+
+def speedup(device: torch.device, repeats: int = 3) -> float:
+    """How many times as fast as in float32 a product of `PROBE`'s size is in bfloat16 on this device."""
+    rows, inputs, outputs = PROBE
+    values, weight = torch.ones(rows, inputs, device=device), torch.ones(inputs, outputs, device=device)
+    half_values, half_weight = values.bfloat16(), weight.bfloat16()
+    ratios = []
+    for _ in range(repeats + 1):
+        plain = _seconds(values, weight)
+        ratios.append(plain / _seconds(half_values, half_weight))
+    return statistics.median(ratios[1:])
+
+
+def _seconds(values: Tensor, weight: Tensor) -> float:
+    synchronizes = values.device.type == "cuda"
+    if synchronizes:
+        torch.cuda.synchronize(values.device)
+    started = time.perf_counter()
+    torch.mm(values, weight)
+    if synchronizes:
+        torch.cuda.synchronize(values.device)
+    return time.perf_counter() - started
