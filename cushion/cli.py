@@ -112,13 +112,14 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
     with ExitStack() as stack:
         stack.enter_context(start.interruptible())
         listeners: list[Listener] = [stack.enter_context(ProgressBars())]
-        if finished_result(folder) is None:
+        done = finished_result(folder)
+        if done is None:
             listeners.append(stack.enter_context(kept(folder, config, overrides)))
         listeners.append(draw)  # figures are drawn before the tracker looks for them
         if tracker is not None:
             listeners.append(tracker)
         try:
-            result = pipeline.run(config, listeners)
+            result = done or pipeline.run(config, listeners)
             record = asdict(result)
             draw_figures(record, folder)  # a run that was killed between its result and its figures
             if tracker is not None:

@@ -56,8 +56,7 @@ def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
         return done
     make_folder(folder)
     with FileLock(folder / ".lock"):
-        make_room(folder)
-        return finished_result(folder) or _run_locked(config, folder, listeners)  # another process may have done it
+        return make_room(folder) or _run_locked(config, folder, listeners)  # another process may have done it
 
 
 def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) -> RunResult:

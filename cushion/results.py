@@ -94,7 +94,12 @@ class RunResult:
             ArtifactError: the file is damaged or of another schema version.
 
         """
-        record = current(read_json(path), path)
+        return cls._of(read_json(path), path)
+
+    @classmethod
+    def _of(cls, content: Any, path: Path) -> RunResult:
+        """The result that a file has as its content."""
+        record = current(content, path)
         try:
             return cls(**{**record, "rows": [Row(**row) for row in record["rows"]]})
         except (TypeError, KeyError) as error:
@@ -103,42 +108,43 @@ class RunResult:
 
 def finished_result(folder: Path) -> RunResult | None:
     """The completed result in `folder`, or None when the run has not been done, failed, or left what does not fit."""
-    if unusable(folder) is not None or not (folder / FILE_NAME).is_file():
-        return None
-    result = RunResult.read(folder / FILE_NAME)
-    return result if result.status == "completed" else None
+    return _finished(folder)[0]
 
 
-def unusable(folder: Path) -> str | None:
-    """Why the result in a run's folder is not what the run left there, in words; None where it is, or there is none."""
+def _finished(folder: Path) -> tuple[RunResult | None, str | None]:
+    """The completed result in a run's folder, if it is what the run left there, and in words why it is not."""
     path = folder / FILE_NAME
     if not os.path.lexists(path):
-        return None
+        return None, None
     try:
-        RunResult.read(path)
-        record = read_json(path)
+        content = read_json(path)
+        result = RunResult._of(content, path)
     except ArtifactError as error:
-        return str(error).removesuffix(f": {way_out(path)}")
-    reason = misfit(record, folder) if record["status"] == "completed" else None
-    return None if reason is None else f"{path} {reason}"
+        return None, str(error).removesuffix(f": {way_out(path)}")
+    if result.status != "completed":
+        return None, None
+    reason = misfit(content, folder)
+    return (result, None) if reason is None else (None, f"{path} {reason}")
 
 
-def make_room(folder: Path) -> None:
-    """Move what does not fit out of a run's folder, with a warning, so that the run is done again.
+def make_room(folder: Path) -> RunResult | None:
+    """The completed result in a run's folder; what does not fit is moved out of it, with a warning.
 
-    Call it with the folder's lock. The run's cached steps stay: each is checked for itself when it is read.
+    Call it with the folder's lock. Without a result the run is done, or done again. Its cached steps stay: each is
+    checked for itself when it is read.
     """
     for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
         left_over.unlink()
-    reason = unusable(folder)
+    result, reason = _finished(folder)
     if reason is None:
-        return
+        return result
     place = folder / SET_ASIDE / str(time.time_ns())
     place.mkdir(parents=True)
     for name in (FILE_NAME, *OF_A_RUN):
         if os.path.lexists(folder / name):
             (folder / name).rename(place / name)
     logger.warning("%s: it was moved to %s, and the run is done again", reason, place)
+    return None
 
 
 def make_folder(folder: Path) -> None:

@@ -24,7 +24,6 @@ from cushion.results import (
     finished_result,
     make_folder,
     make_room,
-    unusable,
 )
 
 
@@ -120,16 +119,16 @@ def test_what_does_not_fit_a_result_is_named_and_set_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     run = left_by_a_run(tmp_path / "run")
-    make_room(run)
-    assert finished_result(run) == result()
+    assert make_room(run) == finished_result(run) == result()
     assert not caplog.messages
     CHANGES[reason](run)
     assert finished_result(run) is None
-    make_room(run)
+    assert make_room(run) is None
     (message,) = caplog.messages
     assert re.search(rf"{FILE_NAME}.* {reason}.* it was moved to .*set_aside.*, and the run is done again", message)
     assert {path.name for path in run.iterdir()} == {".lock", "figures", "set_aside"}, "what others made stays"
-    assert (unusable(run), finished_result(run)) == (None, None)
+    assert make_room(run) is None
+    assert caplog.messages == [message], "nothing is left that does not fit"
 
 
 def test_what_stands_in_place_of_a_folder_is_moved_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
