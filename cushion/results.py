@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import cushion
 from cushion.artifacts import read_json, write_json
 from cushion.errors import ArtifactError
-from cushion.integrity import OF_A_RUN, SET_ASIDE, misfit, sealed
+from cushion.integrity import OF_A_RUN, SAMPLES, SET_ASIDE, misfit, sealed
 from cushion.metrics.columns import parts
 from cushion.schema import FILE_NAME as FILE_NAME
 from cushion.schema import SCHEMA_VERSION as SCHEMA_VERSION
@@ -136,15 +137,30 @@ def make_room(folder: Path) -> RunResult | None:
     for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
         left_over.unlink()
     result, reason = _finished(folder)
+    names: Sequence[str] = (FILE_NAME, *OF_A_RUN)
+    if reason is None and result is None:
+        names = [name for name in OF_A_RUN if _is_in_the_way(folder / name)]
+        reason = f"{folder / names[0]} is not what a run leaves there" if names else None
     if reason is None:
         return result
     place = folder / SET_ASIDE / str(time.time_ns())
     place.mkdir(parents=True)
-    for name in (FILE_NAME, *OF_A_RUN):
+    for name in names:
         if os.path.lexists(folder / name):
             (folder / name).rename(place / name)
     logger.warning("%s: it was moved to %s, and the run is done again", reason, place)
     return None
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether what stands where a run writes a file of its own, or its folder of samples, is something else."""
+    if not os.path.lexists(path):
+        return False
+    if path.name != SAMPLES:
+        return not path.is_file()
+    return not (
+        path.is_dir() and all(row.is_dir() for row in path.iterdir()) and all(one.is_file() for one in path.glob("*/*"))
+    )
 
 
 def make_folder(folder: Path) -> None:
