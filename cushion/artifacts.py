@@ -52,8 +52,8 @@ def write_json(path: Path, record: Any) -> None:
         Path(temporary).replace(path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # what writing raises names no file: that of a full disk, for one
-            error.filename = error.filename or str(path)
+        if isinstance(error, OSError):  # what writing raises names no file, or the temporary one
+            error.filename = str(path)
         raise
 
 

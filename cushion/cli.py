@@ -101,6 +101,7 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table, further_tables
     from cushion.results import FILE_NAME, finished_result
+    from cushion.schema import PREFIX
     from cushion.tracking import TRACKING_FILE, WandbTracker, noted
 
     def draw(event: Event) -> None:
@@ -112,17 +113,18 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
     with ExitStack() as stack:
         stack.enter_context(start.interruptible())
         listeners: list[Listener] = [stack.enter_context(ProgressBars())]
-        if finished_result(folder) is None:
+        done = finished_result(folder)
+        if done is None:
             listeners.append(stack.enter_context(kept(folder, config, overrides)))
         listeners.append(draw)  # figures are drawn before the tracker looks for them
         if tracker is not None:
             listeners.append(tracker)
         try:
-            result = pipeline.run(config, listeners)
+            result = done or pipeline.run(config, listeners)
             record = asdict(result)
             draw_figures(record, folder)  # a run that was killed between its result and its figures
             if tracker is not None:
-                prefix = folder / "prefix" if result.prefix else None
+                prefix = folder / PREFIX if result.prefix else None
                 tracker.catch_up(RunFinished(folder, record, prefix), pipeline.run_name(config))
         finally:
             if tracker is not None:
@@ -135,7 +137,7 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
         print(table)
         print()
     if result.prefix is not None:
-        print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / 'prefix'}.*")
+        print(f"prefix   {result.prefix['text']!r}, token ids {result.prefix['token_ids']}, in {folder / PREFIX}.*")
     for figure in figures_of(record, folder).values():
         print(f"figure   {figure}")
     print(f"W&B run  {noted(folder / TRACKING_FILE).get('location') or 'none'}")

@@ -33,13 +33,16 @@ class Corpus:
     provenance: dict[str, Any]
     _tokens: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def blocks(self, encode: Callable[[str], Tensor], length: int, count: int | None) -> Tensor:
+    def blocks(
+        self, encode: Callable[[str], Tensor], length: int, count: int | None, keys: Sequence[str] = ()
+    ) -> Tensor:
         """Non-overlapping blocks from the start of the corpus, its documents joined with blank lines.
 
         Args:
             encode: text to token ids, shape (tokens,).
             length: tokens per block.
             count: number of blocks; None for as many as the corpus fills.
+            keys: those of the configuration that decide number and length, for the error.
 
         Returns:
             Token ids, shape (blocks, length). An incomplete last block is left out.
@@ -53,17 +56,20 @@ class Corpus:
         if available < (count or 1):
             raise DataError(
                 f"data.{self.purpose} ({self._where()}) fills {available} blocks of {length} tokens, but "
-                f"{count or 1} were asked for: lower the number or the length of blocks, or name a longer text"
+                f"{count or 1} were asked for{_by(keys)}: lower the number or the length of blocks, or name a longer "
+                "text"
             )
         used = available if count is None else count
         return tokens[: used * length].reshape(used, length)
 
-    def samples(self, encode: Callable[[str], Tensor], length: int, count: int, seed: int) -> Tensor:
+    def samples(
+        self, encode: Callable[[str], Tensor], length: int, count: int, seed: int, keys: Sequence[str] = ()
+    ) -> Tensor:
         """`count` texts of exactly `length` tokens, in a seeded order, no two overlapping.
 
         Documents are shuffled; the first `length` tokens of every document long enough come first, then their
         second windows, and so on. If these do not suffice, neighbouring documents that are too short are joined with
-        blank lines, in their own order, and cut.
+        blank lines, in their own order, and cut. `keys` are as for `blocks`.
 
         Returns:
             Token ids, shape (count, length).
@@ -91,7 +97,7 @@ class Corpus:
         if len(found) < count:
             raise DataError(
                 f"data.{self.purpose} ({self._where()}) holds {len(found)} texts of {length} tokens, but {count} were "
-                "asked for: ask for fewer or shorter texts, or name a longer source"
+                f"asked for{_by(keys)}: ask for fewer or shorter texts, or name a longer source"
             )
         return torch.stack(found)
 
@@ -132,6 +138,11 @@ class Corpus:
 
     def _where(self) -> str:
         return str(self.provenance.get("origin", self.provenance.get("source")))
+
+
+def _by(keys: Sequence[str]) -> str:
+    """Which keys ask for so much text, in words; empty where none is known."""
+    return f" by {', '.join(keys)}" if keys else ""
 
 
 def load_corpora(

@@ -199,9 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CushionError as error:
         print(f"cushion-generate: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("cushion-generate: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ texts that decide which step of the tuning was best come from documents of their
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,9 @@ class Split:
         return {"split": self.by, "documents": self.documents}
 
 
-def split_texts(corpus: Corpus, encode: Encode, length: int, training: int, held_out: int, seed: int) -> Split:
+def split_texts(
+    corpus: Corpus, encode: Encode, length: int, training: int, held_out: int, seed: int, keys: Sequence[str] = ()
+) -> Split:
     """Draw `training` and `held_out` texts of `length` tokens from different documents.
 
     Held out are, in this order of preference:
@@ -48,11 +50,13 @@ def split_texts(corpus: Corpus, encode: Encode, length: int, training: int, held
     2. the last documents of the corpus, short ones joined as in `Corpus.samples`;
     3. the end of the text: the last windows of the corpus in its own order. Training gets a seeded draw of the others.
 
+    `keys` are those of the configuration that decide number and length, for the error.
+
     Raises:
         DataError: the corpus does not hold that many texts of that length.
 
     """
-    corpus.samples(encode, length, training + held_out, seed)  # refuses a corpus that is too short either way
+    corpus.samples(encode, length, training + held_out, seed, keys)  # refuses a corpus that is too short either way
     for chosen in _candidates(corpus, encode, length, held_out, seed):
         others = [index for index in range(len(corpus.documents)) if index not in chosen]
         kept = _drawn(corpus.part(sorted(chosen)), encode, length, held_out, seed)

@@ -19,7 +19,19 @@ INTEGRITY = "integrity"
 SET_ASIDE = "set_aside"
 """The folder that goes to what does not fit: nothing looks for a result or an artifact in it."""
 
-OF_A_RUN = ("prefix.json", "prefix.safetensors", "learned.safetensors", "reconstructed.safetensors", "samples")
+PREFIX = "prefix"
+"""In a run's folder: its final prefix, in files of this name with `.json` and `.safetensors`."""
+
+LEARNED = "learned.safetensors"
+"""What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""
+
+RECONSTRUCTED = "reconstructed.safetensors"
+"""What the reconstruction behind the run's own prefix learned: ranges, and perhaps weights."""
+
+SAMPLES = "samples"
+"""The folder of lm-eval's records of every sample."""
+
+OF_A_RUN = (f"{PREFIX}.json", f"{PREFIX}.safetensors", LEARNED, RECONSTRUCTED, SAMPLES)
 """The files and folders that a run leaves beside its result.json, if it has them."""
 
 
@@ -91,7 +103,7 @@ def _files(folder: Path) -> dict[str, str]:
 def _paths(folder: Path) -> Iterator[Path]:
     for name in OF_A_RUN:
         path = folder / name
-        if name == "samples" and path.is_dir():
+        if name == SAMPLES and path.is_dir():
             yield from (inner for inner in sorted(path.rglob("*")) if not inner.is_dir())
         elif os.path.lexists(path):
             yield path

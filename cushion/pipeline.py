@@ -32,7 +32,7 @@ from cushion.row import row_label
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import found_warnings, preparation_warnings, qfem_warnings, truncation_warning
-from cushion.schema import FOUND, LEARNED, NO_PREFIX, RECONSTRUCTED, STAGES, TUNED
+from cushion.schema import FOUND, LEARNED, NO_PREFIX, PREFIX, RECONSTRUCTED, SAMPLES, STAGES, TUNED
 from cushion.search.methods import METHODS
 from cushion.steps import Steps
 from cushion.tuning_ranges import tuning_quantizer
@@ -56,8 +56,7 @@ def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
         return done
     make_folder(folder)
     with FileLock(folder / ".lock"):
-        make_room(folder)
-        return finished_result(folder) or _run_locked(config, folder, listeners)  # another process may have done it
+        return make_room(folder) or _run_locked(config, folder, listeners)  # another process may have done it
 
 
 def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) -> RunResult:
@@ -87,7 +86,7 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
         if is_started:
             emit(RunFailed(folder, f"{type(error).__name__}: {error}"))
         raise
-    emit(RunFinished(folder, asdict(result), folder / "prefix" if result.prefix else None))
+    emit(RunFinished(folder, asdict(result), folder / PREFIX if result.prefix else None))
     return result
 
 
@@ -231,7 +230,7 @@ class _Run:
         return _Stage(TUNED, "tuned prefix", tuned.prefix, seconds, tuned.learned, basis, chosen)
 
     def _keep(self, prefix: Prefix) -> None:
-        prefix.save(self.folder / "prefix")
+        prefix.save(self.folder / PREFIX)
         self.result.prefix = {
             "token_ids": list(prefix.token_ids),
             "text": self.lm.decode(prefix.token_ids),
@@ -279,7 +278,7 @@ class _Run:
             assert quantizer is not None
             name, label = f"{name}_reconstructed", f"{label} + reconstruction"
             learned, learning_seconds = self._reconstruct(stage, quantizer, keep)
-        samples = self.folder / "samples" / name if self.config.eval.samples else None
+        samples = self.folder / SAMPLES / name if self.config.eval.samples else None
         measured = self.steps.measure_row(stage.prefix, quantizer, label, keep, samples, learned, fitted.prefix)
         self.result.timings[f"evaluation, {label}"] = measured.seconds
         mean = mean_accuracy({task: measured.tasks[task] for task in self.tasks.in_mean if task in measured.tasks})

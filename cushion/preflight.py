@@ -25,7 +25,8 @@ from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
 from cushion.registry import SEARCH_METHODS
 from cushion.start import interrupt_with_care
-from cushion.sweeps import Sweep, begin, swept_keys, warn_once, which
+from cushion.sweeps import Sweep, begin, warn_once, which
+from cushion.swept import swept_keys
 
 PLAN = "plan-{}.json"
 _JOBLIB = ".JoblibLauncher"

@@ -45,6 +45,10 @@ class Texts:
     reconstruction: Tensor | None = None
 
 
+_BLOCKS = ("eval.blocks", "eval.block_length")
+"""The keys that decide how much text perplexity is measured on."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A loaded model, and the texts and tasks of a run.
@@ -72,7 +76,7 @@ class Prepared:
             return self.blocks
         length, count = config.block_length - prefix_length, config.blocks
         return {
-            name: _led(self.lm, self.bos, self.corpora[purpose].blocks(self.lm.encode, length, count))
+            name: _led(self.lm, self.bos, self.corpora[purpose].blocks(self.lm.encode, length, count, _BLOCKS))
             for name, purpose in self.measured.items()
         }
 
@@ -149,7 +153,7 @@ def prepare(config: RunConfig, device: str) -> Prepared:
             raise
         raise ConfigError(f"{error} (experiment=smoke has sizes for the tiny models)") from error
     blocks = {
-        name: _led(lm, bos, corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks))
+        name: _led(lm, bos, corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks, _BLOCKS))
         for name, purpose in measured.items()
     }
     texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens), bos)
@@ -211,26 +215,31 @@ def _draw_texts(
     count = evaluation.activation_blocks
     first = blocks.get(evaluation_name(config))
     if first is None:  # no perplexity is measured
-        first = _led(lm, bos, corpora["evaluation"].blocks(encode, evaluation.block_length, count))
+        keys = ("eval.activation_blocks", "eval.block_length")
+        first = _led(lm, bos, corpora["evaluation"].blocks(encode, evaluation.block_length, count, keys))
     calibration_texts = search_texts = tuning_texts = held_out = reconstruction_texts = None
     if config.quantizer.needs_calibration_text:
-        calibration = config.quantizer.calibration
-        drawn = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed)
+        calibration, length = config.quantizer.calibration, "quantizer.calibration.length"
+        keys = ("quantizer.calibration.samples", length)
+        drawn = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed, keys)
         calibration_texts = reconstruction_texts = _led(lm, bos, drawn)
         if config.reconstruction.samples is not None:
             wanted = config.reconstruction.samples
-            drawn = corpora["calibration"].samples(encode, calibration.length, wanted, seed)
+            keys = ("reconstruction.samples", length)
+            drawn = corpora["calibration"].samples(encode, calibration.length, wanted, seed, keys)
             reconstruction_texts = _led(lm, bos, drawn)
     method = METHODS[search.method]
     if method.texts is not None:
         places = list(range(method.texts(search, start_length)))
         if method.places is not None:
             places = method.places(search, start_length)
-        drawn = corpora["search"].samples(encode, search.text_length, max(places) + 1, seed)
+        of_search = [f"search.{key}" for key in (*method.texts_by, "text_length")]
+        drawn = corpora["search"].samples(encode, search.text_length, max(places) + 1, seed, of_search)
         search_texts = _led(lm, bos and not method.leads_texts, drawn[places])
     if tuning.method != "none":
         numbers = tuning.sequences, tuning.held_out_sequences
-        split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed)
+        of_tuning = ("tuning.sequences", "tuning.held_out_sequences", "tuning.sequence_length")
+        split = split_texts(corpora["tuning"], encode, tuning.sequence_length, *numbers, seed, of_tuning)
         tuning_texts, held_out = (_led(lm, bos, texts) for texts in (split.training, split.held_out))
         corpora["tuning"].provenance["held_out"] = split.record
     return Texts(first[:count], calibration_texts, search_texts, tuning_texts, held_out, reconstruction_texts)

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import cushion
 from cushion.artifacts import read_json, write_json
 from cushion.errors import ArtifactError
-from cushion.integrity import OF_A_RUN, SET_ASIDE, misfit, sealed
+from cushion.integrity import OF_A_RUN, SAMPLES, SET_ASIDE, misfit, sealed
 from cushion.metrics.columns import parts
 from cushion.schema import FILE_NAME as FILE_NAME
 from cushion.schema import SCHEMA_VERSION as SCHEMA_VERSION
@@ -94,7 +95,12 @@ class RunResult:
             ArtifactError: the file is damaged or of another schema version.
 
         """
-        record = current(read_json(path), path)
+        return cls._of(read_json(path), path)
+
+    @classmethod
+    def _of(cls, content: Any, path: Path) -> RunResult:
+        """The result that a file has as its content."""
+        record = current(content, path)
         try:
             return cls(**{**record, "rows": [Row(**row) for row in record["rows"]]})
         except (TypeError, KeyError) as error:
@@ -103,42 +109,58 @@ class RunResult:
 
 def finished_result(folder: Path) -> RunResult | None:
     """The completed result in `folder`, or None when the run has not been done, failed, or left what does not fit."""
-    if unusable(folder) is not None or not (folder / FILE_NAME).is_file():
-        return None
-    result = RunResult.read(folder / FILE_NAME)
-    return result if result.status == "completed" else None
+    return _finished(folder)[0]
 
 
-def unusable(folder: Path) -> str | None:
-    """Why the result in a run's folder is not what the run left there, in words; None where it is, or there is none."""
+def _finished(folder: Path) -> tuple[RunResult | None, str | None]:
+    """The completed result in a run's folder, if it is what the run left there, and in words why it is not."""
     path = folder / FILE_NAME
     if not os.path.lexists(path):
-        return None
+        return None, None
     try:
-        RunResult.read(path)
-        record = read_json(path)
+        content = read_json(path)
+        result = RunResult._of(content, path)
     except ArtifactError as error:
-        return str(error).removesuffix(f": {way_out(path)}")
-    reason = misfit(record, folder) if record["status"] == "completed" else None
-    return None if reason is None else f"{path} {reason}"
+        return None, str(error).removesuffix(f": {way_out(path)}")
+    if result.status != "completed":
+        return None, None
+    reason = misfit(content, folder)
+    return (result, None) if reason is None else (None, f"{path} {reason}")
 
 
-def make_room(folder: Path) -> None:
-    """Move what does not fit out of a run's folder, with a warning, so that the run is done again.
+def make_room(folder: Path) -> RunResult | None:
+    """The completed result in a run's folder; what does not fit is moved out of it, with a warning.
 
-    Call it with the folder's lock. The run's cached steps stay: each is checked for itself when it is read.
+    Call it with the folder's lock. Without a result the run is done, or done again. Its cached steps stay: each is
+    checked for itself when it is read.
     """
     for left_over in folder.glob(".*.json-*"):  # of a process that was killed while it wrote
         left_over.unlink()
-    reason = unusable(folder)
+    result, reason = _finished(folder)
+    names: Sequence[str] = (FILE_NAME, *OF_A_RUN)
+    if reason is None and result is None:
+        names = [name for name in OF_A_RUN if _is_in_the_way(folder / name)]
+        reason = f"{folder / names[0]} is not what a run leaves there" if names else None
     if reason is None:
-        return
+        return result
     place = folder / SET_ASIDE / str(time.time_ns())
     place.mkdir(parents=True)
-    for name in (FILE_NAME, *OF_A_RUN):
+    for name in names:
         if os.path.lexists(folder / name):
             (folder / name).rename(place / name)
     logger.warning("%s: it was moved to %s, and the run is done again", reason, place)
+    return None
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether what stands where a run writes a file of its own, or its folder of samples, is something else."""
+    if not os.path.lexists(path):
+        return False
+    if path.name != SAMPLES:
+        return not path.is_file()
+    return not (
+        path.is_dir() and all(row.is_dir() for row in path.iterdir()) and all(one.is_file() for one in path.glob("*/*"))
+    )
 
 
 def make_folder(folder: Path) -> None:

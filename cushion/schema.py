@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cushion.errors import ArtifactError
+from cushion.integrity import LEARNED as LEARNED
+from cushion.integrity import PREFIX as PREFIX
+from cushion.integrity import RECONSTRUCTED as RECONSTRUCTED
+from cushion.integrity import SAMPLES as SAMPLES
 from cushion.integrity import opened
 from cushion.results_v1 import upgraded
 
@@ -19,12 +23,6 @@ LOG = "run.log"
 """In a run's folder: what it logged. `LOGGED` reads a line of it, or of the lines of a message the first."""
 
 LOGGED = re.compile(r"[\d-]+ (?P<time>[\d:]+),\d+ (?P<level>[A-Z]+) (?P<message>.*)")
-
-LEARNED = "learned.safetensors"
-"""What was learned for a quantizer; in a run's folder, the ranges that were learned with the tuned prefix beside it."""
-
-RECONSTRUCTED = "reconstructed.safetensors"
-"""What the reconstruction behind the run's own prefix learned: ranges, and perhaps weights."""
 
 SCHEMA_VERSION = 2
 STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")

@@ -22,6 +22,7 @@ from cushion.errors import ArtifactError
 from cushion.metrics.columns import Place, columns
 from cushion.reporting.collect import FILE_NAME, read_result
 from cushion.reporting.tables import aligned, cell_text
+from cushion.swept import key_of, own_overrides, swept_keys
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Sweep:
 
     def of(self, overrides: Sequence[str]) -> list[str]:
         """Those of a run's overrides that set the swept keys."""
-        return [override for override in overrides if _key(override) in self.keys]
+        return [override for override in overrides if key_of(override) in self.keys]
 
     def heading(self, number: int, overrides: Sequence[str]) -> str:
         """The line of a run, from 0: `[2/6] search.tau=0.5`."""
@@ -56,16 +57,6 @@ class _Planned:
 
 _planned: list[_Planned] = []
 """The runs of the sweep that this process began."""
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
-def swept_keys(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """The keys of the overrides that not all runs share, in their order."""
-    shared = set.intersection(*map(set, jobs)) if jobs else set()
-    return tuple(dict.fromkeys(_key(override) for job in jobs for override in job if override not in shared))
 
 
 def begin(sweep: Sweep, jobs: Sequence[list[str]] = (), folders: Sequence[list[Path]] = ()) -> None:
@@ -132,9 +123,8 @@ def said_before(messages: Sequence[str]) -> Iterator[None]:
 
 def which(jobs: Sequence[list[str]], numbers: Sequence[int]) -> str:
     """The first of some runs by what tells it from the others of the sweep, and how many more there are."""
-    swept = [override for override in jobs[numbers[0]] if any(override not in job for job in jobs)]
     more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-    return f"run {numbers[0] + 1}{more}: {shlex.join(swept or jobs[numbers[0]])}"
+    return f"run {numbers[0] + 1}{more}: {shlex.join(own_overrides(jobs)[numbers[0]])}"
 
 
 # ---- the closing table ----------------------------------------------------------------------------------------------
@@ -153,7 +143,7 @@ def closing() -> str | None:
     titles = ["run", *keys, *(["row"] if len(labels) > 1 else []), *(column.named(Place.SWEEP) for column in shown)]
     lines = [titles if rows else [*titles, "state"]]
     for number, (run, outcome, row) in enumerate(zip(_planned, found, last, strict=True), start=1):
-        values = {_key(override): override.partition("=")[2] for override in run.overrides}
+        values = {key_of(override): override.partition("=")[2] for override in run.overrides}
         cells = [str(number), *(values.get(key, "-") for key in keys)]
         if row is None:
             cells += [_state(outcome), *["-"] * (len(lines[0]) - len(cells) - 1)]

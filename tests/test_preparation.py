@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from cushion.config import (
     CorpusConfig,
     QFeMConfig,
     QuantizerConfig,
+    ReconstructionConfig,
     RunConfig,
     SearchConfig,
 )
@@ -40,6 +43,27 @@ def test_further_corpora_are_read_for_perplexity_alone(text_file: Path, tmp_path
     found = prepare(config, "cpu")
     assert set(found.corpora) == {"evaluation", "calibration"}
     assert found.blocks == {}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "eval.blocks", "eval.activation_blocks", "quantizer.calibration.samples", "reconstruction.samples",
+        "search.verify_texts", "search.texts", "tuning.sequences", "tuning.held_out_sequences",
+    ],
+)  # fmt: skip
+def test_the_key_that_asks_for_more_text_than_there_is_is_named(text_file: Path, tmp_path: Path, key: str) -> None:
+    config = tuning_config(text_file, tmp_path / "out")
+    config.eval.perplexity = key != "eval.activation_blocks"
+    if key == "reconstruction.samples":
+        config.reconstruction = ReconstructionConfig("weights", "blockwise")
+    if key == "search.texts":
+        config.search = SearchConfig("qfep", "qfep", text_length=16)
+    above, _, name = key.rpartition(".")
+    setattr(attrgetter(above)(config), name, 10**5)
+    asked = rf"but 1000\d\d were asked for by .*{re.escape(key)}\b.*: (lower|ask for fewer)"
+    with pytest.raises(DataError, match=asked):
+        prepare(config, "cpu")
 
 
 # ---- devices ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -24,7 +25,6 @@ from cushion.results import (
     finished_result,
     make_folder,
     make_room,
-    unusable,
 )
 
 
@@ -120,16 +120,40 @@ def test_what_does_not_fit_a_result_is_named_and_set_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     run = left_by_a_run(tmp_path / "run")
-    make_room(run)
-    assert finished_result(run) == result()
+    assert make_room(run) == finished_result(run) == result()
     assert not caplog.messages
     CHANGES[reason](run)
     assert finished_result(run) is None
-    make_room(run)
+    assert make_room(run) is None
     (message,) = caplog.messages
     assert re.search(rf"{FILE_NAME}.* {reason}.* it was moved to .*set_aside.*, and the run is done again", message)
     assert {path.name for path in run.iterdir()} == {".lock", "figures", "set_aside"}, "what others made stays"
-    assert (unusable(run), finished_result(run)) == (None, None)
+    assert make_room(run) is None
+    assert caplog.messages == [message], "nothing is left that does not fit"
+
+
+@pytest.mark.parametrize(
+    "name", ["prefix.json", "learned.safetensors", "samples", "samples/row", "samples/row/task.jsonl"]
+)
+@pytest.mark.parametrize("instead", [folder_for, loop])
+def test_what_stands_in_the_way_of_a_run_without_a_result_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, instead: Callable[[Path], object]
+) -> None:
+    run = left_by_a_run(tmp_path / "run")
+    (run / FILE_NAME).unlink()
+    assert make_room(run) is None
+    assert not caplog.messages, "a run that was killed goes on with what it has"
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.touch()
+    if path.suffix or instead is loop:
+        instead(path)
+    assert make_room(run) is None
+    (message,) = caplog.messages
+    top = name.partition("/")[0]
+    assert re.search(rf"{top} is not what a run leaves there: it was moved to .*set_aside", message)
+    assert not (run / top).exists()
 
 
 def test_what_stands_in_place_of_a_folder_is_moved_beside_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from reporting.records import failed, record, row, write
 from cushion import sweeps
 from cushion.config import RunConfig, TrackingConfig, to_dict
 from cushion.events import RunStarted
+from cushion.swept import own_overrides, swept_keys
 from cushion.tracking import WandbTracker
 
 JOBS = [["search=none", f"search.tau={tau}", f"seed={seed}"] for tau in (0.25, 0.5) for seed in (0, 1)]
@@ -26,8 +27,10 @@ def no_sweep() -> Iterator[None]:
 
 
 def test_what_tells_runs_apart_is_swept_and_a_launchers_process_knows_it() -> None:
-    assert sweeps.swept_keys(JOBS) == ("search.tau", "seed")
-    assert sweeps.swept_keys(JOBS[:1]) == sweeps.swept_keys([]) == ()
+    assert swept_keys(JOBS) == ("search.tau", "seed")
+    assert swept_keys(JOBS[:1]) == swept_keys([]) == ()
+    assert own_overrides(JOBS)[2] == JOBS[2][1:]
+    assert own_overrides(JOBS[:1]) == JOBS[:1], "nothing tells a single run apart"
     sweeps.begin(sweeps.Sweep(4, ("search.tau", "seed")), JOBS, [[] for _ in JOBS])
     sweep = sweeps.current()
     assert sweep is not None
@@ -47,7 +50,7 @@ def test_the_closing_table_has_the_last_row_of_every_run_and_counts_failures(tmp
     rows = [row("full_precision", 10.0), row("quantized", 15.0, seconds=7.0, **ratio)]
     write(tmp_path, record(rows=rows), failed("no room"), record(rows=rows[:1]))
     folders = [[tmp_path / "cuda", tmp_path / f"run{number:02}"] for number in range(4)]
-    sweeps.begin(sweeps.Sweep(4, sweeps.swept_keys(JOBS)), JOBS, folders)
+    sweeps.begin(sweeps.Sweep(4, swept_keys(JOBS)), JOBS, folders)
     text = sweeps.closing()
     assert text is not None
     title, _, head, _, *runs = text.splitlines()
@@ -63,7 +66,7 @@ def test_the_closing_table_has_the_last_row_of_every_run_and_counts_failures(tmp
 
 
 def test_a_sweep_without_a_single_result_still_has_a_table(tmp_path: Path) -> None:
-    sweeps.begin(sweeps.Sweep(4, sweeps.swept_keys(JOBS)), JOBS, [[tmp_path] for _ in JOBS])
+    sweeps.begin(sweeps.Sweep(4, swept_keys(JOBS)), JOBS, [[tmp_path] for _ in JOBS])
     text = sweeps.closing()
     assert text is not None
     assert text.splitlines()[-1] == "4 runs: 4 no result"

@@ -72,7 +72,7 @@ def block_losses(
         in_front: how many tokens stand before that in each block, which are not predicted either.
 
     """
-    first = in_front + (2 if bos and not config.predict_first else 1)
+    first = in_front + first_predicted(config, bos)
     for index in range(start, math.ceil(len(blocks) / config.batch_size)):
         batch = blocks[index * config.batch_size : (index + 1) * config.batch_size].to(lm.device)
         yield _batch_loss(lm, prefix, batch, first)
@@ -81,14 +81,39 @@ def block_losses(
 def _batch_loss(lm: LanguageModel, prefix: Prefix, batch: Tensor, first: int) -> BlockLoss:
     """The loss over the tokens of a batch, (blocks, tokens), from position `first` on."""
     targets = batch[:, first:]
-    hidden = lm.body(batch, past_key_values=prefix.cache(lm.model, len(batch)), use_cache=True).last_hidden_state
-    hidden = hidden[:, :-1][:, -targets.shape[1] :]
-    loss = 0.0
-    for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
-        part = slice(low, low + POSITIONS_PER_CHUNK)
-        predicted, wanted = lm.logits(hidden[:, part]).flatten(0, 1).float(), targets[:, part].flatten()
-        loss += functional.cross_entropy(predicted, wanted.to(predicted.device), reduction="sum").item()
+    hidden = predicting_states(lm, prefix, batch)[:, -targets.shape[1] :]
+    loss = sum(summed_loss(lm.logits(hidden[:, part]), targets[:, part]) for part in chunks(targets.shape[1]))
     return BlockLoss(loss, targets.numel())
+
+
+def first_predicted(config: EvalConfig, bos: bool) -> int:
+    """Position of the first token of a block that is predicted; `bos`: whether the blocks begin with BOS."""
+    return 2 if bos and not config.predict_first else 1
+
+
+def predicting_states(lm: LanguageModel, prefix: Prefix, batch: Tensor) -> Tensor:
+    """The last hidden states of a batch of blocks, (blocks, tokens - 1, features): the last token predicts none."""
+    cache = prefix.cache(lm.model, len(batch))
+    hidden: Tensor = lm.body(batch, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden[:, :-1]
+
+
+def chunks(positions: int) -> Iterator[slice]:
+    """The positions of a block in parts whose logits are formed at once."""
+    for low in range(0, positions, POSITIONS_PER_CHUNK):
+        yield slice(low, low + POSITIONS_PER_CHUNK)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> float:
+    """Summed negative log-likelihood, in nats.
+
+    Args:
+        logits: (blocks, positions, vocabulary).
+        targets: token ids, (blocks, positions).
+
+    """
+    wanted = targets.flatten().to(logits.device)
+    return functional.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="sum").item()
 
 
 def check_evaluation(lm: LanguageModel, config: EvalConfig, prefix_length: int, bos: bool = False) -> None:

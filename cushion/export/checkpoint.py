@@ -22,11 +22,10 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from cushion.errors import ArtifactError, ConfigError
-from cushion.evaluation.perplexity import POSITIONS_PER_CHUNK, BlockLoss, perplexity
+from cushion.evaluation.perplexity import BlockLoss, chunks, perplexity, predicting_states, summed_loss
 from cushion.execution.base import Execution
 from cushion.export.checkpoint_card import PREFIX_FOLDER, Agreement, checkpoint_card
 from cushion.export.finished import FinishedRun
@@ -213,21 +212,16 @@ def compare(again: Refitted, folder: Path, dtype: str) -> Agreement:
 
 def _side_by_side(again: Refitted, other: LanguageModel, batch: Tensor) -> tuple[float, BlockLoss, BlockLoss]:
     """The largest difference of two logits on a batch of blocks, and the loss of either model."""
-    models, hidden = (again.lm, other), list[Tensor]()
-    for lm in models:
-        cache = again.prefix.cache(lm.model, len(batch))
-        hidden.append(lm.body(batch, past_key_values=cache, use_cache=True).last_hidden_state[:, :-1])
+    models = again.lm, other
+    hidden = [predicting_states(lm, again.prefix, batch) for lm in models]
     targets = batch[:, 1:]
     largest, sums = 0.0, [0.0, 0.0]
-    for low in range(0, targets.shape[1], POSITIONS_PER_CHUNK):
-        part = slice(low, low + POSITIONS_PER_CHUNK)
+    for part in chunks(targets.shape[1]):
         ours, theirs = (lm.logits(states[:, part]).float() for lm, states in zip(models, hidden, strict=True))
         largest = max(largest, (ours - theirs).abs().max().item())
-        counted = slice(max(0, again.first - 1 - low), None)
-        wanted = targets[:, part][:, counted].flatten()
+        counted = slice(max(0, again.first - 1 - part.start), None)
         for index, logits in enumerate((ours, theirs)):
-            predicted = logits[:, counted].flatten(0, 1)
-            sums[index] += functional.cross_entropy(predicted, wanted, reduction="sum").double().item()
+            sums[index] += summed_loss(logits[:, counted], targets[:, part][:, counted])
     if math.isnan(sums[0]) or math.isnan(sums[1]):
         largest = math.nan
     tokens = targets[:, again.first - 1 :].numel()

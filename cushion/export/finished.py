@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cushion.errors import ArtifactError, ConfigError
-from cushion.schema import FILE_NAME, current
+from cushion.schema import FILE_NAME, PREFIX, current
 
 if TYPE_CHECKING:
     from cushion.prefix import Prefix
@@ -94,10 +94,10 @@ class FinishedRun:
         from cushion.prefix import Prefix  # imports torch: only here
 
         wanted = self.require_prefix()["fingerprint"]
-        prefix = Prefix.load(self.folder / "prefix")
+        prefix = Prefix.load(self.folder / PREFIX)
         if prefix.fingerprint != wanted:
             raise ArtifactError(
-                f"{self.folder / 'prefix.safetensors'} is not the prefix of the {FILE_NAME} beside it: run again"
+                f"{self.folder / PREFIX}.safetensors is not the prefix of the {FILE_NAME} beside it: run again"
             )
         return prefix
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cushion.evaluation.perplexity import first_predicted
 from cushion.export.finished import FinishedRun
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -56,5 +57,5 @@ def refit(run: FinishedRun) -> Refitted:
         fitted = remade.model(run.record["rows"][-1]).fitted
     prepared, measured = remade.prepared, remade.config.eval
     corpus, blocks = next(iter(prepared.blocks_behind(measured, len(prefix)).items()))
-    first = 2 if prepared.bos and not measured.predict_first else 1
+    first = first_predicted(measured, prepared.bos)
     return Refitted(prepared.lm, prefix, fitted, corpus, blocks[:BLOCKS], min(measured.batch_size, BLOCKS), first)

@@ -24,6 +24,7 @@ from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.replacements import Replacements
+from cushion.quantization.statistics.gathered import ByLinear
 
 if TYPE_CHECKING:
     from cushion.execution.base import Execution
@@ -143,11 +144,18 @@ class FittedQuantizer:
                     f"quantizer={config.name} has {part.key}, which was not fitted: fit it block by "
                     "block behind the prefix first (cushion.quantization.fitting)"
                 )
+        turned = rotation_under(lm, config)
+        for needed, found in self.inputs.items():
+            if isinstance(found, ByLinear) and found.rotation != turned:
+                raise CalibrationError(
+                    f"the statistics of the linears' inputs ({needed.place}) are those of a model with rotation "
+                    f"{found.rotation}, and quantizer={config.name} needs them with {turned}: gather them under this "
+                    "quantizer (cushion.quantization.input_statistics.observe_fitted)"
+                )
         if not config.needs_calibration:
             return
         if self.ranges is None:
             raise CalibrationError(f"quantizer={config.name} needs calibration statistics, and none were given")
-        turned = lm.rotation if config.rotation == "none" else (config.rotation, config.rotation_seed)
         if self.ranges.rotation != turned:
             raise CalibrationError(
                 f"the calibration statistics are those of a model with rotation {self.ranges.rotation}, and "
@@ -185,6 +193,11 @@ class FittedQuantizer:
             if weight.shape != linears[name].weight.shape:
                 shapes = f"{tuple(weight.shape)}, and that of the model {tuple(linears[name].weight.shape)}"
                 raise CalibrationError(f"the learned weight of {name} has shape {shapes}: it is of another model")
+
+
+def rotation_under(lm: LanguageModel, config: QuantizerConfig) -> tuple[str, int]:
+    """The rotation of the residual stream, and its seed, with a quantizer on the model."""
+    return lm.rotation if config.rotation == "none" else (config.rotation, config.rotation_seed)
 
 
 @contextmanager

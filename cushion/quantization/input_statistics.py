@@ -26,7 +26,7 @@ from cushion.hashing import tensor_digest
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.calibration import Calibration, calibrate
-from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.fitted import FittedQuantizer, rotation_under
 from cushion.quantization.identity import quantizer_identity, rotation_of
 from cushion.quantization.parts.base import Needed
 from cushion.quantization.parts.registry import PARTS, without_rounding
@@ -68,6 +68,9 @@ def observe_fitted(
 
     """
     with replace(fitted, config=without_rounding(fitted.config)).on(lm):
+        for observer in observers:
+            if isinstance(observer, GatheredStatistics):
+                observer.by_linear.rotation = lm.rotation
         for done, text in enumerate(texts, start=1):
             cache = behind.cache(lm.model)
             with ExitStack() as hooks:
@@ -159,7 +162,7 @@ class InputStatisticsStep(Step[InputStatistics]):
         """Everything that was gathered, on the model's device."""
         seconds = float(read_json(folder / "inputs.json")["seconds"])
         known = {} if self.calibration is None else self.calibration.inputs
-        found = {**known, **_read_all(self._needed(), folder, context.lm.device)}
+        found = {**known, **_read_all(self._needed(), folder, context.lm, self.quantizer)}
         return InputStatistics(found, folder.name, seconds)
 
     def _needed(self) -> list[Needed]:
@@ -201,7 +204,7 @@ def fitted_behind(
     deque(observe_fitted(lm, behind, texts, fitted, observers), maxlen=0)
     with TemporaryDirectory() as folder:  # through files, as the cached step has it
         _write(observers, Path(folder))
-        return replace(fitted, inputs={**fitted.inputs, **_read_all(needed, Path(folder), lm.device)})
+        return replace(fitted, inputs={**fitted.inputs, **_read_all(needed, Path(folder), lm, quantizer)})
 
 
 def _write(observers: Sequence[InputObserver | GatheredStatistics], into: Path) -> None:
@@ -211,8 +214,18 @@ def _write(observers: Sequence[InputObserver | GatheredStatistics], into: Path) 
         observer.write(folder)
 
 
-def _read_all(needed: Sequence[Needed], folder: Path, device: torch.device) -> dict[Needed, Any]:
-    return {one: _read(one, folder / str(number), device) for number, one in enumerate(needed)}
+def _read_all(
+    needed: Sequence[Needed], folder: Path, lm: LanguageModel, quantizer: QuantizerConfig
+) -> dict[Needed, Any]:
+    """What `_write` kept of the model under a quantizer."""
+    found: dict[Needed, Any] = {}
+    for number, one in enumerate(needed):
+        kind, own = located(one.place), folder / str(number)
+        if issubclass(kind, InputObserver):
+            found[one] = kind.read(own, lm.device)
+        else:
+            found[one] = read_statistics(kind, own, rotation_under(lm, quantizer))
+    return found
 
 
 def _observer(needed: Needed) -> InputObserver | GatheredStatistics:
@@ -220,8 +233,3 @@ def _observer(needed: Needed) -> InputObserver | GatheredStatistics:
     if issubclass(kind, InputObserver):
         return cast(InputObserver, kind(**dict(needed.options)))
     return GatheredStatistics(partial(kind, **dict(needed.options)))
-
-
-def _read(needed: Needed, folder: Path, device: torch.device) -> Any:
-    kind = located(needed.place)
-    return kind.read(folder, device) if issubclass(kind, InputObserver) else read_statistics(kind, folder)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cushion.activations import ChannelRanges, observe_inputs
+from cushion.activations import ChannelRanges, observe_inputs, observe_outputs
 from cushion.artifacts import read_json, read_tensors, write_json
 from cushion.blockwise import BlockRunner
 from cushion.errors import CalibrationError, input_not_finite
@@ -289,13 +289,13 @@ def _groups(lm: LanguageModel, index: int, targets: Mapping[str, nn.Linear]) -> 
             takes_shift = all(isinstance(reader, nn.Linear) for reader in readers.values())
             groups.append(Group(norm, outputs, linears, inputs, takes_shift))
 
-            def see_output(_module: nn.Module, _args: Any, output: Tensor, seen: list[Tensor] = outputs) -> None:
-                seen.append(output.detach().flatten(0, -2))
+            def see_output(_name: str, values: Tensor, seen: list[Tensor] = outputs) -> None:
+                seen.append(values.detach().flatten(0, -2))
 
             def see_input(name: str, values: Tensor, seen: dict[str, list[Tensor]] = inputs) -> None:
                 seen.setdefault(name, []).append(values.detach())
 
-            hooks.callback(lm.model.get_submodule(norm).register_forward_hook(see_output).remove)
+            hooks.enter_context(observe_outputs({norm: lm.model.get_submodule(norm)}, see_output))
             hooks.enter_context(
                 observe_inputs({name: linear for name, linear in linears.items() if name in targets}, see_input)
             )

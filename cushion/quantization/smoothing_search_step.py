@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from cushion.artifacts import Workspace, read_json, write_json
-from cushion.hashing import digest, tensor_digest
-from cushion.prefix import Prefix
-from cushion.quantization.calibration import Calibration
+from cushion.artifacts import Workspace
+from cushion.hashing import tensor_digest
+from cushion.quantization.added_step import AddedStep
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.parts.smoothing_search import SEARCHED
-from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.smoothing_search import SmoothingSearch, search_smoothing, searched_under
-from cushion.step import Context, Step
+from cushion.step import Context
 
 
 @dataclass(frozen=True, eq=False)
-class SmoothingSearchStep(Step[Calibration]):
-    """The scales with which a quantizer smooths, with the calibration that stands before the search.
-
-    Args:
-        behind: the prefix.
-        quantizer: whose errors decide.
-        calibration: statistics behind the same prefix; the search reads none of them.
-        texts: token ids, (texts, tokens).
-
-    """
+class SmoothingSearchStep(AddedStep):
+    """The scales with which a quantizer smooths; the search reads nothing of the calibration before it."""
 
     name = "smoothing"
-    behind: Prefix
-    quantizer: QuantizerConfig
-    calibration: Calibration | None
-    texts: Tensor
+    adds = SEARCHED
+    seconds_in = "seconds.json"
 
     def key(self, context: Context) -> dict[str, Any]:
         """Prefix, what of the quantizer decides, and texts."""
@@ -53,14 +41,8 @@ class SmoothingSearchStep(Step[Calibration]):
             context.progress("search of scales", done, len(context.lm.blocks), "block")
             if done == len(context.lm.blocks):
                 found.write(workspace.folder)
-        write_json(workspace.folder / "seconds.json", {"seconds": time.perf_counter() - started})
+        self.write_seconds(workspace, started)
 
-    def read(self, context: Context, folder: Path) -> Calibration:
-        """What was known before, and the scales."""
-        before = self.calibration or Calibration(None, "", 0.0)
-        return replace(
-            before,
-            key=digest([before.key, folder.name]),
-            seconds=before.seconds + float(read_json(folder / "seconds.json")["seconds"]),
-            inputs={**before.inputs, SEARCHED: SmoothingSearch.read(folder, context.lm.device)},
-        )
+    def found(self, folder: Path, device: torch.device) -> Any:
+        """The scales."""
+        return SmoothingSearch.read(folder, device)

@@ -21,6 +21,7 @@ from cushion.errors import ArtifactError, CushionError
 from cushion.integrity import is_aside
 from cushion.reporting.collect import FILE_NAME, Run, read_result
 from cushion.schema import LOG, LOGGED
+from cushion.swept import own_overrides
 
 STATES = ("done", "running", "failed", "damaged", "interrupted", "missing")
 LOCK, PLANS = ".lock", "sweeps/plan-*.json"
@@ -141,15 +142,15 @@ def _planned(roots: Sequence[Path]) -> list[tuple[tuple[Path, ...], RunState]]:
         above = [path for parent in root.parents for path in sorted(parent.glob(PLANS))]
         for plan in [*above, *sorted(root.rglob(PLANS))]:
             runs = _plan(plan)
-            shared = set.intersection(*(set(run["overrides"]) for run in runs)) if len(runs) > 1 else set()
-            for run in runs:
+            for run, own in zip(runs, own_overrides([run["overrides"] for run in runs]), strict=True):
                 folders = tuple(plan.parent.parent / folder for folder in run["folders"])
                 if any(folder.is_relative_to(root) for folder in folders):
-                    swept = shlex.join([override for override in run["overrides"] if override not in shared])
                     above_it = folders[0].parent
                     place = above_it.relative_to(root).as_posix() if above_it.is_relative_to(root) else "."
                     model = run.get("model", folders[0].parents[1].name)  # a plan of an older version has none
-                    found[folders] = RunState("missing", place, run["experiment"], swept, run.get("seed"), model)
+                    found[folders] = RunState(
+                        "missing", place, run["experiment"], shlex.join(own), run.get("seed"), model
+                    )
     return list(found.items())
 
 

@@ -88,6 +88,7 @@ class SearchMethod:
             starts with, or consists of; None for none.
         reads: the keys of `search` that have an effect with it, beside those that always have.
         texts: how many texts of `search.text_length` tokens it reads, by the number of start tokens; None for no text.
+        texts_by: the keys of `search` that decide how many, for the error where the text does not hold them.
         places: which ones these are, places in the seeded order of all texts, from 0 on, by the number of start tokens;
             None for the first ones.
         longest: the length of the longest prefix that it may give, by the number of start tokens.
@@ -107,6 +108,7 @@ class SearchMethod:
     start: str | None = None
     reads: tuple[str, ...] = ()
     texts: Callable[[SearchConfig, int], int] | None = None
+    texts_by: tuple[str, ...] = ()
     places: Callable[[SearchConfig, int], list[int]] | None = None
     longest: Callable[[SearchConfig, int], int] = _as_started
     needs_bos: bool = False
@@ -118,7 +120,7 @@ class SearchMethod:
     idle: Callable[[SearchConfig], list[str]] = _none_idle
 
     def __post_init__(self) -> None:
-        unknown = set(self.reads) - {field.name for field in dataclasses.fields(SearchConfig)}
+        unknown = {*self.reads, *self.texts_by} - {field.name for field in dataclasses.fields(SearchConfig)}
         if unknown:
             keys = ", ".join(f"search.{key}" for key in sorted(unknown))
             raise ConfigError(f"search.method={self.name} is declared to read {keys}, which there is not")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,9 +32,13 @@ from cushion.models.architectures import ARCHITECTURES, Architecture, ResidualSt
 from cushion.models.tiny import VOCABULARY_SIZE, byte_tokenizer
 from cushion.prefix import Prefix
 from cushion.quantization.check import check_quantizer
+from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.hadamard import randomized_hadamard
+from cushion.quantization.input_statistics import fitted_behind, observe_fitted
 from cushion.quantization.rotation import check_rotation, rotated
 from cushion.quantization.simulate import quantized
+from cushion.quantization.statistics.gathered import GatheredStatistics
+from cushion.registry import located
 
 Tiny = Callable[..., LanguageModel]
 ROTATABLE = SMOOTHABLE  # the families and the variants whose norms stand before their readers
@@ -468,3 +473,25 @@ def test_ranges_of_another_rotation_are_refused(tiny: Tiny) -> None:
     with quantized(lm, QuantizerConfig(rotation="hadamard", rotation_seed=4), turned):
         assert torch.isfinite(logits(lm)).all()
     assert lm.rotation == ("none", 0)
+
+
+def test_statistics_of_another_rotation_are_refused(tiny: Tiny) -> None:
+    lm, texts = tiny("llama"), random_texts(2, 8)
+    static = ActivationConfig(range="static", estimator="percentile")
+    configs = [
+        QuantizerConfig(activations=static, rotation=rotation, rotation_seed=seed)
+        for rotation, seed in (("none", 0), ("hadamard", 4), ("hadamard", 5))
+    ]
+    for own in configs:
+        fitted = fitted_behind(lm, Prefix.empty(), own, texts)
+        (needed,) = own.gathered
+        gathered = GatheredStatistics(located(needed.place))
+        for _ in observe_fitted(lm, Prefix.empty(), texts, FittedQuantizer(own), [gathered]):
+            pass
+        for inputs in (fitted.inputs, {needed: gathered.by_linear}):
+            for other in configs:
+                with ExitStack() as stack:
+                    if other is not own:
+                        stack.enter_context(pytest.raises(CalibrationError, match="gather them under this quantizer"))
+                    with FittedQuantizer(other, inputs=inputs).on(lm):
+                        assert torch.isfinite(logits(lm)).all()

@@ -17,6 +17,19 @@ from cushion.quantization.statistics.base import Statistic
 FILE_NAME = "statistics.safetensors"
 
 
+class ByLinear(dict[str, Statistic]):
+    """Statistics of the inputs of linears, by full name.
+
+    Args:
+        rotation: under which rotation of the model they were gathered, and its seed: they fit no other.
+
+    """
+
+    def __init__(self, rotation: tuple[str, int] = ("none", 0)) -> None:
+        super().__init__()
+        self.rotation = rotation
+
+
 class GatheredStatistics:
     """An observer (`cushion.activations.observe_inputs`) that keeps one statistic by linear.
 
@@ -29,7 +42,7 @@ class GatheredStatistics:
 
     def __init__(self, new: Callable[[], Statistic]) -> None:
         self._new = new
-        self.by_linear: dict[str, Statistic] = {}
+        self.by_linear = ByLinear()
         self._last: tuple[weakref.ref[Tensor], int, Any] | None = None
 
     def __call__(self, name: str, values: Tensor) -> None:
@@ -71,11 +84,13 @@ class GatheredStatistics:
         save_file(tensors, folder / FILE_NAME)
 
 
-def read_statistics(kind: type[Statistic], folder: Path) -> dict[str, Statistic]:
-    """What `GatheredStatistics.write` kept, by linear; one that no token reached has none."""
+def read_statistics(kind: type[Statistic], folder: Path, rotation: tuple[str, int] = ("none", 0)) -> ByLinear:
+    """What `GatheredStatistics.write` kept, of a model under this rotation; a linear that no token reached has none."""
     tensors = read_tensors(folder / FILE_NAME, artifact=folder.parent)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         own, _, name = key.partition(" ")
         parts.setdefault(name, {})[own] = value
-    return {name: kind.of(own) for name, own in parts.items()}
+    found = ByLinear(rotation)
+    found.update({name: kind.of(own) for name, own in parts.items()})
+    return found

@@ -114,6 +114,7 @@ register(
             "user_tokens",
         ),
         texts=_texts,
+        texts_by=("max_length", "verify_texts"),
         places=_places,
         longest=_longest,
         check_model=_check_model,
