@@ -16,7 +16,7 @@ said:
 	@echo "them search and tuning; bars show the time that is left. cushion experiment=quick shows the effect sooner."
 
 test: $(STAMP)  ## the test suite, a worker for each core
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 docs: $(STAMP)  ## the documentation as a site, in build/site; needs no network
 	PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

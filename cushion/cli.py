@@ -43,8 +43,11 @@ def config_folder() -> Path:
 
 
 def register_schema() -> None:
-    """Make the typed schema known to Hydra; `conf/config.yaml` starts from it."""
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    """Make the typed schema known to Hydra, once in a process; `conf/config.yaml` starts from it."""
+    store = ConfigStore.instance()
+    known = store.repo.get("run_schema.yaml")
+    if known is None or OmegaConf.get_type(known.node) is not RunConfig:  # making a node of it is a third of composing
+        store.store(name="run_schema", node=RunConfig)
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -140,6 +141,7 @@ def _qfem(config: RunConfig) -> list[Any]:
     return [settings.alpha, settings.search, *([settings.target, settings.texts, settings.curve] * settings.search)]
 
 
+@lru_cache(typed=True)
 def _text(*drawn_by: Any) -> Tensor:
     """A stand-in for texts: another one for other numbers by which they are drawn."""
     return torch.tensor([int(digest([str(item) for item in drawn_by], 15), 16)])

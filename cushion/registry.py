@@ -30,6 +30,7 @@ class Plugins:
         self._modules: dict[str, str] = {}
         self._sources: dict[str, Sources] = {}
         self._broken: ConfigError | None = None
+        self._are_loaded = False
 
     def load(self) -> None:
         """Let every plugin register what it has.
@@ -40,6 +41,8 @@ class Plugins:
         """
         if self._broken is not None:
             raise self._broken
+        if self._are_loaded:  # to ask the system again takes as long as the rest of naming a run's folder
+            return
         for point in entry_points(group=GROUP):
             name = f"{point.name} = {point.value}"
             if name not in self._modules:
@@ -56,6 +59,7 @@ class Plugins:
                         f"{type(error).__name__}: {error}"
                     )
                     raise self._broken from error
+        self._are_loaded = True
 
     def versions(self) -> dict[str, str]:
         """By plugin, a hash of the code of its module, or of all of its package's, as it was loaded."""

@@ -131,15 +131,21 @@ def overrides_of(config: RunConfig, folder: Path | None = None) -> list[str]:
 
     """
     words = [*_experiment(config, folder), *_options(config)]
+    made: dict[int, tuple[DictConfig, dict[str, Any]]] = {}
+
+    def composed() -> tuple[DictConfig, dict[str, Any]]:
+        if len(words) not in made:  # words are only added
+            made[len(words)] = compose_raw(words)
+        return made[len(words)]
+
     try:
-        _, params = compose_raw(words)  # what the experiment sweeps has one value here, also if that is the default
+        _, params = composed()  # what the experiment sweeps has one value here, also if that is the default
         groups = {word.partition("=")[0] for word in words}
         pinned = [key for key in params if key not in groups and key not in (*_GROUPS, "model")]
         words += [f"{key}={text_of(_value(config, key))}" for key in pinned]
         for follows in (False, True):  # what an interpolation takes from another key may be right when that one is
-            node, _ = compose_raw(words)
-            words += _differences(config, node, follows)
-        _check(config, compose_raw(words)[0], folder)
+            words += _differences(config, composed()[0], follows)
+        _check(config, composed()[0], folder)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"this configuration cannot be given as overrides: {cli.one_line(error)}") from error
     return words

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -174,24 +175,34 @@ def make_folder(folder: Path) -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, git state and device: what else a number may depend on."""
+    return {
+        "cushion": cushion.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": dict(_versions()),
+        "git": _git_state(Path(__file__).resolve().parent.parent),
+        "device": device,
+    }
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """Of the packages in this process: what is installed later on is not what its runs use."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {
-        "cushion": cushion.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "git": _git_state(Path(__file__).resolve().parent.parent),
-        "device": device,
-    }
+    return versions
 
 
+@cache
 def _git_state(source: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout Cushion runs from; None for an installed package or without git."""
+    """Commit and dirty flag of the checkout Cushion runs from; None for an installed package or without git.
+
+    As they are at the first run of a process: its later ones run the same code.
+    """
     if not (source / ".git").exists():
         return None
     try:

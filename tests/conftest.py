@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -75,14 +77,32 @@ def no_wait_for_the_disk() -> Iterator[None]:
         yield
 
 
+_LOADED: dict[str, LanguageModel] = {}
+
+
 @pytest.fixture
 def tiny() -> Callable[..., LanguageModel]:
-    """`tiny("llama")`: a fresh tiny model of a family, with grouped-query attention where the family has it."""
+    """`tiny("llama")`: a fresh tiny model of a family, with grouped-query attention where the family has it.
+
+    It is loaded once, and copied from then on, which takes half the time.
+    """
     from cushion.config import ModelConfig, PathsConfig
     from cushion.models import load_language_model
+    from cushion.models.architectures import find_architecture
+
+    def load(family: str) -> LanguageModel:
+        return load_language_model(ModelConfig(path=f"tiny:{family}"), PathsConfig())
 
     def make(family: str = "llama") -> LanguageModel:
-        return load_language_model(ModelConfig(path=f"tiny:{family}"), PathsConfig())
+        if family not in VARIANTS:  # of a plugin: what it brings may change
+            return load(family)
+        if family not in _LOADED:
+            _LOADED[family] = load(family)
+        kept = _LOADED[family]
+        entry = kept.architecture
+        if find_architecture(kept.model.config, family) is not entry:  # the test has another one in the table
+            return load(family)
+        return copy.deepcopy(kept, {id(entry): entry})
 
     return make
 
@@ -105,10 +125,14 @@ def text_file(tmp_path: Path) -> Path:
     return write_documents(tmp_path / "text.txt")
 
 
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg==")
+"""A PNG file of one pixel."""
+
+
 @pytest.fixture
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are laid out, and nothing but the head of their files is written: drawing them takes most of the time."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.write_bytes(b"\x89PNG"))
+    """Figures are laid out, and their files are one pixel: drawing them takes most of the time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: path.write_bytes(PIXEL))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,6 @@ def cushion(site: Path, module: str, *words: str) -> str:
     """What a command prints where the plugins of `site` are installed."""
     out, err = (site.parent / f"{site.name}-{name}.txt" for name in ("out", "err"))
     out.unlink(missing_ok=True)
-    status = Program(module, list(words), folder=site, out=out, err=err, site=site, figures=False).wait(300)
+    status = Program(module, list(words), folder=site, out=out, err=err, site=site).wait(300)
     assert status == 0, err.read_text(encoding="utf-8")
     return out.read_text(encoding="utf-8")

@@ -19,6 +19,8 @@ from tiny_run import processes
 class Program:
     """A program at work in a process group of its own; what of `subprocess.Popen` is asked for here.
 
+    Its runs draw no figures, which takes as long as all the rest of a small one.
+
     Args:
         module: the one of Cushion's whose `main` it is.
         words: its arguments.
@@ -26,15 +28,14 @@ class Program:
         out: the file that its standard output is added to.
         err: likewise its standard error.
         site: where packages are installed besides. Cushion itself is then imported anew, and finds their plugins.
-        figures: whether runs draw theirs, which takes as long as all the rest of a small run.
 
     """
 
     def __init__(
-        self, module: str, words: list[str], folder: Path, out: Path, err: Path, site: Path | None, figures: bool
+        self, module: str, words: list[str], folder: Path, out: Path, err: Path, site: Path | None = None
     ) -> None:
         self.args = [module, *words]
-        given = (module, words, folder, out, err, site, figures, dict(os.environ))
+        given = (module, words, folder, out, err, site, dict(os.environ))
         self._process = processes().Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
@@ -68,7 +69,6 @@ def _main(
     out: Path,
     err: Path,
     site: Path | None,
-    figures: bool,
     environment: dict[str, str],
 ) -> None:
     """In a process of its own: be the program."""
@@ -86,6 +86,5 @@ def _main(
         sys.path.insert(0, str(site))
         for name in [name for name in sys.modules if name.partition(".")[0] == "cushion"]:
             del sys.modules[name]
-    if not figures:
-        importlib.import_module("cushion.reporting.figures").draw_figures = lambda *_: None
+    importlib.import_module("cushion.reporting.figures").draw_figures = lambda *_: None
     importlib.import_module(f"cushion.{module}").main()

@@ -27,7 +27,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_results_each_step_computed_on
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(self: Any, arguments: list[str], log: Path) -> Program:
-        self._started.append(Program("cli", arguments, folder=log.parent, out=log, err=log, site=None, figures=True))
+        self._started.append(Program("cli", arguments, folder=log.parent, out=log, err=log))
         return self._started[-1]
 
     folder = tmp_path / "check"

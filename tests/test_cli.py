@@ -75,8 +75,8 @@ DRAW_FIGURES = figures.draw_figures
 
 
 @pytest.fixture
-def figures_drawn(cushion: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command draws its figures, as it does for a user."""
+def figures_drawn(cushion: Callable[..., Outcome], blank_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command draws its figures, as it does for a user, of one pixel."""
     monkeypatch.setattr(figures, "draw_figures", DRAW_FIGURES)
 
 

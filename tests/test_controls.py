@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from conftest import write_documents
+from omegaconf import OmegaConf
 from tiny_run import TUNED_ROWS, saved_model, searching_config, small_config, tuning_config
 
 from cushion import pipeline
-from cushion.cli import config_folder, register_schema, to_run_config
+from cushion.checks import from_plain
+from cushion.cli import config_folder
 from cushion.config import ModelConfig, QuantizerConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
@@ -26,13 +28,11 @@ CONTROLS = ("bos", "newline", "random")
 QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml"))
 
 
-@pytest.fixture
-def option() -> Iterator[Callable[..., RunConfig]]:
-    """`option("quantizer=none", ...)`: the configuration that these words of the command line make."""
-    GlobalHydra.instance().clear()
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *words: to_run_config(compose("config", list(words)))
+def option(cls: type[Any], place: str) -> Any:
+    """What an option's file says, such as `search/bos`: `tests/test_conf.py` has it that composing gives the same."""
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"{place}.yaml"))
+    assert isinstance(values, dict)
+    return from_plain(cls, values)
 
 
 def quick(quantizer: QuantizerConfig) -> QuantizerConfig:
@@ -51,11 +51,9 @@ def prefix_tokens(config: RunConfig) -> list[int]:
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_a_control_is_the_prefix_of_its_tokens(
-    option: Callable[..., RunConfig], tiny: Tiny, text_file: Path, tmp_path: Path, control: str
-) -> None:
+def test_a_control_is_the_prefix_of_its_tokens(tiny: Tiny, text_file: Path, tmp_path: Path, control: str) -> None:
     config = small_config(text_file, tmp_path)
-    config.search = option(f"search={control}").search
+    config.search = option(SearchConfig, f"search/{control}")
     assert config.search.name == config.search.method == control
     lm = tiny()
     wanted = {"bos": [256], "newline": lm.encode("\n").tolist(), "random": random_tokens(lm, 1, 0)}[control]
@@ -228,14 +226,21 @@ def test_a_control_can_be_tuned(text_file: Path, tmp_path: Path, control: str) -
     assert result.rows[-1].label.endswith("tuned prefix")
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs that share what no quantizer changes."""
+    folder = tmp_path_factory.mktemp("controls")
+    write_documents(folder / "text.txt")
+    return folder
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_control_stands_before_every_quantizer(
-    option: Callable[..., RunConfig], text_file: Path, tmp_path: Path, quantizer: str
-) -> None:
+def test_a_control_stands_before_every_quantizer(shared: Path, quantizer: str) -> None:
     control = CONTROLS[QUANTIZERS.index(quantizer) % len(CONTROLS)]  # each of them before several
-    config = small_config(text_file, tmp_path)
-    config.quantizer = quick(option(f"quantizer={quantizer}").quantizer)
-    config.search = option(f"search={control}").search
+    config = small_config(shared / "text.txt", shared / "out")
+    config.eval.blocks = 2
+    config.quantizer = quick(option(QuantizerConfig, f"quantizer/{quantizer}"))
+    config.search = option(SearchConfig, f"search/{control}")
     result = pipeline.run(config)
     rows = ["full_precision", "full_precision_found", "quantized", "quantized_found"]
     assert [row.name for row in result.rows] == (rows[:2] if config.quantizer.is_full_precision else rows)

@@ -484,13 +484,10 @@ def test_a_runs_identity_changes_with_everything_else() -> None:
     paths = [path for path in LEAVES if path[0] not in (*UNIMPORTANT, "experiment")]
     assert len(paths) > 60
     folders = [pipeline.run_folder(with_another_value(RunConfig(), path)) for path in paths]
-    same = [".".join(path) for path, folder in zip(paths, folders, strict=True) if folder.name == default_name()]
+    default = pipeline.run_folder(RunConfig()).name
+    same = [".".join(path) for path, folder in zip(paths, folders, strict=True) if folder.name == default]
     assert same == []
     assert len(set(folders)) == len(folders)
-
-
-def default_name() -> str:
-    return pipeline.run_folder(RunConfig()).name
 
 
 def test_a_runs_folder_is_named_after_what_the_run_is(text_file: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def drawn(event: Event) -> None:
         figures.draw_figures(event.result, event.folder)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_an_offline_run_is_kept_in_the_runs_folder_with_everything_it_logged(text_file: Path, tmp_path: Path) -> None:
     config = tuning_config(text_file, tmp_path / "out")
     config.experiment, config.tracking = "an_experiment", OFFLINE

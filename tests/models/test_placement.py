@@ -53,7 +53,7 @@ SMOOTHED = QuantizerConfig(smoothing_alpha=0.5)
 def found(lm: LanguageModel, texts: Tensor) -> SearchState:
     state = SearchState([])
     config = SearchConfig(tau=1.0, max_length=2, batch_size=4)
-    for _ in greedy_search(lm, config, texts, list(range(3, 260, 23)), state):
+    for _ in greedy_search(lm, config, texts, list(range(3, 260, 43)), state):
         pass
     return state
 

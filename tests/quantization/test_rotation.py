@@ -90,8 +90,7 @@ def test_every_family_can_be_rotated_but_those_without_norms_before_the_readers(
 
 
 @pytest.mark.parametrize("family", ROTATABLE)
-@pytest.mark.parametrize("seed", [0, 5])
-@pytest.mark.parametrize("prompt", [[], [17, 42, 99]], ids=["plain", "prefix"])
+@pytest.mark.parametrize(("seed", "prompt"), [(0, []), (5, [17, 42, 99])], ids=["plain", "prefix"])
 def test_rotation_leaves_the_function_unchanged(tiny: Tiny, family: str, seed: int, prompt: list[int]) -> None:
     lm = tiny(family)
     randomize(lm.model)
