@@ -27,7 +27,7 @@ from cushion.quantization.parts.weights import WeightConfig
 from cushion.quantization.quantizer import QuantizerConfig
 
 BITS = 8
-LARGEST_PRODUCT = 255 * 127
+LARGEST_PRODUCT = 255 * 128
 """Of a code of the input, less its zero point, and one of the weight, in magnitude."""
 MOST_INPUTS = (2**31 - 1) // LARGEST_PRODUCT
 """More of them could leave int32."""

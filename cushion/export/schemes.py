@@ -146,6 +146,9 @@ def _inputs(quantizer: QuantizerConfig) -> dict[str, Any] | None:
             f"it clamps codes at {-(2 ** (own.bits - 1))}, not at {1 - 2 ** (own.bits - 1)}",
             "run with quantizer.activations.narrow_range=false",
         )
+    if own.clip_ratio != 1:
+        why, way_out = "scales on the fly hold all values", "run with quantizer.activations.clip_ratio=1"
+        raise _refusal(f"quantizer.activations.clip_ratio={own.clip_ratio:g}", why, way_out)
     if not own.symmetric and quantizer.zero_point == "real":
         why, way_out = "an offset there is a whole number of steps", "run with quantizer.zero_point=integer"
         raise _refusal("quantizer.zero_point=real", why, way_out)

@@ -32,7 +32,7 @@ from cushion.quantization.inputs import grid_of
 from cushion.quantization.kivi import KiviLayout
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.parts.head_rotation import rotates_keys
-from cushion.quantization.parts.kv_cache import cache_ranges
+from cushion.quantization.parts.kv_cache import KvCacheConfig, cache_ranges
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -63,7 +63,8 @@ class AttentionQuantizer:
         def quantizer(own: Any, fixed: tuple[Tensor, Tensor] | None = None) -> ActivationQuantizer | None:
             if own.bits is None:
                 return None
-            return quantizer_of(grid_of(config, own), own.granularity, fixed, straight_through)
+            ratio = own.clip_ratio if isinstance(own, KvCacheConfig) else 1.0
+            return quantizer_of(grid_of(config, own), own.granularity, fixed, straight_through, ratio)
 
         self._cache = quantizer(config.kv_cache)
         self._inputs = quantizer(config.attention)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,18 +153,36 @@ class Turn:
     run: Callable[[Tensor, Tensor], Tensor]
     sites: Mapping[str, Site] = field(default_factory=dict)
 
-    @torch.no_grad()
     def linear_inputs(self, full_precision: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and input of every targeted linear, text by text: (1, tokens, channels) or (tokens, channels).
 
         The blocks before are quantized, unless `full_precision`; this one is not. An expert that no token of a text is
         routed to is left out.
         """
-        linears, seen = {name: site.linear for name, site in self.sites.items()}, list[tuple[str, Tensor]]()
+        for names, values in self.shared_inputs(full_precision):
+            yield from ((name, values) for name in names)
+
+    @torch.no_grad()
+    def shared_inputs(
+        self, full_precision: bool = False, among: Collection[str] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """As `linear_inputs`, with the names of all linears that read the very same tensor.
+
+        Args:
+            full_precision: as there.
+            among: the linears to look at; None for all that are targeted.
+
+        """
+        names = self.sites if among is None else among
+        linears, seen = {name: self.sites[name].linear for name in names}, dict[int, tuple[list[str], Tensor]]()
+
+        def see(name: str, values: Tensor) -> None:
+            seen.setdefault(id(values), ([], values))[0].append(name)
+
         for text, hidden in zip(self.texts, self.inputs if full_precision else self.quantized, strict=True):
-            with observe_inputs(linears, lambda name, values: seen.append((name, values))):
+            with observe_inputs(linears, see):
                 self.run(text[None], hidden[None])
-            yield from seen
+            yield from ((tuple(readers), values) for readers, values in seen.values())
             seen.clear()
 
 

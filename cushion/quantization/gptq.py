@@ -2,55 +2,78 @@
 
 The columns of a weight are rounded one after another. The error of each is made good by those that are still to come,
 weighted by the inverse of `H = 2 X X^T` of the linear's inputs: exactly the least-squares fit of the rest to what is
-left of the output. The inputs are those of the model whose earlier blocks are quantized. Scales are those of the weight
-as it was, also where groups of inputs have their own.
+left of the output. The inputs are those of the model whose earlier blocks are quantized, and with `true_sequential`
+those of the block whose earlier linears have their rounded weights. Linears that read the same tensor have one H.
+Scales are those of the weight as it was, also where groups of inputs have their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cushion.errors import CalibrationError
 from cushion.float64 import in_float64
 from cushion.quantization.effect import Effect, Site, Turn, Work
 from cushion.quantization.numerics import Grid, QuantizedWeight, quantize
+from cushion.quantization.replacements import Replacements
 from cushion.quantization.weights import weight_grid
 
 COLUMNS = 128
 """Columns that are rounded before the rest of the weight is brought up to date in one product; changes no code."""
 
 
-def gptq_codes(
-    weight: Tensor, nearest: QuantizedWeight, hessian: Tensor, grid: Grid, damping: float, order: str
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The columns of all weights that read one input: in which order they are rounded, and what the rest makes good.
+
+    Args:
+        order: their numbers, (in_features,).
+        factor: the upper Cholesky factor of the inverse of the damped H in that order, (in_features, in_features).
+
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float, order: str) -> Columns:
+        """From the inputs.
+
+        Args:
+            hessian: `2 X X^T` of the inputs, (in_features, in_features), float64. An input that is always zero decides
+                nothing: the codes of its column are the nearest ones.
+            damping: added to the diagonal, as a share of its mean.
+            order: `given`, or `diagonal`: columns with large inputs first (act-order).
+
+        Raises:
+            CalibrationError: H is not positive definite although it is damped.
+
+        """
+        columns = torch.arange(len(hessian), device=hessian.device)
+        if order == "diagonal":
+            columns = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return cls(columns, _inverse_factor(hessian[columns][:, columns], damping))
+
+
+def gptq_codes(weight: Tensor, nearest: QuantizedWeight, inputs: Columns, grid: Grid) -> Tensor:
     """The codes of a weight.
 
     Args:
         weight: (out_features, in_features), as it was before it was rounded.
         nearest: the same weight rounded to nearest; its scales are kept.
-        hessian: `2 X X^T` of the inputs, (in_features, in_features), float64. An input that is always zero decides
-            nothing: the codes of its column are the nearest ones.
+        inputs: what follows from the inputs.
         grid: of the codes.
-        damping: added to the diagonal, as a share of its mean.
-        order: `given`, or `diagonal`: columns with large inputs first (act-order).
 
     Returns:
         Whole numbers of the shape and dtype of `nearest.codes`.
 
-    Raises:
-        CalibrationError: H is not positive definite although it is damped.
-
     """
     scale = in_float64(nearest.scale.expand(nearest.codes.shape).reshape(weight.shape))
     rest, codes = in_float64(weight).clone(), torch.empty_like(scale)
-    diagonal = hessian.diagonal()
-    columns = torch.arange(weight.shape[1], device=rest.device)
-    if order == "diagonal":
-        columns = torch.argsort(diagonal, descending=True, stable=True)
-    factor = _inverse_factor(hessian[columns][:, columns], damping)
+    columns, factor = inputs.order, inputs.factor
     rest, scale = rest[:, columns], scale[:, columns]
     zero = torch.zeros((), device=rest.device)
     for start in range(0, rest.shape[1], COLUMNS):
@@ -85,22 +108,58 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
+def stages(turn: Turn) -> list[list[str]]:
+    """The linears of a block in the order in which `true_sequential` rounds them: query, key and value; output; ...
+
+    One stage has those that read one norm, or that have one place in all experts.
+    """
+    found: list[list[str]] = []
+    readers = [set(names) for _, names in turn.work.lm.norm_readers(turn.index)]
+    for name in turn.sites:
+        alike = {name, *(other for group in readers if name in group for other in group)}
+        alike |= {other for other in turn.sites if other.rpartition(".")[2] == name.rpartition(".")[2]}
+        stage = next((stage for stage in found if alike & set(stage)), None)
+        if stage is None:
+            found.append([name])
+        else:
+            stage.append(name)
+    return found
+
+
 class _Gptq(Effect):
     def fit(self, turn: Turn) -> dict[str, Tensor]:
         """The codes of the block's linears, by full name. An expert that no token reaches is left out."""
-        weights, hessians = turn.work.config.weights, dict[str, Tensor]()
-        for name, values in turn.linear_inputs():
+        if not turn.work.config.weights.true_sequential:
+            return self._fit_stage(turn, list(turn.sites))
+        found, replacements = dict[str, Tensor](), Replacements()
+        try:
+            for stage in stages(turn):
+                own = self._fit_stage(turn, stage)
+                for name, codes in own.items():
+                    site = turn.sites[name]
+                    assert isinstance(site.weight, QuantizedWeight)
+                    rounded = nn.Parameter(replace(site.weight, codes=codes).dequantize(), requires_grad=False)
+                    replacements.put(site.linear, "weight", rounded)
+                found |= own
+        finally:
+            replacements.undo()
+        return found
+
+    def _fit_stage(self, turn: Turn, names: list[str]) -> dict[str, Tensor]:
+        """The codes of some of the linears, the others as they stand at the moment."""
+        weights, grid = turn.work.config.weights, weight_grid(turn.work.config)
+        hessians: dict[tuple[str, ...], Tensor] = {}
+        for readers, values in turn.shared_inputs(among=names):
             inputs = in_float64(values.flatten(0, -2))
             product = inputs.T @ inputs
-            hessians[name] = hessians[name].add_(product, alpha=2) if name in hessians else 2 * product
+            hessians[readers] = hessians[readers].add_(product, alpha=2) if readers in hessians else 2 * product
         found = {}
-        for name, hessian in hessians.items():
-            site = turn.sites[name]
-            assert isinstance(site.weight, QuantizedWeight)
-            grid = weight_grid(turn.work.config)
-            found[name] = gptq_codes(
-                site.linear.weight, site.weight, hessian, grid, weights.damping, weights.column_order
-            )
+        for readers, hessian in hessians.items():
+            columns = Columns.of(hessian, weights.damping, weights.column_order)
+            for name in readers:
+                site = turn.sites[name]
+                assert isinstance(site.weight, QuantizedWeight) and name not in found
+                found[name] = gptq_codes(site.linear.weight, site.weight, columns, grid)
         return found
 
     def at(self, work: Work, site: Site) -> None:

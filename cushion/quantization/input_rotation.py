@@ -4,6 +4,9 @@ After QuaRot (arXiv 2404.00456, section 4, stage 1b): `x W^T = (x H) (W H)^T` wi
 a feed-forward part nothing linear stands before the down projection into which H could be folded, so its input is
 multiplied while the model runs. A channel that is large is spread over all of them, which a scale per tensor needs.
 In real kernels this is a fast Hadamard transform of `n log n` additions; here it is a product in float32.
+
+`down_and_heads` also mixes the heads at the input of the output projection, `H x I` with H of the number of heads; with
+the values of each head rotated (`head_rotation`) that is QuaRot's whole rotation there, `H x H_d` (stage 1d).
 """
 
 from __future__ import annotations
@@ -29,7 +32,13 @@ Hook = Callable[..., Any]
 
 class _InputRotation(Effect):
     def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
-        """The down projections are named by the architecture, and are among the targets."""
+        """The linears that it names are named by the architecture, and are among the targets."""
+        if config.input_rotation == "down_and_heads" and not output_projections(lm):
+            raise ConfigError(
+                f"quantizer.input_rotation=down_and_heads cannot be used with {lm.label}: the architecture "
+                f"{lm.architecture.model_type!r} does not name where its values are read; use "
+                "quantizer.input_rotation=down"
+            )
         if not rotated_linears(lm, config):
             raise ConfigError(
                 f"quantizer.input_rotation={config.input_rotation} finds no linear in {lm.label}: its architecture "
@@ -40,16 +49,17 @@ class _InputRotation(Effect):
     def around(self, work: Work) -> Iterator[None]:
         """Weights multiplied by H, and inputs by a hook before each linear."""
         replacements, handles = Replacements(), []
-        rotations: dict[tuple[int, torch.device], tuple[Tensor, Hook]] = {}
+        rotations: dict[tuple[int, int, torch.device], tuple[Tensor, Hook]] = {}
         try:
             alone = left_alone(work.config, work.inputs)
             for name, linear in rotated_linears(work.lm, work.config).items():
                 if input_site(name) in alone:
                     continue
                 weight = linear.weight.detach()
-                place = linear.in_features, weight.device
+                size = head_size(work.lm, work.config, name)
+                place = linear.in_features, size, weight.device
                 if place not in rotations:
-                    matrix = randomized_hadamard(linear.in_features)
+                    matrix = rotation_of(linear.in_features, size)
                     rotations[place] = matrix, _before(Rotation(matrix, weight.device))
                 matrix, work.input_hooks[name] = rotations[place]
                 turned = nn.Parameter(times(weight, matrix).to(weight.dtype), requires_grad=False)
@@ -67,8 +77,30 @@ def rotated_linears(lm: LanguageModel, config: QuantizerConfig) -> dict[str, nn.
     linears = lm.linears(config.targets)
     if config.input_rotation == "all":
         return linears
-    down = {name for names in lm.down_projections().values() for name in names}
-    return {name: linear for name, linear in linears.items() if name in down}
+    named = {name for names in lm.down_projections().values() for name in names}
+    if config.input_rotation == "down_and_heads":
+        named |= output_projections(lm)
+    return {name: linear for name, linear in linears.items() if name in named}
+
+
+def output_projections(lm: LanguageModel) -> set[str]:
+    """The full names of the linears that read what attention makes of the values; none where they are not named."""
+    values = lm.architecture.values
+    blocks = range(len(lm.blocks)) if values is not None else ()
+    return {f"{lm.architecture.blocks}.{index}.{values.reader}" for index in blocks if values is not None}
+
+
+def head_size(lm: LanguageModel, config: QuantizerConfig, name: str) -> int:
+    """The size of the heads that are mixed at the input of a linear, 1 where single channels are."""
+    if config.input_rotation != "down_and_heads" or name not in output_projections(lm):
+        return 1
+    _, _, size = lm.architecture.cache_shape(lm.model.config.get_text_config())
+    return size
+
+
+def rotation_of(inputs: int, size: int) -> Tensor:
+    """`H x I`, (inputs, inputs), float64: H of the order of inputs / size, I of that of `size`."""
+    return torch.kron(randomized_hadamard(inputs // size), torch.eye(size, dtype=torch.float64))
 
 
 def _before(rotation: Rotation) -> Hook:

@@ -58,7 +58,8 @@ def input_quantizer(work: Work, fixed: tuple[Tensor, Tensor] | None) -> Activati
         by_channel = work.config.activations.by_channel
         assert not (isinstance(grid, BlockGrid) or by_channel), "refused with the configuration"
         return LearnableQuantizer(grid, fixed)
-    return quantizer_of(grid, work.config.activations.granularity, fixed, work.straight_through)
+    own = work.config.activations
+    return quantizer_of(grid, own.granularity, fixed, work.straight_through, own.clip_ratio)
 
 
 def static_range(work: Work, site: Site) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize, quantize
+from cushion.quantization.numerics import Grid, dynamic_range, fake_quantize, quantize, shrunk
 
 T = TypeVar("T")
 
@@ -90,7 +90,8 @@ class ActivationQuantizer:
             input (dynamic). A dynamic per-tensor range spans the whole tensor, all texts of a batch together, as in a
             real kernel.
         straight_through: let gradients pass as if nothing had been rounded, with scale and offset held constant. What a
-            static range clips gets none.
+            range clips gets none.
+        clip_ratio: the share of a dynamic range that is kept, above 0 and at most 1; what lies beyond is clipped.
 
     """
 
@@ -100,8 +101,10 @@ class ActivationQuantizer:
         granularity: str,
         static_range: tuple[Tensor, Tensor] | None = None,
         straight_through: bool = False,
+        clip_ratio: float = 1.0,
     ) -> None:
         self.grid = grid
+        self.clip_ratio = clip_ratio
         self.dims = (-1,) if granularity == "per_token" else None
         self.straight_through = straight_through
         self.parameters = None if static_range is None else grid.parameters(*static_range)
@@ -128,9 +131,9 @@ class ActivationQuantizer:
         quantized: Tensor = self.once(values, self._quantized)
         if not self.straight_through:
             return quantized
-        if self.parameters is None:
+        if self.parameters is None and self.clip_ratio == 1:
             return straight_through(values, quantized)
-        scale, offset = self.parameters
+        scale, offset = self._parameters_for(values.detach())
         low, high = (scale * bound + offset for bound in self.grid.bounds)
         clipped: Tensor = _Clipped.apply(values, quantized, low, high)
         return clipped
@@ -149,8 +152,10 @@ class ActivationQuantizer:
     def _parameters_for(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.parameters is not None:
             return self.parameters
-        low, high = dynamic_range(values, self.dims)
-        return self.grid.parameters(low.float(), high.float())
+        low, high = (end.float() for end in dynamic_range(values, self.dims))
+        if self.clip_ratio != 1:
+            low, high = shrunk(low, high, self.clip_ratio, self.grid)
+        return self.grid.parameters(low, high)
 
     def once(self, values: Tensor, compute: Callable[[Tensor], T]) -> T:
         """What `compute` makes of `values`, computed for the first of several readers and handed to the others.
@@ -181,12 +186,13 @@ class ActivationQuantizer:
     def _agrees_with(self, other: ActivationQuantizer) -> bool:
         if type(self) is not type(other):
             return False
-        if (self.grid, self.dims, self.straight_through) != (other.grid, other.dims, other.straight_through):
+        own, its = ((one.grid, one.dims, one.straight_through, one.clip_ratio) for one in (self, other))
+        if own != its:
             return False
         if self.parameters is None or other.parameters is None:
             return self.parameters is other.parameters
         pairs = zip(self.parameters, other.parameters, strict=True)
-        return all(own.device == its.device and torch.equal(own, its) for own, its in pairs)
+        return all(one.device == two.device and torch.equal(one, two) for one, two in pairs)
 
 
 class QuantizedLinear(nn.Module):

@@ -119,6 +119,17 @@ def dynamic_range(values: Tensor, dims: tuple[int, ...] | None = None) -> tuple[
     return values.amin(dims, keepdim=True), values.amax(dims, keepdim=True)
 
 
+def shrunk(minimum: Tensor, maximum: Tensor, ratio: float, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Both ends of a range moved towards 0, to the share `ratio`: what lies beyond is clipped to them.
+
+    As QuaRot's code does it. A range without 0 that needs not contain it shrinks towards the end that is nearest to 0.
+    """
+    if grid.symmetric or grid.zero_point == "integer":
+        return minimum.clamp(max=0) * ratio, maximum.clamp(min=0) * ratio
+    centre = torch.zeros_like(minimum).clamp(minimum, maximum)
+    return centre + (minimum - centre) * ratio, centre + (maximum - centre) * ratio
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """The weight of a linear layer as codes, scales and offsets.

@@ -26,9 +26,9 @@ from cushion.float64 import in_float64
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Site, Work
 from cushion.quantization.formats.blocks import quantizer_of
-from cushion.quantization.hadamard import HadamardTransform, randomized_hadamard
+from cushion.quantization.hadamard import HadamardTransform
 from cushion.quantization.head_rotation import turned_maker, turned_reader, value_linears
-from cushion.quantization.input_rotation import rotated_linears
+from cushion.quantization.input_rotation import head_size, rotated_linears, rotation_of
 from cushion.quantization.inputs import grid_of
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.head_rotation import rotates_values
@@ -60,8 +60,11 @@ class SiteErrors(InputObserver):
         self._texts = 0
         self._seen: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
+        self._head_sizes: dict[str, int] = {}
         for name, linear in self._inputs.items():
-            turned = times(linear.weight, randomized_hadamard(linear.in_features)).to(linear.weight.dtype)
+            self._head_sizes[name] = head_size(lm, config, name)
+            matrix = rotation_of(linear.in_features, self._head_sizes[name])
+            turned = times(linear.weight, matrix).to(linear.weight.dtype)
             self._weights[input_site(name)] = self._of_weight(name, linear.weight, turned)
         for layer in layers:
             maker, reader = value_linears(lm, layer)
@@ -86,7 +89,8 @@ class SiteErrors(InputObserver):
         """The squared errors of several versions of what flows through the model, on the grid of the part `own`."""
         grid = grid_of(self._work.config, own)
         granularity = own.granularity if own.granularity == "per_token" else "per_tensor"
-        return torch.stack([squared_distance(quantizer_of(grid, granularity)(one), one) for one in versions])
+        rounding = quantizer_of(grid, granularity, clip_ratio=own.clip_ratio)
+        return torch.stack([squared_distance(rounding(one), one) for one in versions])
 
     def __call__(self, name: str, values: Tensor) -> None:
         """Add the input of one linear, (1, tokens, channels) or (tokens, channels)."""
@@ -94,7 +98,9 @@ class SiteErrors(InputObserver):
         if activations.bits is None or name not in self._targets:
             return
         if name in self._inputs:
-            self._add(input_site(name), self._of_input(activations, values, self._rotate(values)))
+            heads = values.unflatten(-1, (-1, self._head_sizes[name]))
+            turned = self._rotate(heads.mT).mT.reshape(values.shape)
+            self._add(input_site(name), self._of_input(activations, values, turned))
         if name in self._readers:
             turned = self._rotate(values.unflatten(-1, (-1, self._head_size))).flatten(-2)
             self._add(values_site(self._readers[name]), self._of_input(activations, values, turned))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from cushion.errors import ConfigError
@@ -17,7 +19,8 @@ def weight_grid(config: QuantizerConfig) -> Grid:
     """The grid on which a quantizer's weights lie; there are bits."""
     assert config.weights.bits is not None
     form = FORMATS[config.weights.format]
-    return form.make(config.weights.bits, True, config.levels, shared_exponent=config.shared_exponent)
+    grid = form.make(config.weights.bits, True, config.levels, shared_exponent=config.shared_exponent)
+    return grid if config.weights.narrow_range else replace(grid, narrow_range=False)
 
 
 def check_blocks(lm: LanguageModel, config: QuantizerConfig, part: str, form: str) -> None:

@@ -216,7 +216,7 @@ def test_what_codes_cannot_express_is_refused_with_the_way_out(tiny: Tiny, reaso
 
 
 def test_more_inputs_than_32_bits_hold_are_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert int8.MOST_INPUTS * 255 * 127 < 2**31 <= (int8.MOST_INPUTS + 1) * 255 * 127
+    assert int8.MOST_INPUTS * 255 * 128 < 2**31 <= (int8.MOST_INPUTS + 1) * 255 * 128
     monkeypatch.setattr(int8, "MOST_INPUTS", 40)
     with pytest.raises(ConfigError, match=r"hold up to 40 inputs, and model\.layers\.0\.mlp\.down_proj has 64"):
         Int8().check(tiny("llama"), QuantizerConfig())

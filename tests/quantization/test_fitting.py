@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import calibrated, random_texts, random_values
 from torch import Tensor
+from untouched import assert_untouched, snapshot
 
 from cushion.activations import observe_inputs, observe_outputs
 from cushion.artifacts import ArtifactStore, Checkpoint
@@ -43,6 +44,8 @@ Tiny = Callable[..., LanguageModel]
 TEXTS = random_texts(3, 24, seed=5)
 START = [256, 10]
 W4 = WeightConfig(4, "per_channel")
+PLAIN = QuantizerConfig(weights=WeightConfig(None), activations=ActivationConfig(None))
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KINDS = {
     "static": QuantizerConfig(weights=W4),
     "kv_cache": QuantizerConfig(weights=W4, kv_cache=KvCacheConfig(4), smoothing_alpha=0.5),
@@ -133,7 +136,8 @@ def test_gptq_gives_the_codes_of_repeated_least_squares(
     grid = Grid(3, True)
     granularity = "per_channel" if groups is None else "per_group"
     nearest = quantize_weight(weight, grid, granularity, groups or 128)
-    codes = gptq.gptq_codes(weight, nearest, 2 * inputs.T @ inputs, grid, 1e-12, order).reshape(5, 6)
+    found = gptq.Columns.of(2 * inputs.T @ inputs, 1e-12, order)
+    codes = gptq.gptq_codes(weight, nearest, found, grid).reshape(5, 6)
     scale = nearest.scale.double().expand(nearest.codes.shape).reshape(5, 6)
     columns = list(range(6)) if order == "given" else inputs.square().sum(0).argsort(descending=True).tolist()
     assert order == "given" or columns != list(range(6))
@@ -149,10 +153,52 @@ def test_gptq_gives_the_codes_of_repeated_least_squares(
 def test_an_input_that_is_always_zero_has_the_nearest_codes_and_one_that_says_nothing_is_refused() -> None:
     weight, grid = random_values(5, 6).double(), Grid(3, True)
     nearest = quantize_weight(weight, grid, "per_channel")
-    codes = gptq.gptq_codes(weight, nearest, torch.zeros(6, 6).double(), grid, 0.01, "diagonal")
+    inputs = gptq.Columns.of(torch.zeros(6, 6).double(), 0.01, "diagonal")
+    codes = gptq.gptq_codes(weight, nearest, inputs, grid)
     assert torch.equal(codes, nearest.codes)
     with pytest.raises(CalibrationError, match=r"not positive definite with quantizer.weights.damping=1e-30"):
-        gptq.gptq_codes(weight, nearest, torch.ones(6, 6).double(), grid, 1e-30, "given")
+        gptq.Columns.of(torch.ones(6, 6).double(), 1e-30, "given")
+
+
+def test_one_gram_matrix_serves_all_linears_that_read_one_input(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a block of four experts: one for query, key and value, one for output, and two for every expert."""
+    formed: list[int] = []
+    of = gptq.Columns.of
+    monkeypatch.setattr(
+        gptq.Columns, "of", lambda hessian, *options: formed.append(len(hessian)) or of(hessian, *options)
+    )
+    for family, count in (("llama", 4), ("mixtral", 2 + 2 * 4)):
+        lm = tiny(family)
+        fitted = FittedQuantizer(with_gptq(replace(PLAIN, weights=W4)), fits={"gptq": {}})
+        list(fit_blocks(lm, Prefix.empty(), fitted, TEXTS))
+        assert fitted.fits["gptq"].keys() == lm.linears().keys()
+        assert len(formed) == count * len(lm.blocks)
+        formed.clear()
+
+
+@torch.no_grad()
+def test_true_sequential_rounds_a_linear_to_what_those_before_it_have_become(tiny: Tiny) -> None:
+    """The codes of the last linear of a block follow from its input behind the rounded weights of all others."""
+    lm, codes = tiny(), dict[bool, dict[str, Tensor]]()
+    before = snapshot(lm)
+    for sequential in (False, True):
+        config = with_gptq(replace(PLAIN, weights=W4), true_sequential=sequential)
+        fitted = FittedQuantizer(config, fits={"gptq": {}})
+        list(fit_blocks(lm, Prefix.empty(), fitted, TEXTS))
+        codes[sequential] = fitted.fits["gptq"]
+    assert_untouched(lm, before)
+    name = "model.layers.0.mlp.down_proj"
+    linear = lm.linears()[name]
+    weight = linear.weight.clone()
+    with replace(fitted, config=replace(config, targets=[one for one in LEAVES if one != "down_proj"])).on(lm):
+        inputs = inputs_of(lm, Prefix.empty())[name].double()
+    nearest = quantize_weight(weight, Grid(4, True), "per_channel")
+    columns = gptq.Columns.of(2 * inputs.T @ inputs, 0.01, "given")
+    expected = gptq.gptq_codes(weight, nearest, columns, Grid(4, True))
+    assert (codes[True][name] != expected).float().mean() < 0.01
+    first = [name.replace("mlp.down_proj", f"self_attn.{leaf}_proj") for leaf in "qkv"]
+    assert all(torch.equal(codes[True][one], codes[False][one]) for one in first)
+    assert not torch.equal(codes[True][name], codes[False][name])
 
 
 class KilledError(Exception):

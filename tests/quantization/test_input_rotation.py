@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, VARIANTS
 from helpers import calibrated, random_texts
 from torch import Tensor
 from torch.nn import functional
@@ -66,6 +66,22 @@ def test_the_function_stays_and_the_model_comes_back(tiny: Tiny, family: str, wh
         torch.testing.assert_close(turned[name], expected, rtol=1e-3, atol=1e-4)
     assert_untouched(lm, before)
     assert not any(linear._forward_pre_hooks for linear in lm.linears().values())
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_mixing_heads_keeps_the_function_and_makes_a_hadamard_matrix_of_the_values(tiny: Tiny, family: str) -> None:
+    """With the values of each head rotated, the output projection reads H x H_d of what it read: QuaRot's stage 1d."""
+    lm = tiny(family)
+    untouched, values = logits(lm), lm.architecture.values
+    assert values is not None
+    name = f"{lm.architecture.blocks}.1.{values.reader}"
+    _, _, size = lm.architecture.cache_shape(lm.model.config.get_text_config())
+    plain = inputs_of(lm, [name])[name]
+    with quantized(lm, QuantizerConfig(input_rotation="down_and_heads", head_rotation="values", **OFF)):
+        torch.testing.assert_close(logits(lm), untouched, rtol=0, atol=1e-4)
+        turned = inputs_of(lm, [name])[name]
+    matrix = torch.kron(randomized_hadamard(plain.shape[-1] // size), randomized_hadamard(size)).float()
+    torch.testing.assert_close(turned, plain @ matrix, rtol=1e-3, atol=1e-4)
 
 
 def fitted(lm: LanguageModel, config: QuantizerConfig, texts: Tensor) -> FittedQuantizer:

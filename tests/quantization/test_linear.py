@@ -47,6 +47,24 @@ def test_w8a8_is_the_product_of_what_the_formulas_give(granularity: str, symmetr
     assert not torch.allclose(linear(values), full_precision, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "grid", [Grid(4, True, narrow_range=False), Grid(4, False), Grid(4, False, zero_point="integer")]
+)
+def test_a_clipped_range_keeps_its_share_and_passes_no_gradient_beyond(grid: Grid) -> None:
+    """QuaRot's dynamic scales: both ends times the ratio, codes beyond clamped, -8 among them on a symmetric grid."""
+    values = random_values(3, 40).requires_grad_()
+    low, high = 0.9 * values.detach().amin(1, keepdim=True), 0.9 * values.detach().amax(1, keepdim=True)
+    found = ActivationQuantizer(grid, "per_token", straight_through=True, clip_ratio=0.9)(values)
+    expected = ActivationQuantizer(grid, "per_token", (low, high), straight_through=True)(values)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.sum(), values)[0] for out in (found, expected)]
+    assert torch.equal(*gradients) and 0 < int((gradients[0] == 0).sum()) < values.numel() // 4
+    positive = torch.tensor([[2.0, 3.0, 4.0]])  # needs no 0 in its range, but where the zero point is a code
+    kept = ActivationQuantizer(grid, "per_token", clip_ratio=0.5)(positive).amax()
+    limit = 2.0 if grid.symmetric or grid.zero_point == "integer" else 3.0
+    torch.testing.assert_close(kept, torch.tensor(limit))
+
+
 def test_a_static_range_ignores_the_input_and_clamps_it() -> None:
     quantizer = ActivationQuantizer(Grid(8, True), "per_tensor", (torch.tensor(-2.0), torch.tensor(1.0)))
     values = random_values(4, 8).clamp(-2, 2)

@@ -54,6 +54,22 @@ def rounding(values: Tensor, grid: Grid = GRID) -> float:
     return float((fake_quantize(values, *parameters, grid) - values).square().sum())
 
 
+def test_the_error_where_heads_are_mixed(tiny: Tiny) -> None:
+    lm, name = tiny("llama"), "model.layers.1.self_attn.o_proj"
+    config = adaptive(input_rotation="down_and_heads", head_rotation="none")
+    found, seen = errors_of(lm, config, Prefix.empty()), list[Tensor]()
+    hook = lm.linears()[name].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        for text in TEXTS:
+            lm.body(text[None])
+    hook.remove()
+    matrix, weight = torch.kron(randomized_hadamard(4), torch.eye(8)).float(), lm.linears()[name].weight
+    expected = [
+        rounding(weight @ by) + sum(rounding(one @ by) for one in seen) / len(TEXTS) for by in (torch.eye(32), matrix)
+    ]
+    assert found[f"input of {name}"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_errors_recomputed(tiny: Tiny) -> None:
     lm, transform, layer = tiny("llama"), HadamardTransform(), 1
     prefix = Prefix.from_tokens(lm.model, [17, 42])

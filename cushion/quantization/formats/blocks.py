@@ -104,8 +104,10 @@ def quantizer_of(
     granularity: str,
     static_range: tuple[Tensor, Tensor] | None = None,
     straight_through: bool = False,
+    clip_ratio: float = 1.0,
 ) -> ActivationQuantizer:
     """The quantizer of an input that fits the format; arguments as those of `ActivationQuantizer`."""
     if isinstance(grid, BlockGrid):
+        assert clip_ratio == 1, "refused with the configuration"
         return BlockQuantizer(grid, static_range, straight_through)
-    return ActivationQuantizer(grid, granularity, static_range, straight_through)
+    return ActivationQuantizer(grid, granularity, static_range, straight_through, clip_ratio)

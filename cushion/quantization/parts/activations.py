@@ -11,7 +11,7 @@ from cushion.quantization.estimators.base import Estimator
 from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import GRANULARITIES, NOTHING, RANGES, Needed, Part, Quantizer
-from cushion.quantization.parts.grids import grid_keys, width
+from cushion.quantization.parts.grids import check_clip_ratio, grid_keys, width
 from cushion.quantization.parts.registry import PARTS, mixes_channels, register
 
 KINDS_OF_RANGE = ("static", "dynamic")
@@ -31,7 +31,8 @@ class ActivationConfig:
 
     `estimator` says how a static range follows from calibration text, `estimator_options` has what it reads.
     `narrow_range: false` lets static symmetric codes reach -2^(N-1), as integer kernels do. `clusters` of channels have
-    one range each with `granularity: per_cluster`, found by K-means from `cluster_seed`.
+    one range each with `granularity: per_cluster`, found by K-means from `cluster_seed`. `clip_ratio` is the share of a
+    dynamic range that is kept.
     """
 
     bits: int | None = 8
@@ -44,6 +45,7 @@ class ActivationConfig:
     narrow_range: bool = True
     clusters: int = 32
     cluster_seed: int = 0
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
@@ -55,6 +57,7 @@ class ActivationConfig:
         at_least("quantizer.activations.clusters", self.clusters, 1)
         reason = f"from 0 to {LARGEST_SEED}"
         require(0 <= self.cluster_seed <= LARGEST_SEED, "quantizer.activations.cluster_seed", self.cluster_seed, reason)
+        check_clip_ratio("quantizer.activations", self.clip_ratio, self.format, self.range)
         if self.bits is not None and self.range == "static":
             self._check_static()
         if self.granularity == "per_token":
@@ -108,8 +111,8 @@ class ActivationConfig:
 
 
 def _reaches_lowest(activations: ActivationConfig) -> bool:
-    """Whether a symmetric code can be below -(2^(N-1) - 1) at all: only where a fixed range can be exceeded."""
-    return activations.symmetric and activations.range == "static"
+    """Whether a symmetric code can be below -(2^(N-1) - 1) at all: only where a range can be exceeded."""
+    return activations.symmetric and (activations.range == "static" or activations.clip_ratio != 1)
 
 
 def range_from(quantizer: Quantizer) -> Needed:
@@ -161,6 +164,8 @@ class Activations(Part):
             del own["narrow_range"]
         if own["granularity"] != "per_cluster":
             del own["clusters"], own["cluster_seed"]
+        if own["clip_ratio"] == 1:
+            del own["clip_ratio"]
         if own["range"] == "static":
             estimator, options = quantizer.activations.estimation()
             own["estimator"] = estimator.identity(options)
@@ -173,10 +178,15 @@ class Activations(Part):
         if self.is_on(quantizer) and activations.range == "static":
             why = f"with {key}.symmetric=false"
             return [] if activations.symmetric else without_effect(key, activations, ("narrow_range",), why)
-        keys = ("estimator", "estimator_options", "narrow_range")
-        if self.is_on(quantizer):
-            return without_effect(key, activations, keys, f"with {key}.range=dynamic")
-        return without_effect(key, activations, (*keys, "format"), f"with {key}.bits=null")
+        keys: tuple[str, ...] = ("estimator", "estimator_options")
+        if not self.is_on(quantizer):
+            keys = (*keys, "narrow_range", "format", "clip_ratio")
+            return without_effect(key, activations, keys, f"with {key}.bits=null")
+        found = without_effect(key, activations, keys, f"with {key}.range=dynamic")
+        if not _reaches_lowest(activations):
+            why = f"with {key}.range=dynamic, unless {key}.symmetric=true and {key}.clip_ratio is below 1"
+            found += without_effect(key, activations, ("narrow_range",), why)
+        return found
 
     def reads(self, quantizer: Quantizer) -> frozenset[str]:
         """The targets, and the keys of the grid."""
@@ -195,6 +205,8 @@ class Activations(Part):
         own, named = quantizer.activations, [name for name, _ in ESTIMATORS.items() if name in quantizer.name]
         is_said = not self.is_on(quantizer) or own.range != "static" or own.estimator == (named or ["minmax"])[0]
         words = [] if is_said else [own.estimator]
+        if self.is_on(quantizer) and own.clip_ratio != 1:
+            words.append(f"clipped to {own.clip_ratio:g}")
         if self.is_on(quantizer) and own.by_channel:
             words.append(f"{own.clusters} clusters" if own.granularity == "per_cluster" else "A per channel")
         return " ".join([f"A{width(own)}", *words])

@@ -1,4 +1,4 @@
-"""GPTQ, the second way of rounding weights. Its keys are `weights.method=gptq`, `weights.damping`, `.column_order`."""
+"""GPTQ, the second way of rounding weights: `weights.method=gptq`, `damping`, `column_order` and `true_sequential`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Gptq(Part):
 
     def off(self, quantizer: Quantizer) -> Quantizer:
         """Weights rounded to nearest."""
-        weights = replace(quantizer.weights, method="rtn", damping=0.01, column_order="given")
+        weights = replace(quantizer.weights, method="rtn", damping=0.01, column_order="given", true_sequential=False)
         return replace(quantizer, weights=weights)
 
     def check(self, quantizer: Quantizer) -> None:
@@ -42,7 +42,10 @@ class Gptq(Part):
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """Damping and order; scales and grid are those of the weights."""
         weights = quantizer.weights
-        return {"gptq": {"damping": weights.damping, "column_order": weights.column_order}}
+        own: dict[str, Any] = {"damping": weights.damping, "column_order": weights.column_order}
+        if weights.true_sequential:
+            own["true_sequential"] = True
+        return {"gptq": own}
 
     def label(self, quantizer: Quantizer) -> str:
         """` GPTQ`."""
@@ -53,7 +56,8 @@ class Gptq(Part):
         if self.is_on(quantizer):
             return []
         why = f"with quantizer.weights.method={quantizer.weights.method}"
-        return without_effect("quantizer.weights", quantizer.weights, ("damping", "column_order"), why)
+        keys = ("damping", "column_order", "true_sequential")
+        return without_effect("quantizer.weights", quantizer.weights, keys, why)
 
 
 register(Gptq())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from cushion.checks import without_effect
+from cushion.checks import require, without_effect
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 
@@ -20,6 +20,25 @@ def width(config: Any) -> str:
 def grid_keys(form: str, symmetric: bool) -> frozenset[str]:
     """The common keys that a grid of this format is made of; a symmetric one has no zero point."""
     return frozenset(FORMATS[form].reads) - ({"zero_point"} if symmetric else NOTHING)
+
+
+def check_clip_ratio(section: str, ratio: float, form: str, where: str) -> None:
+    """Raise `ConfigError` for a share of the range that cannot be kept, or of a range that has none.
+
+    Args:
+        section: `quantizer.<part>`.
+        ratio: its key `clip_ratio`.
+        form: the number format.
+        where: `static` or `dynamic`.
+
+    """
+    key = f"{section}.clip_ratio"
+    require(0 < ratio <= 1, key, ratio, "a share above 0, at most 1")
+    if ratio != 1:
+        reason = f"1, because {section}.format={form} says what scale a block has"
+        require(FORMATS[form].block is None, key, ratio, reason)
+        reason = f"1, because {section}.range=static has ranges from calibration text: set dynamic"
+        require(where == "dynamic", key, ratio, reason)
 
 
 class DynamicGrid(Part):

@@ -8,7 +8,7 @@ from cushion.checks import one_of
 from cushion.quantization.parts.base import Part, Quantizer
 from cushion.quantization.parts.registry import register
 
-INPUT_ROTATIONS = ("none", "down", "all")
+INPUT_ROTATIONS = ("none", "down", "down_and_heads", "all")
 
 
 class InputRotation(Part):
@@ -39,7 +39,7 @@ class InputRotation(Part):
 
     def label(self, quantizer: Quantizer) -> str:
         """What is rotated: ` down inputs rotated`."""
-        return f" {quantizer.input_rotation} inputs rotated" if self.is_on(quantizer) else ""
+        return f" {quantizer.input_rotation.replace('_', ' ')} inputs rotated" if self.is_on(quantizer) else ""
 
 
 register(InputRotation())

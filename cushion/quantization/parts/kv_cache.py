@@ -9,7 +9,7 @@ from cushion.checks import at_least, one_of, require, without_effect
 from cushion.errors import ConfigError
 from cushion.quantization.formats.registry import check_format
 from cushion.quantization.parts.base import NOTHING, Needed, Quantizer
-from cushion.quantization.parts.grids import DynamicGrid, width
+from cushion.quantization.parts.grids import DynamicGrid, check_clip_ratio, width
 from cushion.quantization.parts.head_rotation import rotates_keys
 from cushion.quantization.parts.registry import register
 
@@ -40,7 +40,8 @@ class KvCacheConfig:
     `range` is `dynamic`, or `static`: the extremes of each layer's keys, and of its values, over calibration text.
     `layout: kivi` is that of KIVI (arXiv 2402.02750): keys per channel, in groups of `group_size` neighbouring tokens,
     values per token, in groups of as many channels, and about `residual` of the newest tokens in full precision
-    (`cushion.quantization.kivi`). `protect` is how many tokens at the start of every text stay in full precision.
+    (`cushion.quantization.kivi`). `protect` is how many tokens at the start of every text stay in full precision,
+    `clip_ratio` the share of a dynamic range that is kept.
     """
 
     bits: int | None = None
@@ -52,6 +53,7 @@ class KvCacheConfig:
     group_size: int = 32
     residual: int = 128
     protect: int = 0
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         section = "quantizer.kv_cache"
@@ -62,6 +64,7 @@ class KvCacheConfig:
         check_format(section, self.format, self.bits, self.symmetric, self.granularity)
         at_least(f"{section}.group_size", self.group_size, 1)
         at_least(f"{section}.protect", self.protect, 0)
+        check_clip_ratio(section, self.clip_ratio, self.format, self.range)
         if self.bits is None:
             return
         fitting = GRANULARITIES[self.range]
@@ -90,7 +93,7 @@ class KvCache(DynamicGrid):
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("kv_cache",)
     own = KvCacheConfig
-    keys = ("granularity", "symmetric", "range", "format", "layout", "group_size", "residual", "protect")
+    keys = ("granularity", "symmetric", "range", "format", "layout", "group_size", "residual", "protect", "clip_ratio")
 
     def check(self, quantizer: Quantizer) -> None:
         """KIVI's layout stands alone inside of attention: which keys a query sees rounded depends on the query."""
@@ -107,6 +110,8 @@ class KvCache(DynamicGrid):
         if not self._is_kivi(quantizer):
             for key in ("group_size", "residual"):
                 del identity[self.fields[0]][key]
+        if quantizer.kv_cache.clip_ratio == 1:
+            del identity[self.fields[0]]["clip_ratio"]
         return identity
 
     def statistics(self, quantizer: Quantizer) -> frozenset[Needed]:
@@ -131,6 +136,7 @@ class KvCache(DynamicGrid):
             *(["static KV"] if self._is_static(quantizer) else []),
             *([f"KIVI g{own.group_size} r{own.residual}"] if self._is_kivi(quantizer) else []),
             *([f"first {own.protect} protected"] if own.protect else []),
+            *([f"KV clipped to {own.clip_ratio:g}"] if own.clip_ratio != 1 else []),
         ]
         return " ".join([f"KV{width(own)}", *words])
 

@@ -23,7 +23,9 @@ class WeightConfig:
 
     `estimator` says how their ranges are found: `minmax`, `mse`, those with the smallest squared error, or
     `output`, those with the smallest error of the outputs on calibration text; `method` how
-    the codes are: `rtn`, each the nearest, or `gptq`, with its `damping` and the order in which it takes the columns.
+    the codes are: `rtn`, each the nearest, or `gptq`, with its `damping`, the order in which it takes the columns, and
+    whether the linears of a block are rounded one after another (`true_sequential`). `narrow_range: false` lets codes
+    reach -2^(N-1), where ranges are searched.
     """
 
     bits: int | None = 8
@@ -34,6 +36,8 @@ class WeightConfig:
     method: str = "rtn"
     damping: float = 0.01
     column_order: str = "given"
+    true_sequential: bool = False
+    narrow_range: bool = True
 
     def __post_init__(self) -> None:
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
@@ -43,14 +47,21 @@ class WeightConfig:
         one_of("quantizer.weights.method", self.method, WEIGHT_METHODS)
         require(self.damping > 0, "quantizer.weights.damping", self.damping, "a share above 0")
         one_of("quantizer.weights.column_order", self.column_order, COLUMN_ORDERS)
+        reason = f"quantizer.weights.format={self.format} has no such code: only int has, or leave it true"
+        require(self.narrow_range or self.format == "int", "quantizer.weights.narrow_range", False, reason)
         if self.bits is not None and FORMATS[self.format].block is not None:
             reason = f"minmax, because quantizer.weights.format={self.format} says what scale a block has"
             require(self.estimator == "minmax", "quantizer.weights.estimator", self.estimator, reason)
             require(self.method == "rtn", "quantizer.weights.method", self.method, f"rtn with format={self.format}")
 
 
-_OF_GPTQ = ("method", "damping", "column_order")
+_OF_GPTQ = ("method", "damping", "column_order", "true_sequential")
 """What the part `gptq` answers for."""
+
+
+def _reaches_lowest(weights: WeightConfig) -> bool:
+    """Whether a code can be below -(2^(N-1) - 1) at all: where a range is searched, or GPTQ moves values beyond it."""
+    return weights.estimator != "minmax" or weights.method == "gptq"
 
 
 class Weights(Part):
@@ -79,6 +90,8 @@ class Weights(Part):
         weights = quantizer.weights
         size = weights.group_size if weights.granularity == "per_group" else None
         own = {key: value for key, value in vars(weights).items() if key not in _OF_GPTQ}
+        if weights.narrow_range or not _reaches_lowest(weights):  # keys of before there was a choice
+            del own["narrow_range"]
         return {"weights": {**own, "group_size": size, "format": FORMATS[weights.format].identity()}}
 
     def label(self, quantizer: Quantizer) -> str:
@@ -89,7 +102,11 @@ class Weights(Part):
         """The estimator without bits, the size of groups without groups."""
         weights, section, found = quantizer.weights, "quantizer.weights", list[str]()
         if weights.bits is None:
-            found += without_effect(section, weights, ("estimator", "format"), "with quantizer.weights.bits=null")
+            keys = ("estimator", "format", "narrow_range")
+            found += without_effect(section, weights, keys, "with quantizer.weights.bits=null")
+        elif not _reaches_lowest(weights):
+            why = f"with {section}.estimator=minmax and {section}.method=rtn"
+            found += without_effect(section, weights, ("narrow_range",), why)
         if weights.granularity != "per_group":
             why = f"with quantizer.weights.granularity={weights.granularity}"
             found += without_effect(section, weights, ("group_size",), why)
