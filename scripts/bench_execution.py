@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/bench_execution.py [--shapes smollm2,7b] [--rows 1,512] [--repeats 15]
         [--model embedded:smollm2-135m] [--length 512] [--new-tokens 32] [--decoder-repeats 5] [--compile]
+        [--decoder-sides "float32,bfloat16,int8 static"]
 
 First one linear at a time, for every shape and number of rows: float32, bfloat16, the simulation, execution=int8 with a
 static scale and with one for each token, the product of codes alone, and torchao's dynamic int8 where it is installed.
@@ -45,6 +46,7 @@ SHAPES = {
     "tiny": ((16, 24),),
 }
 """Inputs and outputs of the linears of SmolLM2-135M, of LLaMA-2-7B, and of none."""
+DECODER_SIDES = ("float32", "bfloat16", "simulated", "int8 static", "int8 token")
 WARMUP = 2
 STATIC = Grid(8, True, narrow_range=False)
 Side = Callable[[], object]
@@ -119,7 +121,7 @@ def show(heading: str, seconds: dict[str, list[float]]) -> None:
         print(f"  {name:<24}{milliseconds:>12.3f} ms{ratio:>9.2f}", flush=True)
 
 
-def decoder(path: str, length: int, new_tokens: int, repeats: int, compiles: bool) -> None:
+def decoder(path: str, length: int, new_tokens: int, repeats: int, compiles: bool, chosen: list[str]) -> None:
     """The whole model, compiled too where asked: prompts of one text, and tokens one after another."""
     lm, half = (
         load_language_model(ModelConfig(path=path, dtype=dtype), PathsConfig()) for dtype in ("float32", "bfloat16")
@@ -138,6 +140,7 @@ def decoder(path: str, length: int, new_tokens: int, repeats: int, compiles: boo
         "int8 static": (lm, static, "int8"),
         "int8 token": (lm, token, "int8"),
     }
+    sides = {name: side for name, side in sides.items() if name in chosen}
     ways = {
         f"{name} compiled" if compiles else name: (*side, compiles)
         for compiles, (name, side) in product((False, True) if compiles else (False,), sides.items())
@@ -171,12 +174,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of the decoder's prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens that follow it")
     parser.add_argument("--decoder-repeats", type=int, default=5, help="rounds for the decoder; 0 leaves it out")
+    sides = ",".join(DECODER_SIDES)
+    parser.add_argument("--decoder-sides", default=sides, help="of the decoder, separated by commas, float32 first")
     parser.add_argument("--compile", action="store_true", help="the decoder compiled as well")
     options = parser.parse_args(arguments)
     names = options.shapes.split(",") if options.shapes else []
     for name in names:
         if name not in SHAPES:
             parser.error(f"--shapes names {name!r}: known are {', '.join(SHAPES)}")
+    for name in options.decoder_sides.split(","):
+        if name not in DECODER_SIDES:
+            parser.error(f"--decoder-sides names {name!r}: known are {', '.join(DECODER_SIDES)}")
     device = torch.device("cpu")
     check_int8_matmul(device)
     if options.compile:
@@ -188,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows in options.rows:
                 show(f"{rows} x {inputs} x {outputs}", in_turns(linears_of(inputs, outputs, rows), options.repeats))
     if options.decoder_repeats:
-        decoder(options.model, options.length, options.new_tokens, options.decoder_repeats, options.compile)
+        chosen = options.decoder_sides.split(",")
+        decoder(options.model, options.length, options.new_tokens, options.decoder_repeats, options.compile, chosen)
 
 
 if __name__ == "__main__":
