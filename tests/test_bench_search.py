@@ -31,6 +31,7 @@ def arguments(text_file: Path, output: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_every_row_is_measured_and_kept_at_once(
     script: ModuleType,
     text_file: Path,

@@ -15,6 +15,7 @@ from helpers import load_script
 from cushion import compose
 from cushion.config import CorpusConfig, RunConfig
 from cushion.errors import ConfigError
+from cushion.reporting import figures
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cushion"
@@ -72,6 +73,8 @@ def test_the_snippets_of_the_python_page_run(
     text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(text_file.parent)
+    curves = {"activation_curves": figures.FIGURES["activation_curves"]}
+    monkeypatch.setattr(figures, "FIGURES", {**dict.fromkeys(figures.FIGURES, lambda *_: None), **curves})
     names: dict[str, Any] = {"__name__": "docs"}
     fences = python_fences("docs/python.md")
     for number, fence in enumerate(fences, start=1):

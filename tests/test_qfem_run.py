@@ -72,6 +72,7 @@ def test_a_fixed_alpha_keeps_exactly_the_planted_linears_in_every_row(text_file:
     assert result.warnings == []
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_found_alpha_given_again_keeps_the_same_linears_and_shares_the_rows(text_file: Path, tmp_path: Path) -> None:
     config, events = with_tokens(text_file, tmp_path / "out", SEARCHED), []  # type: tuple[RunConfig, list[Event]]
     result = pipeline.run(config, [events.append])
