@@ -1,6 +1,13 @@
 """Scoped hooks, and running statistics of what flows through a model: magnitudes per block, ranges per linear.
 
 Hooks live exactly as long as the `with` block that made them, also when the code inside fails.
+
+## Activation curves
+
+For each block, the magnitudes |X| at its input over all tokens and features of a text: the three largest, the 90th
+percentile (`top10_percent`) and the median, averaged over texts, on the full-precision model, for no prefix, the
+found and the tuned one. These are the quantities of the paper's Figure 2; the percentile and the `maximum` without
+averaging are added. Curves are at block **inputs**, L_q at block **outputs**.
 """
 
 from __future__ import annotations

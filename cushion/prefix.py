@@ -1,7 +1,11 @@
 """The prefix: token ids and, for every layer, the keys and values that stand before a text.
 
-Keys and values stay in full precision, and because the prefix enters a forward pass only through the cache, its
-positions never reach a quantized linear, a scale or a statistic.
+## The prefix
+
+A prefix p of tokens is run once through the full-precision model; its keys and values in every layer are kept. A text
+is run behind copies of them, at positions from the length of p on. The result equals that of running [p, t] as one
+text, up to rounding. As p is not run again, its positions never reach a quantized linear, a scale or a statistic, and
+stay in full precision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,12 @@
-"""Everything that is done, and refused, before any long work: model, texts, and what cannot work with them."""
+"""Everything that is done, and refused, before any long work: model, texts, and what cannot work with them.
+
+## BOS
+
+The key `bos`. Either every text of a run begins with BOS, or none does; by default as the tokenizer does by itself.
+The prefix p comes first, and BOS belongs to the text behind it: [p, BOS, t]. So L_q, static ranges, smoothing, curves
+and attention are those of BOS and t. For the paper's other reading, a prompt that begins with BOS, there is
+`search.start=bos`.
+"""
 
 from __future__ import annotations
 

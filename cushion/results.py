@@ -40,7 +40,20 @@ class Row:
     averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`. A row that is
     `reconstructed` has ranges, and perhaps weights, that were learned for it, one with `learned_ranges` those that were
     learned with its prefix: neither is one of the frozen model (`cushion.schema.is_frozen`).
-    """
+
+    | field | content |
+    |---|---|
+    | `name` | `full_precision` or `quantized`, with `_found` or `_tuned`, and `_reconstructed`, appended |
+    | `label` | as in the table, for example `per_tensor_static W8A8 + tuned prefix`, with `+ learned ranges` and `+ reconstruction` where they are |
+    | `prefix` | text of the prefix |
+    | `quantized` | true or false |
+    | `stage` | whose prefix it has: `none`, `found` or `tuned` |
+    | `reconstructed` | whether ranges, and perhaps weights, were learned for this row block by block. Absent, as in older files: false |
+    | `learned_ranges` | whether its ranges were learned with its prefix (`tuning.ranges=learned`); a row that is neither this nor `reconstructed` is of the frozen model. Absent: false |
+    | `values` | numbers by column, below; null where one was not measured or is not finite |
+    | `tokens` | by corpus: tokens whose loss is averaged, one less per block without `predict_first` |
+    | `tasks` | by task, group or tag: `metric` (the one that enters the mean, or null), its `value` and `stderr`, `samples` (records asked), `version`, all `metrics` with `value` and `stderr` each, and `truncated`, the number of requests that lost the start of their context (a record is several requests where there are choices) |
+    """  # noqa: E501
 
     name: str
     label: str
@@ -60,21 +73,150 @@ class Row:
 
 @dataclass
 class RunResult:
-    """Everything a run found out. All fields are plain JSON."""
+    """Everything a run found out. All fields are plain JSON.
+
+    | field | content |
+    |---|---|
+    | `schema_version` | 2 |
+    | `status` | `completed` or `failed` |
+    | `error` | null, or `{type, message}` of a failed run. What was found before the failure is in the other fields |
+    | `config` | the whole configuration |
+    | `environment` | below |
+    | `model` | below |
+    | `data` | below, by purpose that the run needed |
+    | `evaluation` | below |
+    | `integrity` | the seal: `content`, a digest of everything else in the file; `run`, the name of the run's folder; `files`, the SHA-256 of the prefix, of what was learned and of the samples, by path. Results from before have none |
+    | `prefix` | below; null without a prefix |
+    | `search` | below; null with `search=none` |
+    | `tuning` | below; null without tuning |
+    | `qfem` | below; null without QFeM |
+    | `reconstruction` | below; null without reconstruction |
+    | `activations` | below |
+    | `attention` | below; null with `eval.attention_texts=0` |
+    | `metrics` | by column, as in `values` of a row: perplexities, accuracies with their mean and its standard error, `largest_activation` and `quantization_error` of the last row, which is the run's own |
+    | `rows` | the comparison, a list, below |
+    | `timings` | seconds: `total` of this process, `search`, `tuning`, `qfem, <title of the stage>`, `reconstruction, <title of the stage>`, `evaluation, <label>` |
+    | `warnings` | texts of the warnings |
+    """  # noqa: E501
 
     status: str
     config: dict[str, Any]
     environment: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
+    """`model`:
+
+    | field | content |
+    |---|---|
+    | `path`, `label` | `model.path`; its last part |
+    | `architecture` | `model_type` in transformers |
+    | `fingerprint` | 16 hex digits: source, dtype, and the hub commit, or, where there is none, all weights |
+    | `dtype` | dtype of the weights |
+    | `blocks` | number of decoder blocks |
+    | `vocabulary` | number of tokens that have an embedding and that the tokenizer knows |
+    """
     data: dict[str, Any] = field(default_factory=dict)
+    """`data`:
+
+    | field | content |
+    |---|---|
+    | `source`, `split` | as configured; `split` is null for `embedded`, `file`, and `c4` out of `paths.data_dir` |
+    | `origin` | file, or set on the hub |
+    | `shared_by` | the purposes that divide this origin, also those that the run did not need |
+    | `documents`, `characters` | what this purpose got |
+    | `duplicates_dropped` | documents dropped because an earlier purpose has them |
+    | `sha256` | of the documents joined with blank lines |
+    | `held_out` | of `tuning`, where there is one: `split` is `document`, or `position` where one document had to be cut in two; `documents`, from how many the held-out texts come (null with `position`) |
+    """  # noqa: E501
     evaluation: dict[str, Any] = field(default_factory=dict)
+    """`evaluation`:
+
+    | field | content |
+    |---|---|
+    | `corpus` | the name of the first corpus: the source, or a file's name without ending |
+    | `corpora` | `blocks`, the number of blocks, by corpus |
+    | `block_length` | tokens of a block |
+    | `bos` | whether every text of the run, and every context of a task, began with BOS |
+    | `predict_first`, `prefix_in_block` | as configured |
+    | `asked`, `in_mean` | `eval.tasks`, and those of them that the mean is over: an entry that is part of another one does not count twice |
+    | `tasks` | by single task (groups taken apart): `origin`, file or set on the hub, `shots`, the number of examples, and `prepared`, whether its records were taken to be prepared already ([data.md](data.md#tasks)) |
+    | `limit`, `accuracy` | as configured |
+    | `losses.<row>.<corpus>` | what a perplexity is the mean of: `nats`, the summed loss of each batch of blocks in order, and `tokens`, how many were predicted in it |
+    | `ceilings.<row>` | the name of the full-precision row with the very same prefix, which the row is compared with; null for rows in full precision, and where it was not measured |
+    | `task_batch_size` | requests per forward pass of the run's own quantizer (1 with one dynamic range per tensor; `auto` where a GPU takes as many as fit); rows in full precision have 8 where none is configured |
+    """  # noqa: E501
     prefix: dict[str, Any] | None = None
     search: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    """`tuning`:
+
+    | field | content |
+    |---|---|
+    | `steps[].step` | number, from 0 |
+    | `steps[].loss` | `prediction_loss + lambda_q * error` |
+    | `steps[].prediction_loss` | nats per token: cross entropy, or the divergence with `tuning.loss=kl` |
+    | `steps[].error` | L_q of the batch, summed over sites, in the unit of `tuning.reduction` |
+    | `steps[].learning_rate`, `gradient_norm` | the norm before clipping |
+    | `steps[].held_out_loss` | the whole loss on the held-out sequences after this step; null where not measured |
+    | `steps[].seconds` | held-out measurements included |
+    | `best_step` | how many steps the kept prefix has had; 0 means that tuning brought nothing and the found prefix was kept |
+    | `best_loss`, `initial_loss` | held-out loss of the kept prefix and of the found one |
+    | `seconds` | wall time of the whole tuning: putting on the quantizer and the first held-out measurement included |
+    """  # noqa: E501
     qfem: dict[str, Any] | None = None
+    """`qfem`:
+
+    | field | content |
+    |---|---|
+    | `alpha` | as configured, or found. A found alpha is the smallest one that keeps these linears: given as `quantizer.qfem.alpha`, it keeps them again |
+    | `kept` | names of the linears that keep full-precision activations: those with a ratio above `alpha` |
+    | `ratios` | max/median ratio of the token scales at every quantized linear's input, mean over the calibration texts, by name. A linear that no token reached (an expert that was never chosen) has none |
+    | `groups` | lists of names that read the very same tensor, so that they have one ratio |
+    | `alpha_search` | null with `quantizer.qfem.alpha` |
+    | `alpha_search.target`, `texts` | as configured; number of texts that the perplexities are over |
+    | `alpha_search.reference_perplexity` | of per-token dynamic scales, with the same weights, smoothing and prefix |
+    | `alpha_search.points` | the trade-off curve, in the order of linears kept |
+    | `alpha_search.points[].alpha`, `kept_groups`, `kept_modules` | the smallest alpha that keeps this set; how many groups and linears that are |
+    | `alpha_search.points[].perplexity` | on calibration text; null where it is not finite |
+    | `alpha_search.found` | which of the points was chosen, from 0 |
+    | `alpha_search.reached` | whether its perplexity is at most `target * reference_perplexity`; if not, all linears are kept |
+    | `alpha_search.contradictions` | points (from 0) that contradict the assumption that the perplexity falls with every linear that is kept |
+    | `alpha_search.seconds`, `seconds` | of the search; of ratios and search |
+    """  # noqa: E501
     reconstruction: dict[str, Any] | None = None
+    """`reconstruction`:
+
+    | field | content |
+    |---|---|
+    | `blocks` | a list, in order: `block`, its number; `before` and `after`, the mean squared error of its output over the texts before and after learning; `kept`, whether what was learned there is used (where `after` is smaller) |
+    | `seconds` | wall time of the whole reconstruction |
+    """  # noqa: E501
     activations: dict[str, Any] = field(default_factory=dict)
+    """`activations`:
+
+    | field | content |
+    |---|---|
+    | `texts`, `text_length` | how many blocks of how many tokens, BOS included where the run has it |
+    | `curves.<stage>` | `top1`, `top2`, `top3`, `top10_percent`, `median`, `maximum`: lists with one value per block |
+    | `quantization_error.<stage>` | L_q, mean over the texts |
+    | `titles.<stage>` | how the stage is called in tables and figures |
+    | `map.block` | the block, from 0, whose `top1` is largest without a prefix |
+    | `map.channels`, `positions` | the (at most) 16 channels that have the largest magnitudes there without a prefix, ascending; how many of the first text's tokens the map has, at most 64 |
+    | `map.values.<stage>` | the magnitude at the block's input: a list per position, behind the prefix where there is one, with one value per channel, to 4 significant digits (CushionCache, Figure 1) |
+    | `sparsity` | null with `eval.sparsity_texts=0`, else `texts`, `text_length`, the CETTs asked for (`cett`) and the percent of perplexity (`ppl`), and `stages.<stage>` ([method.md](method.md#activation-sparsity)) |
+    | `sparsity.stages.<stage>.levels` | for each CETT: `cett`, and by block `ratios`, the share of active neurons, and `thresholds`, eps |
+    | `sparsity.stages.<stage>.within_perplexity`, `perplexity_ratio` | the same at the largest CETT whose perplexity is within `ppl` percent, and that perplexity over the dense one; null with `eval.sparsity_ppl=null` |
+    | `spikes` | null with `eval.spike_texts=0`, else `texts`, `text_length`, `ratio`, and by block for each stage `counts`, spike tokens per text, `cosines`, the mean cosine between them behind the norm (null with fewer than two), and `others`, that between all other tokens ([method.md](method.md#spike-tokens-behind-the-norm)) |
+    """  # noqa: E501
     attention: dict[str, Any] | None = None
+    """`attention`:
+
+    | field | content |
+    |---|---|
+    | `texts`, `text_length`, `first` | how many texts of how many tokens, BOS included where the run has it; how many tokens count as the first |
+    | `stages.<stage>.prefix` | share of attention on all positions of the prefix, a list per block with one value per head |
+    | `stages.<stage>.first` | share on the first tokens of the text, likewise |
+    | `stages.<stage>.sinks_in_prefix` | how many of the five positions that get the most attention are the prefix's, averaged over the texts; null without a prefix |
+    """  # noqa: E501
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
@@ -174,7 +316,16 @@ def make_folder(folder: Path) -> None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, git state and device: what else a number may depend on."""
+    """Versions, git state and device: what else a number may depend on.
+
+    | field | content |
+    |---|---|
+    | `cushion`, `python`, `platform` | versions |
+    | `packages` | versions of torch, transformers, datasets, lm_eval, hydra-core, omegaconf, wandb, accelerate; null where not installed |
+    | `git` | `{commit, dirty}` of the checkout that Cushion runs from; null for an installed package |
+    | `device` | `cpu`, `cuda`, ... |
+    | `seed` | the seed |
+    """  # noqa: E501
     return {
         "cushion": cushion.__version__,
         "python": platform.python_version(),

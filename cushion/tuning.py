@@ -1,8 +1,39 @@
 """Quantization-aware prefix tuning (CushionCache, section 4.2): keys and values of the prefix learn alone.
 
-`L = L_pred + lambda * L_q` with lambda = 0.01; both parts are in `cushion.tuning_loss`. L_pred is computed on the
-quantized model by default (`prediction_model`); `cushion.tuning_ranges` says where its ranges come from. With
-`ranges: learned` they learn together with keys and values, at a rate of their own.
+## Prefix tuning
+
+Section 4.2 of the paper. The keys and values of every layer become parameters; the model is frozen.
+
+    L = L_pred + lambda * L_q,    lambda = 0.01
+
+L_pred is the mean next-token cross entropy over t behind the prefix. L_q is the quantization error at the tokens of
+t, summed over sites (outputs of the blocks) and averaged over the texts of the batch. With E the sum of squares of a
+text at a site, of n tokens and d features:
+
+| `tuning.reduction` | a site's part of L_q | unit |
+|---|---|---|
+| `mean` (default) | E / (n d) | X squared |
+| `token` | E / n: the error per token, as L_pred is a loss per token (equation 6) | X squared |
+| `sum` | E | X squared |
+| `relative` | E; L_q is then divided by its value behind the found prefix, over the held-out texts | none |
+
+lambda = 0.01 is comparable between models with `relative` alone. `tuning=paper` has `token`.
+
+The paper stops the gradient at s and z. With e = (q(X) - X) / s, the rounding error in units of s:
+
+| `tuning.gradient` | L_q, as differentiated | gradient |
+|---|---|---|
+| `range` (default) | s(X)^2 * sum(e^2), e constant | through s to the minimum and maximum of X |
+| `nearest_grid_point` | sum((X - q)^2), q constant | 2 (X - q): to the nearest grid point |
+| `straight_through` | straight-through round, s and z constant | exactly zero |
+
+The second and third follow the paper's words and leave the range, and with it the outliers, unmoved. The default is
+our choice.
+
+L_pred is computed on the quantized model by default, with straight-through rounding; L_q comes from the same pass.
+With `loss: kl` it is the mean over tokens of KL(p || q), p from the full-precision model behind the found prefix, and
+q from the quantized one behind the prefix that learns. Optimizer: Adam with warm-up, a schedule and a clipped
+gradient. Kept is the prefix with the lowest L on held-out sequences, the untuned one included.
 """
 
 from __future__ import annotations

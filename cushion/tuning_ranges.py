@@ -1,10 +1,28 @@
 """The quantizer under which a prefix is tuned, and where the ranges of its activations come from (`tuning.ranges`).
 
-- `dynamic`: from every input, whatever the run's own quantizer has; one range for each tensor where that has several
-  for its channels.
-- `static`: as the run's own quantizer has them, estimated anew behind the prefix as it changes.
-- `learned`: as the run's own quantizer has them behind the found prefix at first; then they learn with keys and values.
-"""
+## Ranges while tuning
+
+| `tuning.ranges` | range of a linear's input | gradient towards X |
+|---|---|---|
+| `dynamic` (default) | of the input itself, whatever the run's quantizer has; one for the tensor where that has several for its channels | 1 |
+| `static` | the run's own, fitted anew behind the prefix every `ranges_every` steps and before each held-out measurement | 1 inside the range, 0 where it clips |
+| `learned` | the run's own behind the found prefix, times what is learned | likewise |
+
+Under `static` and `learned` the held-out loss is that of the very quantizer that the row is measured with, and QFeM
+keeps the linears that it chose behind the found prefix. Learned ranges follow LSQ (arXiv
+[1902.08153](https://arxiv.org/abs/1902.08153)), and LSQ+ (arXiv [2004.09576](https://arxiv.org/abs/2004.09576)) for
+the offset z of asymmetric grids. With u = (X - z) / s and c the code:
+
+| | inside the range | outside |
+|---|---|---|
+| dq/dX | 1 | 0 |
+| dq/ds (LSQ, equation 3) | c - u | c |
+| dq/dz | 0 | 1 |
+
+The gradients of s and z are multiplied with 1 / sqrt(N Q_P), N being the number of values and Q_P the largest code
+(LSQ, section 2.2). Steps are relative: s = s_0 exp(t), and z moves by b initial widths of the range; t and b start at
+0. Adam's epsilon is 1e-15 for them. A symmetric range keeps the proportion of its ends.
+"""  # noqa: E501
 
 from __future__ import annotations
 

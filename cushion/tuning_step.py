@@ -70,6 +70,16 @@ class TuningRun(Step[Tuned]):
     """
 
     name = "tuning"
+    """Files: `prefix.*`, `tuning.json`, and `learned.safetensors` with `tuning.ranges=learned`
+    Key: `prefix`, `steps`, `config.sequence_length`, `config.batch_size`, `config.learning_rate`,
+        `config.schedule`, `config.warmup_steps`, `config.gradient_clip`, `config.lambda_q`, `config.loss`,
+        `config.evaluate_every`, `config.gradient`, `config.error_site`, `config.reduction`, `grid`, `quantizer`,
+        `ranges`, `texts`, `seed`
+    Of that: the found prefix; the number of steps; where the ranges come from, with `ranges_every` and the
+        calibration texts for static ones and `scale_learning_rate` for learned ones; the keys of `tuning`,
+        `gradient`, `error_site`, `reduction` and the grid of L_q only with `lambda_q` above 0; texts of training
+        and held-out ones
+    """
     found: Prefix
     config: TuningConfig
     quantizer: QuantizerConfig

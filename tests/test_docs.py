@@ -186,6 +186,43 @@ def test_the_defaults_in_the_configuration_page_are_those_of_the_schema() -> Non
             assert written == {None: "null", True: "true", False: "false"}.get(default, default), name
 
 
+def test_what_pages_take_from_the_code_is_what_it_says() -> None:
+    reference = load_script("reference")
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md")}
+    assert {name for name, text in pages.items() if "<!-- generated" in text} >= {
+        "config.md",
+        "method.md",
+        "results.md",
+    }
+    stale = [name for name, text in pages.items() if reference.refreshed(text) != text]
+    assert stale == [], "run: python scripts/reference.py"
+
+
+WRITTEN_BY_SCRIPTS = ("trouble.md", "report.md")
+"""The pages that a script writes as a whole: scripts/trouble.py and cushion-report."""
+
+
+def hand_written_words(path: Path) -> int:
+    """The words of a page that somebody writes and somebody reads.
+
+    Not counted are blocks of code, what scripts/reference.py takes from the code, and the rows of tables in which most
+    cells hold a number.
+    """
+    count = 0
+    for line in FENCE.sub("", load_script("reference").hand_written(path.read_text(encoding="utf-8"))).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        numbers = sum(bool(re.match(r"\W*\d", cell)) for cell in cells)
+        if 2 * numbers < len(cells) or not cells:
+            count += sum(any(letter.isalnum() for letter in word) for word in line.split())
+    return count
+
+
+def test_the_pages_have_at_most_15000_words_that_somebody_writes() -> None:
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name not in WRITTEN_BY_SCRIPTS]
+    words = {path.relative_to(ROOT).as_posix(): hand_written_words(path) for path in [*pages, ROOT / "README.md"]}
+    assert sum(words.values()) <= 15000, words
+
+
 def test_the_page_on_trouble_is_what_the_messages_in_the_code_say() -> None:
     assert page("docs/trouble.md") == load_script("trouble").page(), "run: python scripts/trouble.py"
 

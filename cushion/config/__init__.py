@@ -47,9 +47,26 @@ class PathsConfig:
     """`paths`: where results, cached steps and converted models go, and where named sets are read from."""
 
     output_dir: str = "outputs"
+    """Results, sweeps, cache
+
+    Allowed: text
+    """
     cache_dir: str | None = None
+    """Cached steps; null: the folder `cache` inside `paths.output_dir`
+
+    Allowed: text, null
+    """
     model_dir: str = "~/.cache/cushion/models"
+    """Converted embedded models. On the command line the environment variable `CUSHION_MODEL_DIR` is the default where
+    it is set
+
+    Allowed: text
+    """
     data_dir: str | None = None
+    """Folder that holds WikiText-2, C4 and the tasks' records in place of the hub, see [data.md](data.md)
+
+    Allowed: text, null
+    """
 
     @property
     def cache(self) -> Path:
@@ -72,11 +89,40 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     experiment: str = "default"
+    """First folder of the results, and the W&B group
+
+    Allowed: letters, digits, `.`, `_`, `-`
+    """
     seed: int = 0
+    """Which texts are drawn for calibration, search and tuning; the sampled candidates and the tokens of
+    `search=random`, unless `search.seed` is set; the order of the tuning sequences. Not the evaluation blocks
+
+    Allowed: 0 to 4294967295
+    """
     device: str = "auto"
+    """Where the model runs; `auto` is a CUDA GPU if torch sees one, else the CPU. `mps`, a GPU of Apple, has no
+    float64: sums in double precision are then made on the CPU. It is tested with a pretended device, not measured
+    on one; what torch lacks there ends the run with its own message
+
+    Allowed: `auto`, `cpu`, `cuda`, `cuda:<number>`, `mps`
+    """
     execution: str = "simulated"
+    """How the quantized linears of the rows of a table are computed: `simulated`, or on codes of 8 bits
+    ([execution.md](execution.md)); searching and tuning are simulated
+
+    Allowed: `simulated`, `int8`, and what packages of yours add ([extending](extending.md#an-execution))
+    """
     bos: str = "tokenizer"
+    """Whether every text of the run begins with BOS: as the tokenizer does by itself, always, or never
+
+    Allowed: `tokenizer`, `always`, `never`
+    """
     objective: str | None = None
+    """The final number of a run that a sweeper optimises ([reports.md](reports.md#sweepers-that-optimise)); it changes
+    no result and no folder
+
+    Allowed: text, null
+    """
 
     def __post_init__(self) -> None:
         check_values("", self)

@@ -15,9 +15,25 @@ class CorpusConfig:
     """Where the text for one purpose comes from: a named set, or a text or JSON-lines file of the user's."""
 
     source: str = "embedded"
+    """Which set
+
+    Allowed: `embedded`, `wikitext2`, `c4`, `file`
+    """
     split: str = "train"
+    """Split of `wikitext2` or `c4`
+
+    Allowed: `train`, `validation`, `test`
+    """
     path: str | None = None
+    """The file, with `source=file` only
+
+    Allowed: text, null
+    """
     text_field: str = "text"
+    """Field of a record, or column of a table, that holds the text
+
+    Allowed: text
+    """
 
 
 @dataclass
@@ -36,7 +52,16 @@ class DataConfig:
     tuning: CorpusConfig = field(default_factory=CorpusConfig)
     search: CorpusConfig = field(default_factory=CorpusConfig)
     further: dict[str, CorpusConfig] = field(default_factory=dict)
+    """Further corpora for perplexity, by the name they get in results: `'++data.further={c4: {source: c4, split:
+    validation}}'`
+
+    Allowed: names with `source`, `split`, `path`, `text_field` each
+    """
     path: str | None = None
+    """The one file of `data=file`, which hands it to all four purposes
+
+    Allowed: text, null
+    """
 
     def __post_init__(self) -> None:
         check_values("data", self)

@@ -12,11 +12,39 @@ class LatencyConfig:
     """`eval.latency`: every batch size with every prompt length. Nothing is timed with empty `batch_sizes`."""
 
     batch_sizes: list[int] = field(default_factory=list)
+    """Batch sizes whose latency is measured for every row, on this machine ([execution.md](execution.md#latency));
+    none by default
+
+    Allowed: a list of numbers from 1 on
+    Paper: **open**
+    """
     prompt_lengths: list[int] = field(default_factory=lambda: [128])
+    """Lengths of the prompts, in tokens, each with every batch size
+
+    Allowed: a list of numbers from 1 on
+    Paper: **open**
+    """
     new_tokens: int = 16
+    """Tokens that follow a prompt
+
+    Allowed: 2 and more
+    Paper: **open**
+    """
     repeats: int = 15
+    """Rounds that count
+
+    Allowed: 3 and more
+    """
     warmup: int = 3
+    """Rounds before them that do not
+
+    Allowed: 1 and more
+    """
     compile: bool = False
+    """Time the decoder as `torch.compile` makes it; needs a C++ compiler (on a GPU Triton), and minutes
+
+    Allowed: true, false
+    """
 
     def __post_init__(self) -> None:
         for key in ("batch_sizes", "prompt_lengths"):

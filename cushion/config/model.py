@@ -20,11 +20,37 @@ class ModelConfig:
     """
 
     path: str = "embedded:smollm2-135m"
+    """Which model, as below the table
+
+    Allowed: text
+    """
     revision: str | None = None
+    """Branch, tag or commit on the hub
+
+    Allowed: text, null
+    """
     gguf_file: str | None = None
+    """Name of a GGUF file in the folder or hub repository; its weights are dequantized
+
+    Allowed: text, null
+    """
     dtype: str = "auto"
+    """Dtype of weights and activations; `auto` is the checkpoint's own
+
+    Allowed: `auto`, `float32`, `bfloat16`, `float16`
+    """
     device_map: Any = None
+    """Handed to transformers: a device, `auto` or `balanced` to spread the model over all GPUs, or a device for each
+    module, as in `{transformer: 0, lm_head: 1}`. The key `device` then does not place the model. A map that leaves
+    part of the model on the CPU beside GPUs, or on disk, is refused
+
+    Allowed: text, mapping, null
+    """
     trust_remote_code: bool = False
+    """Let transformers run code from the repository
+
+    Allowed: true, false
+    """
 
     def __post_init__(self) -> None:
         check_values("model", self)

@@ -16,11 +16,36 @@ class TrackingConfig:
 
     name: str = "wandb"
     backend: str = "wandb"
+    """Which tracker
+
+    Allowed: `none`, `wandb`
+    """
     project: str = "cushion"
+    """W&B project
+
+    Allowed: text
+    """
     entity: str | None = None
+    """W&B user or team
+
+    Allowed: text, null
+    """
     group: str | None = None
+    """W&B group
+
+    Allowed: text, null
+    """
     mode: str = "auto"
+    """`auto`: the environment variable `WANDB_MODE` if it is `online`, `offline` or `disabled`; else online if there
+    is a key and the server answers within 3 seconds; else offline
+
+    Allowed: `auto`, `online`, `offline`
+    """
     tags: list[str] = field(default_factory=list)
+    """W&B tags
+
+    Allowed: list
+    """
 
     def __post_init__(self) -> None:
         check_values("tracking", self)

@@ -25,26 +25,131 @@ class TuningConfig:
 
     name: str = "none"
     method: str = "none"
+    """No tuning, or tune keys and values
+
+    Allowed: `none`, `prefix`
+    """
     steps: int | None = None
+    """Optimizer steps; give this or `epochs`
+
+    Allowed: 1 and more, null
+    """
     epochs: float | None = None
+    """Passes over the training sequences
+
+    Allowed: positive, null
+    Paper: 2
+    """
     sequences: int = 256
+    """Number of training sequences
+
+    Allowed: 1 and more
+    Paper: **open**
+    """
     sequence_length: int = 256
+    """Tokens per sequence
+
+    Allowed: 2 and more
+    Paper: **open**
+    """
     batch_size: int = 2
+    """Sequences per step
+
+    Allowed: 1 and more
+    Paper: **open**
+    """
     learning_rate: float = 1e-2
+    """Peak learning rate of Adam
+
+    Allowed: positive, at most 1000
+    Paper: **open**
+    """
     schedule: str = "cosine"
+    """After warm-up: constant, or down to near 0
+
+    Allowed: `constant`, `linear`, `cosine`
+    Paper: **open**
+    """
     warmup_steps: int = 5
+    """Steps of linear warm-up
+
+    Allowed: 0 and more
+    Paper: **open**
+    """
     gradient_clip: float | None = 1.0
+    """Largest norm of the gradient over all keys and values
+
+    Allowed: positive, finite, null
+    Paper: **open**: a bound on single large steps; null for none
+    """
     lambda_q: float = 0.01
+    """Lambda, the weight of L_q
+
+    Allowed: 0 to 2147483647
+    Paper: 0.01
+    """
     gradient: str = "range"
+    """How L_q gets a gradient through the rounding
+
+    Allowed: `range`, `nearest_grid_point`, `straight_through`
+    Paper: **open**; [what each does](method.md#prefix-tuning)
+    """
     error_site: str = "block_outputs"
+    """X in L_q: output of every block, or input of every linear in the blocks
+
+    Allowed: `block_outputs`, `linear_inputs`
+    Paper: the activations of the blocks, as in the search
+    """
     reduction: str = "mean"
+    """What the sum of squares of a site is divided by: its elements, nothing, its tokens; or L_q by what it was before
+    tuning
+
+    Allowed: `mean`, `sum`, `token`, `relative`
+    Paper: **open**; [what each does](method.md#prefix-tuning)
+    """
     prediction_model: str = "quantized"
+    """Whether the loss is computed on the quantized or on the full-precision model
+
+    Allowed: `quantized`, `full_precision`
+    Paper: **open**: the quantized model is the one that will be used
+    """
     loss: str = "next_token"
+    """L_pred: the next-token cross entropy, or the divergence from full precision behind the found prefix
+
+    Allowed: `next_token`, `kl`
+    Paper: next-token cross entropy
+    """
     ranges: str = "dynamic"
+    """The activation ranges of the quantized model: of each input, the run's own static ones, or static ones that
+    learn
+
+    Allowed: `dynamic`, `static`, `learned`
+    Paper: **open**: `static` and `learned` tune under the quantizer that the row is measured with
+    """
     ranges_every: int = 15
+    """Steps between two estimates of static ranges, with `ranges: static`; every measurement of the held-out loss has
+    one too
+
+    Allowed: 1 and more
+    """
     scale_learning_rate: float = 1e-2
+    """Peak learning rate of the logarithms of learned scales, with `ranges: learned`
+
+    Allowed: positive, at most 1000
+    """
     evaluate_every: int = 15
+    """Steps between measurements of the held-out loss (the last step is always measured)
+
+    Allowed: 1 and more
+    Paper: **open**
+    """
     held_out_sequences: int = 8
+    """Sequences that decide which step was best, from documents that give no training sequence
+    ([data.md](data.md#held-out-text))
+
+    Allowed: 1 and more
+    Paper: **open**
+    """
 
     def __post_init__(self) -> None:
         check_values("tuning", self)

@@ -80,6 +80,10 @@ class ActivationMapStep(Step[ActivationMap]):
     """
 
     name = "activation_map"
+    """Files: `activation_map.json`
+    Key: `prefix`, `block`, `channels`, `text`
+    Of that: the channels where they are given; the part of the text that is run
+    """
     behind: Prefix
     block: int
     channels: list[int] | None

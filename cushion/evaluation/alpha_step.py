@@ -48,6 +48,10 @@ class AlphaStep(Step[dict[str, Any]]):
     """
 
     name = "alpha"
+    """Files: `alpha.json`
+    Key: `prefix`, `quantizer`, `ratios`, `texts`, `target`, `curve`
+    Of that: the ratios; `quantizer.qfem.target` and `curve`
+    """
     behind: Prefix
     quantizer: QuantizerConfig
     ratios: ModuleRatios

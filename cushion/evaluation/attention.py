@@ -1,4 +1,16 @@
-"""Where attention goes: the shares on the prefix and on the first tokens of the text (CushionCache, Figure 3)."""
+"""Where attention goes: the shares on the prefix and on the first tokens of the text (CushionCache, Figure 3).
+
+## Attention
+
+CushionCache, Figure 3. For each block and head of the full-precision model, the attention probability that falls on
+the positions of the prefix, and on the first tokens of the text (`eval.attention_first`), averaged over the queries
+of all later tokens.
+
+`sinks_in_prefix`: for each text, the five positions of prefix and text that get the most attention, averaged over
+blocks, heads and those queries (a query that stands before a position gives it nothing); counted are those of the
+prefix, averaged over the texts. Five sinks are what KVSink protects. At the smaller of 5 and the prefix's length, the
+prefix has all the sinks that it has room for; at 5 the text has none that a quantized cache would have to protect.
+"""
 
 from __future__ import annotations
 

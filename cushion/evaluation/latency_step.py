@@ -42,6 +42,11 @@ class LatencyStep(Step[Measured]):
     """
 
     name = "latency"
+    """Files: `latency.json`, the timings of all rounds
+    Key: `prefix`, `quantizer`, `config.batch_sizes`, `config.prompt_lengths`, `config.compile`,
+        `config.new_tokens`, `config.repeats`, `config.warmup`, `machine`
+    Of that: the name of the machine, its processor or GPU, and the number of threads
+    """
     model: QuantizedLazily
     config: LatencyConfig
 

@@ -1,9 +1,18 @@
 """Perplexity: token-level, over non-overlapping blocks, each behind a fresh copy of the prefix.
 
-The prefix's own tokens are never predicted, and it predicts none itself: it is keys and values only. The first token of
-a block is predicted only where BOS stands before it and `eval.predict_first` says so, so that all rows of a table,
-with and without a prefix, count the same tokens. (With `eval.prefix_in_block` they do not: a prefix then takes
-positions of the block, and the blocks behind it are shorter.)
+## Perplexity
+
+The evaluation documents are joined with blank lines, tokenized as one text without special tokens, and cut into
+non-overlapping blocks of `eval.block_length` tokens.
+
+    PPL = exp( sum of negative log-likelihoods / number of predicted tokens )
+
+Each block is run behind a fresh copy of the prefix, which is not predicted and predicts nothing: every row counts
+block_length - 1 tokens per block. BOS, where texts begin with it, stands between prefix and block;
+`eval.predict_first=true` then counts the first token too.
+
+The paper does not state block length or BOS. Its full-precision values agree with blocks of 2048 without BOS on the
+WikiText-2 raw test split (`data=wikitext2 eval=full`; `data=cushioncache` evaluates on the same text).
 """
 
 from __future__ import annotations

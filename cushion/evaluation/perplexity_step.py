@@ -46,6 +46,9 @@ class PerplexityStep(Step[MeasuredPerplexity]):
     """
 
     name = "perplexity"
+    """Files: `perplexity.json`
+    Key: `prefix`, `quantizer`, `config.batch_size`, `config.predict_first`, `bos`, `blocks`
+    """
     model: QuantizedLazily
     config: EvalConfig
     blocks: Tensor

@@ -1,14 +1,20 @@
 """Activation sparsity of the feed-forward parts: how many neurons a token needs, block by block.
 
-The output of a feed-forward part is a sum over its neurons, `W_down h = sum n_i` with `n_i = h_i W_down[:, i]`. A
-neuron is inactive for a token where `||n_i||_2 <= eps`, with one eps for a block, and what the inactive ones give is
-the cumulative error of tail truncation (ReLU2 wins, arXiv 2402.03804):
+## Activation sparsity
 
-    CETT = ||sum of n_i over inactive i||_2 / ||sum of n_i over all i||_2
+With `eval.sparsity_texts`. A neuron i of a feed-forward part adds n_i = h_i W_down[:, i] to its output; it is
+inactive for a token where ||n_i|| is at most eps, one eps for a block. Of the inactive ones together, CETT = ||sum
+n_i over inactive i|| / ||sum n_i over all i|| (ReLU2 wins, arXiv 2402.03804). At a CETT, eps is the largest at which
+the mean CETT over all tokens is no larger, and the activation ratio is the share of neurons above it; 1 minus it is
+the sparsity. A CETT of 0 leaves out exact zeros alone, as ReLU makes them. CETT-PPL-p% (Sparsing Law, arXiv
+2411.02335) takes one CETT for all blocks, the largest with which the perplexity of the same texts grows by at most p
+percent when inactive neurons are left out of the running model, by 8 halvings.
 
-The activation ratio at a CETT is the share of active neurons under the largest eps with which the mean CETT over tokens
-is no larger. CETT-PPL-p% is the activation ratio at the largest CETT, one for all blocks, at which the perplexity is no
-more than p % larger (Sparsing Law, arXiv 2411.02335). The eps are those of the dense pass.
+All on the full-precision model, in float32, on the texts of the curves, without and behind each prefix; the tokens of
+the prefix are not counted. As in the paper's code, eps comes from the dense pass, also where blocks before are
+truncated. Here, "at most eps" replaces "below eps", so that 0 means zeros; eps is found among 1024 quantiles of the
+norms in each block; a bias of the down projection belongs to no neuron; each expert is a feed-forward part of its own
+for the tokens that it gets, and a block's experts share an eps.
 """
 
 from __future__ import annotations
@@ -262,6 +268,10 @@ class SparsityStep(Step[Sparsity]):
     """
 
     name = "sparsity"
+    """Files: `sparsity.json`, with `eval.sparsity_texts`
+    Key: `prefix`, `texts`, `cett`, `percent`, `bos`
+    Of that: the part of the texts that is run; whether they begin with BOS, where a perplexity is asked for
+    """
     behind: Prefix
     texts: Tensor
     cett: tuple[float, ...]

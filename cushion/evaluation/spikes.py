@@ -1,8 +1,14 @@
 """Spike tokens behind the norm: whether they have become one constant vector there.
 
-InsertQuant (arXiv 2606.02288) says of massive activations that the spike is the scalar intermediate of a vector bias:
-normalised, all spike tokens are the same vector, whatever the text. The test is the mean cosine between them, for each
-block, beside that between all other tokens: near 1 for the spikes alone where it holds.
+## Spike tokens behind the norm
+
+With `eval.spike_texts`. InsertQuant (arXiv 2606.02288) says that a spike is the scalar intermediate of a vector bias:
+normalised, spike tokens are one constant vector. For each block, a token spikes where its largest magnitude at the
+input of the norm before attention is above `eval.spike_ratio` times the median over the tokens of its text
+(PrefixQuant's criterion, at another place). The mean cosine between the outputs of the norm, over all pairs of spike
+tokens of all texts, should then be near 1, and that between all other tokens well below it; identical tokens at the
+start of every text, such as BOS, are the same vector in any case. The paper's thresholds are not known to us; the
+criterion is ours. A prefix that takes the spikes over leaves fewer of them in the texts.
 """
 
 from __future__ import annotations
@@ -128,6 +134,10 @@ class SpikesStep(Step[Spikes]):
     """
 
     name = "spikes"
+    """Files: `spikes.json`, with `eval.spike_texts`
+    Key: `prefix`, `texts`, `ratio`
+    Of that: above how many medians a token spikes
+    """
     behind: Prefix
     texts: Tensor
     ratio: float

@@ -52,6 +52,13 @@ class TaskStep(Step[AskedTask]):
     """
 
     name = "tasks"
+    """Files: `task.json` (with the metric of each record), and `samples.jsonl` with `eval.samples`
+    Key: `prefix`, `quantizer`, `task`, `config.limit`, `config.shots`, `config.bos`, `config.batch_size`,
+        `config.chat_template`, `config.system_instruction`, `config.fewshot_as_multiturn`, `lm_eval`, `tokenizer`,
+        `samples`
+    Of that: the task's name, definition and records, with files of `eval.include_path`; the version of lm-eval;
+        whether samples are kept; the template, with a chat that it writes
+    """
     model: QuantizedLazily
     asked: PrefixedModel
     config: EvalConfig

@@ -2,6 +2,16 @@
 
 Prompts, choices, metrics and filters are those of lm-eval's own task of that name. Where `paths.data_dir` is set, the
 tasks of `LOCAL_SETS` take their records from `<data_dir>/<folder>/<file>` instead of the hub; all others are as ever.
+
+## Accuracy on tasks
+
+Requests, choices, filters and metrics are lm-eval's. Its Hugging Face model class is asked, with three overrides: the
+forward pass starts from a fresh copy of the prefix, generation does so too, and the context is shorter by the prefix.
+Without a prefix and a quantizer every log-likelihood equals that of lm-eval itself; with a prefix of tokens it equals
+lm-eval's with these tokens in front of every context. Both are tested.
+
+With one dynamic range per tensor, requests are asked one by one. The standard error of an accuracy is lm-eval's; that
+of the mean takes the tasks as independent: sqrt(sum of squares) / number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Accuracy less that of full precision with the same prefix in the same run, with a paired bootstrap over records."""
+"""Accuracy less that of full precision with the same prefix in the same run, with a paired bootstrap over records.
+
+| column | content |
+|---|---|
+| `accuracy_difference/<task>`, `accuracy_difference/mean` | accuracy less that of the row's ceiling, as a fraction of one; only in rows that have one |
+| `accuracy_difference_stderr/...`, `accuracy_difference_low/...`, `accuracy_difference_high/...`, `accuracy_difference_p/...` | its standard error, 95 % interval and two-sided p-value by a paired bootstrap over the records |
+"""  # noqa: E501
 
 from __future__ import annotations
 

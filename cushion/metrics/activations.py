@@ -2,7 +2,14 @@
 
 `last_block_*` are what CushionCache's Table 5 has: |X| at the input of the last decoder block, averaged over texts.
 `worst_block_*` are the same at the block whose top-1 is largest without a prefix, whichever prefix the row has.
-"""
+
+| column | content |
+|---|---|
+| `largest_activation` | the largest magnitude at any block's input in any text, full-precision model behind this row's prefix |
+| `quantization_error` | L_q, likewise |
+| `last_block_top1`, `last_block_top10_percent`, `last_block_median` | magnitudes at the input of the last block, likewise, averaged over texts (CushionCache, Table 5) |
+| `worst_block_top1`, `worst_block_top10_percent`, `worst_block_median` | the same at the block whose `top1` is largest without a prefix, whichever prefix the row has |
+"""  # noqa: E501
 
 from __future__ import annotations
 

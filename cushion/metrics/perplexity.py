@@ -1,4 +1,9 @@
-"""Perplexity: one column for each corpus."""
+"""Perplexity: one column for each corpus.
+
+| column | content |
+|---|---|
+| `perplexity/<corpus>` | a corpus is a source, a file's name without ending, or a name in `data.further`; none with `eval.perplexity=false` |
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Perplexity with the prefix as tokens that quantized linears read, and how many linears had to keep their input."""
+"""Perplexity with the prefix as tokens that quantized linears read, and how many linears had to keep their input.
+
+| column | content |
+|---|---|
+| `prefix_as_tokens/<corpus>`, `prefix_as_tokens_kept` | with `eval.prefix_as_tokens`: perplexity with the prefix as tokens that run through the quantized linears, and the number of linears that keep their input in full precision for it ([method.md](method.md#the-prefix-as-tokens)) |
+"""  # noqa: E501
 
 from __future__ import annotations
 

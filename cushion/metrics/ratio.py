@@ -1,4 +1,35 @@
-"""Perplexity over that of full precision with the same prefix in the same run, with a paired interval over blocks."""
+"""Perplexity over that of full precision with the same prefix in the same run, with a paired interval over blocks.
+
+## Ratios, differences and their errors
+
+The **ceiling** of a row is the full-precision row of the same run behind the very same prefix (by the fingerprint of
+its keys and values). What a quantizer costs is
+
+    ratio = perplexity of the row / perplexity of its ceiling
+    difference = accuracy of the row - accuracy of its ceiling
+
+A row is never divided by a number of another run.
+
+**Ratio.** Row and ceiling are measured on the same blocks, so their losses are paired. With D_b the difference of
+their summed losses on block b in nats and n_b its predicted tokens, the log ratio is r = sum D_b / sum n_b. It is the
+mean of the B values y_b = r + B (D_b - r n_b) / sum n (the linearization of a ratio estimator: Cochran, *Sampling
+Techniques*, 1977, chapter 6). The 95 % interval is the t interval of that mean with B - 1 degrees of freedom,
+exponentiated. With `eval.batch_size` above 1, batches take the place of blocks; there is none with a single one.
+Blocks of one article are taken as independent, so the interval may be too narrow where articles span many blocks. It
+says what other text of the same kind would give, on this model, with this prefix.
+
+**Difference.** Row and ceiling answer the same records. The interval is a percentile bootstrap (Efron and Tibshirani,
+*An Introduction to the Bootstrap*, 1993, chapter 13) of the paired differences, 10,000 resamples of the records
+within each task, with a fixed seed; groups and the mean are resampled through their tasks. The two-sided p-value is
+twice the share of resamples on the rarer side of 0, at least one in 10,000.
+
+Over several seeds: [reports.md](reports.md#over-seeds).
+
+| column | content |
+|---|---|
+| `ratio/<corpus>` | perplexity over that of the row's ceiling ([method.md](method.md#ratios-differences-and-their-errors)); only in rows that have one |
+| `ratio_stderr/<corpus>`, `ratio_low/<corpus>`, `ratio_high/<corpus>` | its standard error and its paired 95 % interval over the blocks; null with fewer than two |
+"""  # noqa: E501
 
 from __future__ import annotations
 

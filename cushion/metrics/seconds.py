@@ -1,4 +1,9 @@
-"""What a row cost in all, as first computed, also where the cache had it."""
+"""What a row cost in all, as first computed, also where the cache had it.
+
+| column | content |
+|---|---|
+| `seconds` | finding and tuning the prefix, calibrating, choosing linears by QFeM, reconstruction and evaluating |
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
 """How many of the positions that get the most attention are the prefix's (the sink tokens of KVSink, arXiv 2508.04257).
 
 Where it is all of them, the text has no sink of its own that a quantized cache would have to protect.
-"""
+
+| column | content |
+|---|---|
+| `sinks_in_prefix` | how many of the top-5 sinks are positions of the row's prefix ([method.md](method.md#attention)); only in rows that have one, where attention is measured |
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Zero-shot tasks: accuracy of each with its standard error, their mean, and what has no accuracy."""
+"""Zero-shot tasks: accuracy of each with its standard error, their mean, and what has no accuracy.
+
+| column | content |
+|---|---|
+| `accuracy/<task>`, `accuracy_stderr/<task>` | the metric of a task, group or tag that enters the mean, and its standard error; null where it has none |
+| `tasks/<task>/<metric>` | every metric of a task that has no accuracy |
+| `accuracy/mean`, `accuracy_stderr/mean` | mean of the tasks asked for and its standard error; none without tasks |
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -7,6 +7,28 @@ Ranges are dynamic, but for those of a cache whose scales were calibrated.
 
 Formats of blocks have them along the dimension over which a product sums: the channels of a head for queries and keys,
 the positions for probabilities and values. Cached keys and values both have them along the channels of a head.
+
+## Inside attention
+
+Off by default; ranges are dynamic, over the whole tensor (`per_tensor`, all texts of a batch together) or over the
+head dimension of each head and token (`per_token`; for probabilities, over the row of each query).
+
+- `quantizer.kv_cache`: q(K) and q(V) in place of K and V, the keys with their rotary positions applied, as they are
+  cached.
+- `quantizer.attention`: both inputs of both products: q(Q) q(K)^T, and q(P) q(V) with the probabilities P after the
+  softmax. With both, K and V pass through the grid of the cache first.
+
+With `quantizer.kv_cache.range=static` the keys of a layer have one scale, and its values another (`per_tensor`), or
+each head has (`per_head`), from the extremes on calibration text behind the row's prefix. With `format=fp8_e4m3` and
+`symmetric=true` these are the scales that servers load for an FP8 cache.
+
+`quantizer.kv_cache.protect=N` leaves the first N tokens of every text in full precision in the cache, and out of its
+scales: KVSink's baseline Preserve-First-N (arXiv [2508.04257](https://arxiv.org/abs/2508.04257)). `search=bos` goes
+further: its keys and values are those of the full-precision model, as IntactKV keeps them (arXiv
+[2403.01241](https://arxiv.org/abs/2403.01241)), while those of a protected token are what the quantized linears
+before them give. In a row that is padded on the left, padding counts among these tokens, so tasks run one request at
+a time. KVSink's own choice, the tokens with the largest values in one channel behind an early block, is not an
+option; `sinks_in_prefix` ([attention](#attention)) says whether there is anything left for it to protect.
 """
 
 from __future__ import annotations

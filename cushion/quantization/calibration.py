@@ -84,6 +84,10 @@ class CalibrationStep(Step[Calibration]):
     """
 
     name = "calibration"
+    """Files: `ranges.safetensors`, `calibration.json`
+    Key: `prefix`, `rotation`, `texts`
+    Of that: the rotation and its seed
+    """
     behind: Prefix
     rotation: tuple[str, int]
     texts: Tensor

@@ -1,8 +1,13 @@
 """AWQ's clipping (arXiv 2306.00978, the authors' `auto_clip`): ranges of weights with the least error of the outputs.
 
-A group of inputs of one row adds `x w^T` to an output. Its range is shrunk to the share, of `SHARES`, for which the
-squared error of that summand over the calibration tokens, `(w - Q(w)) X^T X (w - Q(w))^T`, is least. X is the input of
-the linear in the full-precision model, smoothed and rotated as the quantizer says.
+## Clipping of weights
+
+`weights.estimator=output`, the second half of AWQ (arXiv [2306.00978](https://arxiv.org/abs/2306.00978)): for each
+output and group of inputs the range of the weights is shrunk to a share of its largest magnitude, 1, 0.95, ... 0.55,
+for which the squared error of the group's part of that output is least: (w - Q(w)) X^T X (w - Q(w))^T, over all
+calibration tokens (the authors' code takes a sample). X is the linear's input in the full-precision model behind the
+prefix, smoothed. Linears that make queries or keys keep all values. GPTQ, where it is on, rounds on the clipped
+scales.
 """
 
 from __future__ import annotations

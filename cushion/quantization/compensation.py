@@ -1,24 +1,38 @@
-"""Low-rank compensation of the error of rounded weights: LQER, L2QER and ASER, one method in three norms.
+r"""Low-rank compensation of the error of rounded weights: LQER, L2QER and ASER, one method in three norms.
 
-Beside each rounded weight Q(W), (out, in), stands a branch of rank r in full precision, which reads the same input:
+## Low-rank compensation
 
-    Y = X Q(W)^T + X (L_A L_B)^T        L_A: (out, r), L_B: (r, in)
+Beside each rounded weight Q(W) (out x in) stands a branch of rank r in full precision,
 
-It is the best one for the error `E = W - Q(W)` as a matrix S, (in, in), weighs it, the minimum of
-`||(E - L_A L_B) S||`:
+    Y = X Q(W)^T + X (L_A L_B)^T
 
-    U, Sigma, V = SVD(E S),  L_A = U_r,  L_B = U_r^T E  (= Sigma_r V_r^T S^-1, without inverting S)
+For E = W - Q(W), L_A L_B is the minimum of ||(E - L_A L_B) S|| (Frobenius) over all matrices of rank r. With U,
+Sigma, V = SVD(E S) that is L_A = U_r and L_B = U_r^T E, which equals Sigma_r V_r^T S^-1 without an inverse. The
+methods differ in S:
 
-- LQER (arXiv 2402.02446, section 3): S = I.
-- L2QER (there): S = diag(a), where a_j is the largest mean |X_j| of any text, as in its public code.
-- ASER (arXiv 2411.07762, whitening SVD): `S S^T = X^T X`, its Cholesky factor, so that `||E S|| = ||E X^T||` is the
-  error of the outputs on the calibration texts. Without its smoothing this is QERA's exact solution (2410.06040) too.
+| method | S | what is smallest |
+|---|---|---|
+| `lqer` (LQER, arXiv [2402.02446](https://arxiv.org/abs/2402.02446)) | I | the error of the weight |
+| `l2qer` (the same paper) | diag(a), a_j the largest mean of \|X_j\| of any calibration text, as in its public code | between the two |
+| `aser` (ASER, arXiv [2411.07762](https://arxiv.org/abs/2411.07762)) | the Cholesky factor of X^T X | the error of the linear's outputs on the calibration texts |
 
-X is what the linear reads where the blocks before are quantized, and its own input not yet. ASER's smoothing divides
-the f channels that are largest in input and weight together by `m_j = mean |X_j| / min mean |X|` of them, multiplies
-their columns of W, and leaves these to the branch: Q sees zeros there. It is simulated by adding the branch to the
-dequantized weight, which is the same function.
-"""
+X is what the linear reads behind the row's own prefix where the blocks before are quantized; rows with other prefixes
+have other branches. The weights may be rounded in any way (`rtn`, `gptq`, groups, any format), behind smoothing and
+rotations. Without its smoothing `aser` is QERA's exact solution (arXiv
+[2410.06040](https://arxiv.org/abs/2410.06040)) too.
+
+**ASER's smoothing**, `outliers: f`. The f channels of a linear's input with the largest mean|X_j| mean|W_j| are
+divided by m_j = mean|X_j| / min mean|X| of them, and their columns of W multiplied. Q sees zeros there: these columns
+are left to the branch, which so needs a rank of at least f. It belongs to each linear, where ASER folds what it can
+into the norm before; the function is the same.
+
+- ASER has no public code. Ours: the score and m as above, the damping (`damping` times the mean of the diagonal),
+  float64 for all of it, and that the linear's own input is not yet rounded where X is taken.
+- The branch reads the same rounded input as Q(W), as in LQER's code. LQER also rounds L_A and L_B to 8 bits; here
+  they are exact.
+- It is simulated by adding L_A L_B to the dequantized weight, which is the same function up to the rounding of the
+  model's own precision; what two more products would cost is in no figure of speed.
+"""  # noqa: E501
 
 from __future__ import annotations
 

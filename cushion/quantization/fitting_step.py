@@ -45,6 +45,10 @@ class FittingStep(Step[Fitted]):
     """
 
     name = "fitting"
+    """Files: `fits.safetensors`, `fitting.json`, where a part of the quantizer is fitted block by block
+    Key: `prefix`, `quantizer`, `texts`
+    Of that: the calibration texts
+    """
     behind: Prefix
     quantizer: QuantizerConfig
     calibration: Calibration | None

@@ -1,15 +1,31 @@
 """Rotation inside attention, head by head: the values (R2), and the queries and keys (R3).
 
-After QuaRot (arXiv 2404.00456, section 4) and SpinQuant (arXiv 2405.16406, section 3.2), which names the two. With an
-orthogonal H of the size of a head, one for all heads and layers:
+## R2 and R3: heads rotated
 
-- R2: the values v of a head become v H, folded into the linear that makes them, and the linear that reads what
-  attention makes of them takes H back, since attention only averages values over positions. The rows of grouped heads
-  are turned once, the columns of every head that reads them. The cache holds v H, so the values of a prefix, found or
-  tuned, are turned when its cache enters the model.
-- R3: queries q and keys k become q H and k H behind the rotary positions, where nothing linear stands before them. The
-  scores q k^T are the same. It matters where keys are rounded, and is done there (`cushion.quantization.attention`):
-  the cache itself holds plain keys.
+With `quantizer.head_rotation`. H is of the size of a head, of the same construction as for R1, with seed 0, one for
+all heads and layers:
+
+- R2 (`values`): the values v of a head become v H. Attention averages values over positions, so H goes through it:
+  the rows of W_v that make a head's values become H^T W_v (and their bias b H), and the columns of W_o that read a
+  head W_o H, folded in float64 before anything is rounded. With grouped heads W_v is turned once and W_o for every
+  head that reads it; fused projections are turned in the rows that are values.
+- R3 (`keys`): queries and keys become q H and k H behind the rotary positions, while the model runs; q k^T stays.
+  Nothing depends on it unless `kv_cache` or `attention` rounds them, and a warning says so.
+- The prefix's keys and values are those of the plain model, found or tuned. Its values are turned by H when its cache
+  enters the model, its keys where they are read; both stay in full precision. Gradients of tuning pass through H. A
+  cache that the plain model filled beyond the prefix is refused.
+- Static ranges of the cache are those of the rotated keys and values, and ranges of the output projection's input
+  those of what it reads then.
+- Over the heads that input is rotated while the model runs, with `input_rotation=down_and_heads`: by H x I, H of the
+  number of heads, which with R2 makes H x H_d, QuaRot's whole rotation there. Where their number has no Hadamard matrix
+  (9, of SmolLM2-135M) H is a seeded random orthogonal one; QuaRot has none.
+
+**`quantizer=quarot`** follows the public code: activations per token, clipped to 0.9 of their range; the cache in
+groups of a head, an integer zero point, clipped to 0.95; weights from -8 to 7, ranges by error, GPTQ, one linear after
+another. What differs: an input's H is one for all layers, with signs; weights have the least squared error on 22 ranges
+for each row where the code has the least |e|^2.4 on 80; columns with large inputs come first (act-order); GPTQ sees
+inputs behind blocks whose activations and cache are rounded too; and the calibration texts are 16 of 512 tokens unless
+`quantizer.calibration` says 128 of 2048. Heads of another size than 128 are groups of their own size.
 """
 
 from __future__ import annotations

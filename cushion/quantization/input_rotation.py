@@ -1,12 +1,14 @@
 """Rotation of the inputs of linears while the model runs: QuaRot's online Hadamard transform.
 
-After QuaRot (arXiv 2404.00456, section 4, stage 1b): `x W^T = (x H) (W H)^T` with an orthogonal H. Behind the gate of
-a feed-forward part nothing linear stands before the down projection into which H could be folded, so its input is
-multiplied while the model runs. A channel that is large is spread over all of them, which a scale per tensor needs.
-In real kernels this is a fast Hadamard transform of `n log n` additions; here it is a product in float32.
+## R4: inputs rotated while the model runs
 
-`down_and_heads` also mixes the heads at the input of the output projection, `H x I` with H of the number of heads; with
-the values of each head rotated (`head_rotation`) that is QuaRot's whole rotation there, `H x H_d` (stage 1d).
+Nothing linear stands before the input of the down projection, so it is rotated while the model runs, where
+`quantizer.input_rotation` says so (QuaRot, section 4, its online transform): x W^T = (x H)(W H)^T, in float32, with H
+of the same construction and seed 0. `all` does that at every linear. It comes after smoothing and before rounding.
+Min-max ranges are then minimum and maximum of what the linear reads, since the ranges of single channels do not say
+what their mixtures reach.
+
+In real kernels this is a fast Hadamard transform of `n log n` additions; here it is a product in float32.
 """
 
 from __future__ import annotations

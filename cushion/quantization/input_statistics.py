@@ -132,6 +132,11 @@ class InputStatisticsStep(Step[InputStatistics]):
     """
 
     name = "inputs"
+    """Files: `inputs.json`, and files of each statistic, such as QFeM's ratios or histograms
+    Key: `prefix`, `quantizer`, `gathered`, `texts`
+    Of that: of the quantizer what it does before it rounds, smoothing with its calibration; what is gathered, with
+        the code for it
+    """
     behind: Prefix
     quantizer: QuantizerConfig
     calibration: Calibration | None

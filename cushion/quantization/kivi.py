@@ -1,14 +1,29 @@
 """KIVI's layout of a quantized key-value cache (arXiv 2402.02750), simulated for all queries at once.
 
-Keys have one scale for every channel of every `group_size` neighbouring tokens, values one for every token and
-`group_size` neighbouring channels of a head. The newest tokens are in full precision: every query finds the cache as
-the tokens before it have left it, as in the public code. Of the t tokens before a query,
+## KIVI's layout
 
-    keys      the first floor(t / residual) * residual are rounded: they are when as many as `residual` have gathered
-    values    the first t - residual are rounded: one leaves the window with every token
+With `quantizer.kv_cache.layout=kivi`; `quantizer=kivi` is KIVI-2 (arXiv
+[2402.02750](https://arxiv.org/abs/2402.02750)), in the order of its public code. With G = `group_size` and R =
+`residual`, counted from the first token that is not of the prefix and not protected:
 
-and the query's own key and value are not. A text is so run as if each of its tokens were decoded one by one. (The code
-itself runs a prompt with full-precision keys and values, and rounds these for the tokens behind it.)
+- keys, with their rotary positions applied, have one scale and offset for each channel of every G neighbouring
+  tokens;
+- values have one for each token and G neighbouring channels of a head (for all of a smaller head; the last group may
+  be smaller);
+- the newest tokens are in full precision. A query with t tokens before it finds the first floor(t / R) R keys
+  rounded, since keys are rounded R at a time, and the first t - R values; all others, and its own key and value, are
+  exact. On average half of R keys and all of R values are.
+
+A perplexity over a block is that of decoding the block token by token: every query reads the mixture that its own
+position gives, with the softmax over rounded and exact scores together: a token attends before the cache is rounded
+behind it. The public code runs a prompt as a whole with exact keys and values, so its perplexity over a block in one
+pass would show no error at all; a figure that was taken so does not compare with ours. A block of no more than R
+tokens shows no error here either. A sliding window of the model that has cut a group is refused when it happens,
+since the group's range is then gone.
+
+The positions of the prefix enter no scale and are not rounded, neither in K and V nor in the columns of P that weigh
+them. Which positions these are is known from the cache that `Prefix.cache` makes. A model whose attention does not go
+through transformers' attention interface is refused.
 """
 
 from __future__ import annotations

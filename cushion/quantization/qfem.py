@@ -1,11 +1,26 @@
 """QFeM (arXiv 2405.14428, section 4.2): linears with outlier tokens at their input keep full-precision activations.
 
-`r = max / median` of the token scales of a linear's input, a token's scale being its abs-max, is averaged over texts;
-linears with `r > alpha` are left out of activation quantization, their weights are quantized all the same. Linears that
-read the very same tensor (query, key and value; gate and up) have one ratio, and go together.
+## QFeM
 
-The prefix stands before each text through the cache, so its own positions are in no ratio. The ratios are those of what
-the quantizer would see: of the smoothed inputs where it smooths.
+Section 4.2 of arXiv [2405.14428](https://arxiv.org/abs/2405.14428). The scale of a token at a linear is the abs-max
+of its input there. For a linear m, over the tokens of one text and averaged over the calibration texts:
+
+    r(m) = max(token scales) / median(token scales)
+
+Linears with r(m) > alpha keep full-precision activations; their weights are quantized as all others. The ratios are
+measured on the full-precision model behind the row's own prefix, so every row has its own; with SmoothQuant they are
+those of the smoothed inputs. Linears that read the very same tensor have one ratio. A ratio over a median of zero is
+the largest double.
+
+The paper leaves open how alpha is found. Ours is in `cushion/evaluation/alpha_search.py`. Looked for is the largest
+alpha with
+
+    perplexity(linears above alpha kept) <= target * perplexity(per-token dynamic scales)
+
+on `qfem.texts` of the calibration texts, behind the row's prefix, with the same bits, weights and smoothing on both
+sides: alpha above all ratios first, then 0, then bisection. That assumes that the perplexity falls with every linear
+that is kept. Everything evaluated is reported, and a warning names points that contradict this. Where even alpha = 0
+is outside the target, all linears are kept, with a warning.
 """
 
 from __future__ import annotations

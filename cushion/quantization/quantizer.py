@@ -26,7 +26,17 @@ class CalibrationConfig:
     """`quantizer.calibration`: how much text the static ranges and the smoothing statistics are taken from."""
 
     samples: int = 16
+    """Number of calibration texts
+
+    Allowed: 1 and more
+    Paper: **open**
+    """
     length: int = 512
+    """Tokens per calibration text
+
+    Allowed: 2 and more
+    Paper: **open**; the length of the paper's search texts
+    """
 
     def __post_init__(self) -> None:
         at_least("quantizer.calibration.samples", self.samples, 1)
@@ -48,20 +58,96 @@ class QuantizerConfig:
     kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     levels: str = "full"
+    """Denominator of the scale on integers, for weights, activations, `kv_cache` and `attention`; `full` uses all
+    codes, `paper` is the formula as printed
+
+    Allowed: `full`, `paper`
+    Paper: **open**: taken literally, the printed formula leaves half of the codes of an asymmetric grid unused, so
+        `full` is the default
+    """
     zero_point: str = "real"
+    """Offset of an asymmetric grid: `real`, min X itself, or `integer`, a whole number of steps with zero on the grid
+
+    Allowed: `real`, `integer`
+    Paper: `real`, as printed
+    """
     shared_exponent: str | None = None
+    """Rule by which the scale of an MX block follows from its largest magnitude; null: `rceil` for `mxfp8`, `even` for
+    `mxfp6` and `mxfp4` ([method](method.md#number-formats))
+
+    Allowed: `floor`, `even`, `ceil`, `rceil`, null
+    """
     smoothing_alpha: float | None = None
+    """SmoothQuant's migration strength
+
+    Allowed: 0 to 1, null
+    Paper: 0.8
+    """
     smoothing_search: str = "none"
+    """Scales of each norm searched on the calibration texts behind the prefix, with the least output error of the
+    linears behind it ([method](method.md#searched-smoothing)): those of SmoothQuant, alpha searched
+    (`smoothquant`), of AWQ (`awq`, arXiv [2306.00978](https://arxiv.org/abs/2306.00978)), or shift and scales of
+    Outlier Suppression+ (`os_plus`, arXiv [2304.09145](https://arxiv.org/abs/2304.09145)); goes without
+    `smoothing_alpha`
+
+    Allowed: `none`, `smoothquant`, `awq`, `os_plus`
+    Paper: not in the paper
+    """
     smoothing_steps: int = 20
+    """How many steps the grid of the search has
+
+    Allowed: 1 and more
+    Paper: not in the paper
+    """
     rotation: str = "none"
+    """Rotate the residual stream by a Hadamard matrix that is folded into the weights, as QuaRot does
+
+    Allowed: `none`, `hadamard`
+    Paper: not in the paper
+    """
     rotation_seed: int = 0
+    """Decides the random signs of the matrix (and the part of it that is no Hadamard matrix)
+
+    Allowed: 0 to 4294967295
+    Paper: not in the paper; rotations differ in quality, so a comparison should try several
+    """
     head_rotation: str = "none"
+    """Multiply each head's values by a Hadamard matrix that is folded into the linears around them (R2), its queries
+    and keys behind the rotary positions (R3), or both; R3 decides nothing where no keys are rounded
+
+    Allowed: `none`, `values`, `keys`, `all`
+    Paper: not in the paper
+    """
     rotation_sites: str = "all"
+    """Rotate every input that `input_rotation` names and the values of every layer, or only those where it lowers the
+    error of rounding on the calibration texts behind the prefix (RoSTE, arXiv
+    [2502.09003](https://arxiv.org/abs/2502.09003))
+
+    Allowed: `all`, `adaptive`
+    Paper: not in the paper
+    """
     input_rotation: str = "none"
+    """Multiply the input of the down projections, of these and (over the heads alone) of the output projections, or of
+    every linear, by a Hadamard matrix while the model runs, and the weight with the transposed one (QuaRot's online
+    transforms)
+
+    Allowed: `none`, `down`, `down_and_heads`, `all`
+    Paper: not in the paper
+    """
     targets: list[str] = field(default_factory=lambda: ["all"])
+    """Last parts of the names of the linears to quantize, or `[all]`
+
+    Allowed: names of the model's linears
+    Paper: **open**: all linears of the blocks, as lm_head and attention products are often left out by integer
+        kernels
+    """
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     qfem: QFeMConfig = field(default_factory=QFeMConfig)
     plugins: dict[str, Any] = field(default_factory=dict)
+    """Options of parts that a package of yours adds, by their names ([extending](extending.md#a-part))
+
+    Allowed: a mapping
+    """
 
     def __post_init__(self) -> None:
         check_values("quantizer", self)

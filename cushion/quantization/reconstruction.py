@@ -1,12 +1,29 @@
 """Block-wise reconstruction (PrefixQuant, arXiv 2410.05265, section 4.3): static ranges learn, and weights may.
 
-Block after block, what is quantized in it learns to give the output of the full-precision block:
+## Reconstruction
 
-    L = || F_q(X_q) - F(X) ||^2 / || F_q(X_q) - F(X) ||^2 before learning
+After the block-wise fine-tuning of PrefixQuant (arXiv [2410.05265](https://arxiv.org/abs/2410.05265)). Block after
+block, with F the full-precision block and F_q the same block quantized, both behind the same prefix:
 
-F is the full-precision block behind the same prefix, X its input in the full-precision model (`fp_input` in
-PrefixQuant's code), X_q its input where the blocks before are quantized as they were learned. A range learns by the
-gradient of LSQ (`LearnableQuantizer`), a weight straight through the rounding to the grid that its own values give.
+    L = mean( (F_q(X_q) - F(X))^2 )
+
+X is the block's input in the full-precision model, X_q its input where all blocks before are quantized with what they
+have learned (PrefixQuant's `fp_input`, its default). With a rotation or smoothing, F is the rotated and smoothed
+block. In a block learn
+
+- the static range of every quantized linear's input, by the gradient of LSQ or LSQ+, in relative steps. Linears that
+  read the same norm and start from the same range have one range. Linears that QFeM keeps have none;
+- with `reconstruction.weights`, the weights of the quantized linears. Each step rounds them to the grid that
+  `quantizer.weights` gives their present values, and the gradient passes straight through. Their scales follow from
+  them, unlike PrefixQuant's.
+
+Optimizer: Adam, one for each block; the rate falls by a cosine to a tenth. A block whose L over all texts does not
+fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further texts; here a
+block learns for all `reconstruction.epochs`. Scales of a static cache do not learn. `reconstruction=prefixquant` has
+its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their search ended.
+
+Rows with learned weights or ranges are not of the frozen model: they are marked (`reconstructed`, `learned_ranges`)
+and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for every row.
 """
 
 from __future__ import annotations

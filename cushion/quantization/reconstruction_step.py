@@ -51,6 +51,11 @@ class ReconstructionStep(Step[Reconstructed]):
     """
 
     name = "reconstruction"
+    """Files: `learned.safetensors`, `reconstruction.json`
+    Key: `prefix`, `quantizer`, `config.weights`, `config.epochs`, `config.batch_size`,
+        `config.scale_learning_rate`, `config.weight_learning_rate`, `texts`, `seed`
+    Of that: the rate of the weights only where they learn; the texts that it learns from
+    """
     behind: Prefix
     quantizer: QuantizerConfig
     calibration: Calibration

@@ -1,13 +1,31 @@
 """Rotation of the residual stream, folded into the weights for the length of a `with` block.
 
-After QuaRot (arXiv 2404.00456, section 4): every row vector x of the residual stream becomes x Q with an orthogonal Q,
-and every weight that writes or reads the stream is multiplied with Q so that the function stays as it was. A channel
-that is large in x is spread over all channels of x Q, which is what a per-tensor or per-token grid needs.
+## Rotation
 
-RMSNorm commutes with a rotation once its weight is moved into the linears that read it. LayerNorm also subtracts the
-mean, a projection C = I - 1 1^T / n; what writes the stream writes x C Q instead, and RMSNorm, which gives the same for
-a centred vector, takes LayerNorm's place. Keys, values and everything else inside attention are not rotated, so a
-prefix made from the plain model fits the rotated one.
+After QuaRot (arXiv [2404.00456](https://arxiv.org/abs/2404.00456)), its rotation of the residual stream alone. With
+an orthogonal Q, every row x of the stream becomes x Q, and the function stays as it was:
+
+- Embeddings (and learned positions) E become E Q; linears that write the stream, y = W h + b, become Q^T W, Q^T b.
+- The weight g of an RMSNorm moves into the linears that read it, W diag(g) Q, and the norm keeps a weight of one.
+  lm_head reads the last norm in the same way, apart from the embeddings where it is tied to them.
+- LayerNorm subtracts the mean, which a rotation does not commute with. What writes the stream is centred, x C Q with
+  C = I - 1 1^T / n, the norm's weight and bias move into its readers, and an RMSNorm takes its place.
+- Behind a norm whose output goes to the stream as it is (behind BLOOM's embeddings, say) stands a multiplication with
+  the matrix. Where a variant's norms stand in the stream itself (OPT-350m), the rotation is refused.
+
+Q = diag(signs) H / sqrt(n), with random signs (`quantizer.rotation_seed`) and a Hadamard matrix H. For n that is no
+power of two, H is the largest that Paley's constructions over a prime give, doubled as often as needed (576 = 8 x 72,
+2304 = 2 x 1152). Where no divisor of n has one, Q is the Kronecker product of a Hadamard matrix for the power of two
+in n and a seeded random orthogonal matrix. Folding computes in float64.
+
+SpinQuant (arXiv [2405.16406](https://arxiv.org/abs/2405.16406)) names four places: the stream is R1, the values of a
+head R2, its queries and keys R3, the input of the down projection R4. `quantizer=quarot` rotates all of them. R1 and
+R4 leave keys and values alone, so a prefix found or tuned without them fits the rotated model as it is.
+
+Order: rotate, then smooth, then quantize. Ranges and smoothing statistics are those of the rotated model. Tuning with
+`prediction_model=quantized` runs on the rotated model, so its L_q is the error of the rotated stream (at the site
+`block_outputs`) and of the rotated inputs (`linear_inputs`): what is left after the rotation. Search and activation
+curves, and tuning with `prediction_model=full_precision`, see the plain model.
 """
 
 from __future__ import annotations

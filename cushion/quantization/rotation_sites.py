@@ -1,13 +1,20 @@
 """RoSTE's choice of rotations (arXiv 2502.09003, section 3.3): a site is rotated only where that lowers the error.
 
-A site is the input of one linear that `quantizer.input_rotation` would rotate (R4), or the values of one layer (R2).
-Its error is that of rounding the weights that the rotation changes, and what flows through the model there,
+## Rotation where it helps
 
-    e(R) = sum ||Q(W R) - W R||^2 + mean over texts ||Q(X R) - X R||^2        R = H, or the identity
+`quantizer.rotation_sites=adaptive` is RoSTE's choice (arXiv [2502.09003](https://arxiv.org/abs/2502.09003), section
+3.3) without its training. A site is one input of R4, or the
+values of one layer. Over the calibration texts behind the row's own prefix, with the stream rotated and smoothed as
+the quantizer says and no site rotated,
 
-on the model with no site rotated, the prefix before each text. The smaller one decides; on a tie nothing is rotated.
-Weights are rounded to nearest, and inputs by the range of each text, also where the quantizer has GPTQ or static
-ranges. The cached values count for R2 where `quantizer.kv_cache` rounds them.
+    e(R) = sum ||Q(W R) - W R||^2 + mean over texts ||Q(X R) - X R||^2
+
+is computed for R = I and R = H: of the weights that the site touches (two for values), of the input and, for values,
+of the cache, as far as the quantizer rounds them. H is taken where it is strictly smaller, so where nothing is
+rounded nothing is rotated. The errors of all sites are in `sites.json` of the cached step `rotation_sites`. Ours: the
+terms are summed as they stand, as in the paper; weights are rounded to nearest also where GPTQ rounds them later;
+activations with static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but
+set; inputs that QFeM keeps count as rounded.
 """
 
 from __future__ import annotations

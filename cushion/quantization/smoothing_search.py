@@ -1,9 +1,30 @@
 """The search of smoothing scales: for every norm, of a grid of scales those with the least error of what reads it.
 
-The error is that of the outputs of the norm's linears under the run's quantizer, summed over them and the calibration
-tokens: `sum ||Q(X / s) Q(W diag(s))^T - X W^T||^2`. X is the output of the norm in the full-precision model, rotated as
-the quantizer says, behind the prefix. Weights are rounded to nearest, and all inputs are quantized: GPTQ and QFeM come
-after the search. The decoder blocks have their turn one after another, so the inputs of one are in memory.
+## Searched smoothing
+
+`quantizer.smoothing_search` chooses the scales of each norm from a grid, by the outputs of the linears that read it,
+under the run's own quantizer:
+
+    E(s) = sum over linears and calibration tokens of ||Q(X / s) Q(W diag(s))^T - X W^T||^2
+
+X is the norm's output in the full-precision model, rotated as the quantizer says, behind the row's prefix. The least
+E wins, of equal ones the first. The quantizer of the inputs has the very ranges that the run has, with its estimator;
+weights are rounded to nearest, also where GPTQ rounds them in the run. Linears outside `targets` have no say.
+`smoothing.json` of the step `smoothing` has the grid of each norm with its errors.
+
+- `smoothquant`: [SmoothQuant](#smoothquant)'s s, with alpha from 0 to 1 in `smoothing_steps` steps. alpha = 0 is not
+  the model as it was: it evens out the columns of the weights.
+- `awq` (arXiv [2306.00978](https://arxiv.org/abs/2306.00978), section 3.2): s_j = (mean|X_j|)^alpha, at least 1e-4,
+  divided by sqrt(max s * min s); alpha from 0 (nothing is changed) to 1 in `smoothing_steps` steps. The authors' code
+  stops at 0.95, measures the output of attention and MLP where we take the linears' own, has asymmetric weights, and
+  scales between value and output and between up and down projection too.
+- `os_plus` (Outlier Suppression+, arXiv [2304.09145](https://arxiv.org/abs/2304.09145), section 4): the linears read
+  (X - z) / s, with z_j = (max X_j + min X_j) / 2 and s_j = max(1, max|X_j - z_j| / t); t from max|X - z| down to a
+  `smoothing_steps`-th of it. Their bias becomes b + W z; a linear without one gets it. The norm's bias becomes (b -
+  z) / s. A norm without a bias (LLaMA's RMSNorm) has z / s taken from its output while the model runs, which costs an
+  addition for each value there and cannot be exported as a plain checkpoint. Where a router reads the norm, nothing
+  is shifted. The authors' code has at least 100 steps and measures the output of attention. Static ranges of min-max
+  move with z.
 """
 
 from __future__ import annotations

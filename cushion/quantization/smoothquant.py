@@ -1,8 +1,20 @@
 """SmoothQuant (arXiv 2211.10438): move the outliers of channels from the activations into the weights.
 
-`s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)` (equation 4). The norm before the linears is divided by s and the linears
-are multiplied with it, which leaves the function as it was. X is the linear's input, with the prefix in place and its
-positions excluded.
+## SmoothQuant
+
+Equation 4 of SmoothQuant. For a norm and the linears that read its output, per input channel j:
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)
+
+The norm's weight (and bias) is divided by s, the columns of the linears' weights are multiplied with it. max|W_j| is
+over all linears that share the input; both maxima and s are at least 1e-5. max|X_j| is over all calibration tokens,
+behind the row's prefix. Linears that no norm feeds directly (`o_proj`, `down_proj`) are quantized without smoothing.
+alpha = 0.8 is CushionCache's value (section 5.1).
+
+- A norm that multiplies with 1 + weight (Gemma) gets (1 + weight) / s - 1, in float32 also in a half-precision model.
+- One norm may feed attention and MLP alike (Falcon): then all linears share one s.
+- The router of a mixture of experts stays in full precision. Its columns are multiplied with s, but max|W_j| is over
+  the experts' linears alone, and max|X_j| over what all experts see together.
 """
 
 from __future__ import annotations

@@ -80,13 +80,13 @@ def write_report(
 def _write(output: Path, title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run],
            absent: int, width: str | None) -> list[Path]:  # fmt: skip
     """Write the files of a report in place of those of an earlier one; their paths, the page first."""
-    provenance = provenance_table(runs)
+    provenance = provenance_table(runs, output)
     output.mkdir(parents=True, exist_ok=True)
     _remove_earlier(output)
     drawings = draw_all(runs, output / "figures", width)
     shown = [folded(table) for table in tables]
     contents = {
-        "report.html": html(title, published, shown, runs, folded(provenance), drawings, absent),
+        "report.html": html(title, published, shown, runs, folded(provenance), drawings, output, absent),
         "report.md": _markdown(title, published, shown, folded(provenance), drawings),
         "report.tex": _latex([*published, *shown]),
         "provenance.csv": comma_separated(provenance),

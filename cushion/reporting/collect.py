@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cushion.config import ModelConfig
 from cushion.errors import ArtifactError
@@ -61,6 +64,15 @@ class Run:
         """Why the run failed, in one line; empty if it did not."""
         error = self.record.get("error") or {}
         return " ".join(f"{error.get('type', 'error')}: {error.get('message', '')}".split()) if error else ""
+
+    @property
+    def command(self) -> str:
+        """What does this run again; overrides behind it change it."""
+        return f"cushion rerun {shlex.quote(str(self.path.parent))}"
+
+    def link(self, folder: Path) -> str:
+        """The address of the run's folder, from a page in another folder."""
+        return quote(Path(os.path.relpath(self.path.parent, folder.resolve())).as_posix() + "/")
 
     def identity(self, *without: str) -> str:
         """The configuration as text, without what cannot change a number, and without the keys named."""

@@ -312,11 +312,17 @@ def save(figure: Figure, path: Path, dpi: int, width: str | None = None) -> Path
     beside = [path.with_suffix(".pdf")] if path.suffix == ".png" else []
     for target in (*beside, path):
         temporary = target.with_name(f".{target.name}")
-        figure.savefig(temporary, dpi=dpi, format=target.suffix.removeprefix("."), metadata=_UNDATED.get(target.suffix))
+        with pyplot.rc_context({"pdf.fonttype": TRUETYPE}):
+            figure.savefig(
+                temporary, dpi=dpi, format=target.suffix.removeprefix("."), metadata=_UNDATED.get(target.suffix)
+            )
         temporary.replace(target)
     pyplot.close(figure)
     return path
 
+
+TRUETYPE = 42
+"""The letters of a PDF: Type 3 fonts, matplotlib's own choice, are refused by many publishers."""
 
 _UNDATED = {".pdf": {"CreationDate": None}}
 """The same figure is the same file."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 NONE = "-"
 """What stands in a cell that has nothing to say."""
+HEADING = 16
+"""A heading of more characters stands in several lines in LaTeX, so that its column is as narrow as its values."""
 WIDE = 45
 """Lines of more characters are wider than a column of a two-column paper: LaTeX gives them the whole page."""
 
@@ -22,7 +25,8 @@ class Cell:
     in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
     `seeds` says of how many seeds a cell with lost ones is, `2 of 3`. A comparison has the ends of its interval, `low`
     and `high`, its p-value, and a `verdict` in words. `best` is written bold. What
-    stands `below` is for a page on a narrow screen: there it takes the place of columns that are left out.
+    stands `below` is for a page on a narrow screen: there it takes the place of columns that are left out. `link` is
+    where the text leads to, from the report's own folder.
     """
 
     text: str
@@ -38,6 +42,7 @@ class Cell:
     verdict: str = ""
     below: str = ""
     best: bool = False
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,8 @@ def markdown(table: Table) -> str:
 
 def _markdown_cell(cell: Cell) -> str:
     text = escape_markdown(cell.text)
+    if cell.link:
+        return f"[{text}]({cell.link})"
     return f"**{text}**" if cell.best else text
 
 
@@ -155,19 +162,20 @@ def latex(table: Table) -> str:
         r"\toprule",
     ]
     for number, heads in enumerate(table.head):
-        lines.append(" & ".join(_latex_heading(cell) for cell in heads) + r" \\")
+        lines.append(" & ".join(_latex_headings(heads, table.labels)) + r" \\")
         if number + 1 < len(table.head):
             lines.append(_rules(heads))
     lines.append(r"\midrule")
     lines += [" & ".join(_latex_cell(cell) for cell in row) + r" \\" for row in table.body]
     lines += [r"\bottomrule", rf"\end{{tabular}}{end}"]
-    lines += [rf"\par\smallskip\footnotesize {escape_latex(note)}" for note in table.notes]
+    lines += [rf"\par\smallskip\raggedright\footnotesize {escape_latex(note)}" for note in table.notes]
     return "\n".join([*(line for line in lines if line), rf"\end{{{environment}}}"]) + "\n"
 
 
 def _characters(table: Table) -> int:
     """How wide the table is: the longest text of each column, with room between them."""
-    columns = zip(*([cell.text for cell in row] for row in (table.head[-1], *table.body)), strict=True)
+    heads = [max(map(len, _lines(cell.text))) * "x" for cell in table.head[-1]]
+    columns = zip(heads, *([cell.text for cell in row] for row in table.body), strict=True)
     return sum(max(map(len, texts)) + 2 for texts in columns)
 
 
@@ -178,9 +186,23 @@ def _latex_cell(cell: Cell) -> str:
     return rf"\textbf{{{text}}}" if cell.best else text
 
 
-def _latex_heading(cell: Cell) -> str:
-    text = escape_latex(cell.text)
-    return text if cell.span == 1 else rf"\multicolumn{{{cell.span}}}{{c}}{{{text}}}"
+def _latex_headings(heads: list[Cell], labels: int) -> Iterator[str]:
+    """The headings of a line: those of one column in as many lines as it takes, set as the column is."""
+    column = 0
+    for cell in heads:
+        lines = [escape_latex(line) for line in _lines(cell.text)]
+        if cell.span > 1:
+            yield rf"\multicolumn{{{cell.span}}}{{c}}{{{escape_latex(cell.text)}}}"
+        elif len(lines) == 1:
+            yield lines[0]
+        else:
+            side = "l" if column < labels else "r"
+            yield rf"\begin{{tabular}}[b]{{@{{}}{side}@{{}}}}" + r" \\ ".join(lines) + r"\end{tabular}"
+        column += cell.span
+
+
+def _lines(heading: str) -> list[str]:
+    return textwrap.wrap(heading, HEADING, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _rules(heads: list[Cell]) -> str:

@@ -56,6 +56,7 @@ class Line:
 
 def lines_of(group: Sequence[Run]) -> Iterator[Line]:
     """The lines of one configuration, whose runs differ in their seed: each of its rows, then its failed runs."""
+    group = sorted(group, key=lambda run: run.seed)
     done, failed = [run for run in group if run.completed], [run for run in group if not run.completed]
     fullest = sorted(done, key=lambda run: -len(run.record["rows"]))  # a seed may find no prefix
     named = [row["name"] for run in fullest for row in run.record["rows"]]
@@ -70,14 +71,20 @@ def lines_of(group: Sequence[Run]) -> Iterator[Line]:
 def shared_first(lines: Sequence[Line]) -> list[Line]:
     """The lines with each control that several configurations share once, in front of the other lines of its model.
 
-    A row that the run is about stands where its configuration stands, whatever others have.
+    A row that a run is about stands where its configuration stands, with the runs that have it as a control.
     """
-    controls = grouped((line for line in lines if not line.own), Line.content)
-    shared = [_joined(same) for same in controls if len(same) > 1]
-    gone = {id(line) for same in controls if len(same) > 1 for line in same}
-    left = [line for line in lines if id(line) not in gone]
+    own = grouped((line for line in lines if line.own), Line.content)
+    controls = {same[0].content(): same for same in grouped((line for line in lines if not line.own), Line.content)}
+    same_as = {id(group[0]): controls.pop(group[0].content(), []) for group in own if group[0].row is not None}
+    shared = [_joined(same) for same in controls.values() if len(same) > 1]
+    alone = {id(same[0]) for same in controls.values() if len(same) == 1}
+    left = [_beside(line, same_as.get(id(line), [])) for line in lines if line.own or id(line) in alone]
     models = dict.fromkeys(line.model for line in lines)
     return [line for model in models for part in (shared, left) for line in part if line.model == model]
+
+
+def _beside(line: Line, controls: Sequence[Line]) -> Line:
+    return replace(line, runs=(*line.runs, *(run for control in controls for run in control.runs)))
 
 
 def _joined(same: Sequence[Line]) -> Line:

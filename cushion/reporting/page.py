@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import Table
@@ -14,8 +17,8 @@ from cushion.reporting.plots import Drawing
 
 
 def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: Sequence[Run], provenance: Table,
-         drawings: Sequence[Drawing], missing: int = 0) -> str:  # fmt: skip
-    """The whole page, `missing` being the number of planned runs without a result.
+         drawings: Sequence[Drawing], folder: Path, missing: int = 0) -> str:  # fmt: skip
+    """The whole page, for `folder`, with `missing` as the number of planned runs without a result.
 
     Everything that comes from a result is escaped; no data goes into the script.
     """
@@ -23,6 +26,7 @@ def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: 
         loader=PackageLoader("cushion.reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html").render(
         title=title,
         published=published,
@@ -34,8 +38,13 @@ def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: 
         drawings={
             table.name: [_inside(one) for one in drawings if one.experiments[0] == table.name] for table in tables
         },
-        details=[(number, run, _details(run)) for number, run in enumerate(runs, start=1)],
+        details=[(number, run, run.link(folder), _details(run)) for number, run in enumerate(runs, start=1)],
     )
+
+
+def _breakable(text: str) -> Markup:
+    """A text in which a line may end behind an underscore of a name such as `per_tensor_static`."""
+    return Markup(re.sub(r"(?<=[a-z]{3}_)(?=[a-z])", "<wbr>", str(escape(text))))
 
 
 def _inside(drawing: Drawing) -> tuple[Drawing, str]:

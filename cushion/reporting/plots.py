@@ -248,12 +248,17 @@ def search_trajectory(result: dict[str, Any], path: Path, dpi: int = DPI, width:
         axis.plot(places, heights, "o-", color=colour, linewidth=1.4, markersize=4)
         verdict = "" if step["accepted"] else " (rejected)"
         name = repr(step.get("token", step["token_id"])).replace("$", r"\$") + verdict  # no formula begins in a token
-        axis.annotate(name, (places[1], heights[1]), textcoords="offset points", xytext=(-6, 6), ha="right", fontsize=7)
-    if _falls_above_zero(search):
+        falls = heights[1] < heights[0]  # the line then comes from above, and the name stands below it
+        at, side = (-5, -4 if falls else 4), "top" if falls else "bottom"
+        axis.annotate(
+            name, (places[1], heights[1]), textcoords="offset points", xytext=at, ha="right", va=side, fontsize=7
+        )
+    is_log = _falls_above_zero(search)
+    if is_log:
         axis.set_yscale("log")
     axis.set_xticks(range(len(search["steps"]) + 1))
     axis.set_xlabel("tokens in the prefix beyond its start")
-    axis.set_ylabel(str(search.get("objective", "objective")).replace("_", " "))
+    axis.set_ylabel(str(search.get("objective", "objective")).replace("_", " ") + (" (log)" if is_log else ""))
     axis.margins(y=0.2)
     _finish(figure, axis, path, dpi, width)
 

@@ -3,7 +3,35 @@
 `experiments/<name>/published.csv` holds the numbers, `table.yaml` beside it says what they are and which row of which
 run is the same thing (docs/reports.md describes the keys). A table is filled from the runs of the experiment of the
 same name.
-"""
+
+## Published numbers
+
+`experiments/<name>/` of a published table holds `published.csv`, the numbers as printed, and `table.yaml`, which says
+what they are. It is filled from the runs whose `experiment` is `<name>`. A new table needs no code.
+
+| key of `table.yaml` | meaning |
+|---|---|
+| `title`, `source`, `notes` | shown with the table |
+| `index` | columns of `published.csv` that say where a line stands |
+| `values` | columns that hold numbers, each with what else is known of it, for example `llama3_8b_ppl: {model: llama3_8b, measure: perplexity}`. An empty cell is a number that was not published |
+| `measure` | the measure, where `values` does not name it; otherwise the column's name |
+| `corpus` | the corpus of a perplexity; where a run measured only another one, that is shown with a note |
+| `tasks` | the tasks whose mean the published accuracy is; where ours is the mean of others, a note names both |
+| `rows`, `columns` | the layout: which of `index` and of the keys in `values` go down and across |
+| `select` | for each value of an index, what it is among runs: `config.<key>: value` (or a list of values), `stage: none | found | tuned`, `quantized: true | false` |
+| `setting` | the published configuration, as far as it is stated: by key (`eval.block_length: 2048`) its value, or a list of them. A note of the table names every key in which our runs are not as published, with both values |
+| `titles` | how values are written |
+
+Beside each perplexity of ours stands its `ratio` to full precision with the same prefix, beside each mean accuracy
+how much it is `less full precision`, with their intervals and verdicts. Papers print no such numbers.
+
+Measures: `perplexity`, `ratio` (to full precision with the same prefix), `accuracy` (mean over tasks, in %),
+`largest_activation`, `quantization_error`, `seconds`; `last_block_top1`, `last_block_top10_percent`,
+`last_block_median`, and the same of `worst_block_...`, the block whose top-1 is largest without a prefix;
+`sinks_in_prefix`; `search_hours`, `tuning_hours`, `total_hours`; `modules_kept`, `largest_ratio`,
+`smallest_ratio_kept`. `experiments/models.yaml` gives the titles of models and the labels that runs have for them; a
+model that was not published gets a column, or lines, of its own.
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -126,8 +126,7 @@ def draw_comparison(comparison: Comparison, path: Path, dpi: int, width: str | N
     axis.axvline(1.0, color="0.4", linestyle=":", linewidth=1.2)
     axis.set_yticks(range(len(labels)), written, fontsize=8)
     axis.set_ylim(len(labels) - 0.5, -0.5)
-    name = f"{broken(comparison.title, width, column=40, page=80)}{' (log)' if wide else ''}"
-    (axis.set_xlabel if width is None else figure.supxlabel)(name, fontsize=8)
+    axis.set_xlabel(broken(f"{comparison.title}{' (log)' if wide else ''}", width, column=28, page=60), fontsize=8)
     tidy(axis)
     figure.legend(loc="outside lower center", ncols=legend_columns(len(STAGES), width), frameon=False, fontsize=8)
     return save(figure, path, dpi, width)

@@ -137,10 +137,10 @@ def _written(value: Any) -> str:
     return NONE if value is None else str(value)
 
 
-def provenance_table(runs: Sequence[Run]) -> Table:
-    """What each run was: status, versions, git state, device, cost, and where its result is."""
+def provenance_table(runs: Sequence[Run], folder: Path) -> Table:
+    """What each run was: status, versions, git state, device, cost, and where it is, seen from the report's folder."""
     titles = ["run", "status", "cushion", "torch", "transformers", "git", "device", "seed", "seconds",
-              "search seconds", "search token-forwards", "tuning seconds", "result"]  # fmt: skip
+              "search seconds", "search token-forwards", "tuning seconds", "folder"]  # fmt: skip
     body = []
     numbers = numbered(runs)
     for run in runs:
@@ -161,7 +161,7 @@ def provenance_table(runs: Sequence[Run]) -> Table:
             Cell(status, kind="" if run.completed else "failed"),
             *(Cell(text) for text in (*versions, commit, str(environment.get("device", "?")), str(run.seed))),
             *map(_whole, (total, search.get("seconds"), search.get("token_forwards"), tuning.get("seconds"))),
-            Cell("/".join(run.path.parts[-5:-1])),
+            Cell("/".join(run.path.parts[-5:-1]), link=run.link(folder)),
         ])  # fmt: skip
     head = [[Cell(title) for title in titles]]
     note = "Seconds of a run are its wall time, those of search and tuning as first computed."

@@ -1,17 +1,26 @@
 """Which of a step's best candidates is taken, once they were judged on further texts too.
 
-Of the tokens that are best on one short text some are best there alone. So the best `search.verify_candidates` on the
-search text t_0, the finalists, are judged on further texts t_1 to t_V as well, and
+Summed as they are, the text with the largest objectives would decide; over L_q(t_i | p), the one that is least in need
+of a prefix, which differs between texts tenfold. A geometric mean has no bound on what one text gains a candidate. One
+text can spoil it, as it spoils a static range.
 
-    p* = argmin over finalists c of  mean over i = 0..V of  L_q(t_i | p, c) / M_i
+## Verification on further texts
 
-with M_i the median of L_q(t_i | p, c) over the finalists. Every text then counts alike. Summed as they are, the text
-with the largest objectives would decide; over L_q(t_i | p), the one that is least in need of a prefix, which differs
-between texts tenfold. And no text alone can make a candidate the best: a ratio is not negative, so what it gains on one
-text is at most 1 / (V + 1); a geometric mean has no such bound. One text can spoil it, as it spoils a static range.
+Ours. Of 49,152 candidates some are best on one text alone. So the `search.verify_candidates` best ones on the search
+text t_0, the finalists, are judged on further texts t_1 to t_V too, disjoint from all texts of the steps and the same
+in every step:
 
-The rule of tau is Algorithm 1's, on the mean over all texts: accepted is p* with
-mean over i of L_q(t_i | p, p*) / L_q(t_i | p) <= tau.
+    M_i  = median over finalists c of L_q(t_i | p, c)
+    p*   = argmin over finalists c of  mean over i = 0..V of  L_q(t_i | p, c) / M_i
+    if  mean over i of L_q(t_i | p, p*) / L_q(t_i | p)  > tau: stop
+
+Over its median every text counts alike, and one text alone gains a candidate at most 1 / (V + 1). With V = 0 this is
+Algorithm 1, and so it is for every option but `greedy_pruned`. A step costs V (n + K (n + 1)) token-forwards more:
+with V = 4 and K = 12 a quarter of a pruned step.
+
+On the embedded text (seed 0) `|')` has the lowest L_q on the search text, and the blank is sixth. Over all five texts
+the blank is best, and its perplexity is 29.85 where that of `|')` is 32.38. Five texts are still a sample: on C4
+seeds 0 to 3 find the blank and seed 4 another token, 5.5 % worse in perplexity.
 """
 
 from __future__ import annotations

@@ -1,19 +1,26 @@
 """Greedy search for the prompt tokens of a prefix: Algorithm 1 of CushionCache (arXiv 2406.12016, section 4.1).
 
-    p = []
-    while len(p) < m:
-        t ~ a fresh text of n tokens
-        p* = argmin over candidates p' of L_q(t | p, p')
-        if L_q(t | p, p*) > tau * L_q(t | p): break
-        p.append(p*)
-
 The keys and values of p are computed once per step and shared by all candidates, and lm_head is never run. How the
 argmin is found is `search.scoring`: `full` judges every candidate, `pruned` judges by rounds of successive halving and
 verifies what is left, `exact` does so too and then sweeps over all others, dropping each at the block at which its
 partial objective exceeds the best one (with further texts, the worst of as many as are judged on them).
 
-With `search.verify_texts` above 0 the best candidates are judged on further texts before one is taken, and what tau
-bounds is the mean over all these texts of the ratio of the two objectives (`cushion.search.finalists`).
+## Greedy search
+
+Algorithm 1 of the paper (section 4.1):
+
+    p = start                                             (empty by default)
+    while len(p) < m:
+        t = a fresh text of n tokens
+        p* = argmin over candidates c of L_q(t | p, c)    (ties: the smallest token id)
+        if L_q(t | p, p*) > tau * L_q(t | p): stop
+        p = p, p*
+
+A candidate that yields no number ranks last; if L_q(t | p) is not finite, the run stops. Objectives that differ by
+less than a millionth count as equal. A step costs n + C (n + 1) token-forwards for C candidates.
+
+`greedy_exhaustive` lets C be the whole vocabulary, as the paper does. `greedy_sampled` is ours: special tokens, the
+most frequent ones of the search text, and a seeded draw of the others; n is 64 in place of 512.
 """
 
 from __future__ import annotations

@@ -102,7 +102,34 @@ class StepState:
 
 @dataclass
 class SearchState:
-    """How far a search is: what a killed search goes on from. Plain data, ready for JSON."""
+    """How far a search is: what a killed search goes on from. Plain data, ready for JSON.
+
+    | field | content |
+    |---|---|
+    | `method`, `proposal`, `scoring`, `objective`, `tau` | as configured |
+    | `start` | token ids of the prompt before the first step |
+    | `verify_texts` | as configured |
+    | `token_ids` | the prompt found, `start` included |
+    | `stop_reason` | `tau` (the last step was rejected), `max_length` or `budget` |
+    | `steps` | a list, the rejected last step included |
+    | `steps[].step` | number, from 0 |
+    | `steps[].token_id`, `token` | the best candidate and its text |
+    | `steps[].objective_before`, `objective_after` | the objective without and with it, on the same text |
+    | `steps[].accepted` | whether `after <= tau * before`, or `ratio <= tau` with further texts |
+    | `steps[].ratio` | with `search.verify_texts`: the mean over search text and further texts of the objective with the token over that without it; null without further texts, or where it is infinite, and then the token is rejected |
+    | `steps[].further_before` | the objective without the token on each further text; empty without any |
+    | `steps[].finalists` | a list, the candidates that were judged on the further texts; empty without any |
+    | `steps[].finalists[].token_id`, `token` | the candidate and its text |
+    | `steps[].finalists[].score` | what the lowest is taken of: the mean over search text and further texts of the objective with it over the median one of the finalists; null where an objective is not finite |
+    | `steps[].finalists[].ratio` | the mean over them of the objective with it over that without it; null likewise |
+    | `steps[].finalists[].objectives` | the objective with it on the search text, then on each further text |
+    | `steps[].candidates` | number of candidates |
+    | `steps[].verified` | how many of the candidates were judged by the whole objective |
+    | `steps[].token_forwards` | tokens run through the blocks, a token through some of them counting that share; with `scoring=full` `n + candidates * (n + 1)`. The prefix's own pass is not counted |
+    | `steps[].seconds` | |
+    | `proposal_token_forwards`, `proposal_seconds` | what it cost to name the candidates: with `proposal=outlier` one pass over each text of the search, otherwise nothing |
+    | `token_forwards`, `seconds` | sums, with the proposal, and with a last step that the budget ended before a candidate was verified |
+    """  # noqa: E501
 
     token_ids: list[int]
     steps: list[SearchStep] = field(default_factory=list)

@@ -61,6 +61,12 @@ class GreedyStep(Step[SearchStep]):
     """
 
     name = "search_step"
+    """Files: `search_step.json`: one step of a greedy search without a budget
+    Key: `prompt`, `candidates`, `text`, `further`, `config.objective`, `config.grid`, `config.scoring`,
+        `config.rounds`, `config.rounds_dtype`, `config.verify_candidates`, `config.batch_size`
+    Of that: the further texts, and how many candidates are judged on them where there are some; the grid for L_q
+        only; the rounds unless `search.scoring=full`
+    """
     config: SearchConfig
     text: Tensor
     candidates: list[int]
@@ -112,6 +118,13 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
     """
 
     name = "search"
+    """Files: `search.json`, and `prefix.*` where a prefix was found
+    Key: `start`, `candidates`, `texts`, `further`, `config.objective`, `config.grid`, `config.scoring`,
+        `config.rounds`, `config.rounds_dtype`, `config.verify_candidates`, `config.batch_size`, `config.tau`,
+        `config.max_length`, `budget`
+    Of that: as of `search_step`; with a budget also the budget, what the proposal spent of it, and `replicas` with
+        `budget_seconds`
+    """
     config: SearchConfig
     texts: Tensor
     proposal: Proposal

@@ -1,8 +1,13 @@
 """The search objective: what a prefix is judged by, measured on the tokens that follow it.
 
-`L_q(t | p) = sum over tokens of t and over decoder blocks of ||X_i - q(X_i)||^2` (CushionCache, section 4), with X_i
-the output of a block in the full-precision model, q per tensor, and its scale and offset taken from the positions of t
-alone. The abstract's reading, the maximum activation of the following tokens, is the second objective.
+## The objective L_q
+
+L_q(t | p) = sum over blocks l of || X_l - q(X_l) ||^2
+
+X_l is the output of block l at the positions of t, behind p, in the full-precision model; the sum over tokens is in
+the squared norm. q is per tensor: one s and z per block and text, from the positions of t alone, as the paper says.
+Its grid is `search.bits`, `search.symmetric`, `search.levels` and `search.format`.
+`search.objective=maximum_activation` is the abstract's reading: max over blocks and positions of t of |X_l|.
 """
 
 from __future__ import annotations

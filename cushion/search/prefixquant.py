@@ -1,8 +1,24 @@
 """PrefixQuant's rule for the prefix: the tokens with outliers at the down projections (arXiv 2410.05265, section 4).
 
-A token is an outlier of a layer when its scale there (among experts, the largest) exceeds eta times the median of its
-text. Their mean number per text, at the layer where it is largest, gives the length of the prefix; the most frequent of
-them, with BOS last, are its tokens. One pass over the texts, nothing is tried out.
+## PrefixQuant's rule
+
+ArXiv [2410.05265](https://arxiv.org/abs/2410.05265). Over `search.texts` texts, a token is an outlier of a down
+projection (the last linear of a block's feed-forward part) where its scale exceeds `search.eta` times the median of
+its text.
+
+    length = ceil( max over down projections of the mean number of outlier tokens in a text )
+    prefix = the length - 1 most frequent outlier tokens, then BOS
+
+- The initial token of a text counts towards the length and not towards the frequencies: BOS stands in the prefix for
+  it. Where initial tokens are the only outliers, the prefix is BOS alone; where there are none at all, there is no
+  prefix.
+- **Open** in the paper, and ours: texts begin with BOS as the key `bos` says; with experts, a token's scale is the
+  largest at the down projections of its experts; frequencies are counted over all down projections together, ties go
+  to the smaller token id.
+- A length beyond `search.max_length` is cut to it, with a warning.
+
+The rest of PrefixQuant is not part of the rule: its rotations and grid are `quantizer=prefixquant`, its search of
+ranges is [`block_output`](#ranges-by-block-output), its fine-tuning [reconstruction](#reconstruction).
 """
 
 from __future__ import annotations
@@ -43,7 +59,18 @@ class PrefixQuantRecord:
     `module` is where it is largest, `initial_share` the part of the texts whose initial token is an outlier there, and
     `length` the ceiling of that mean: the length that the rule asks for. `token_ids` is shorter where there are not as
     many different outlier tokens, or where `search.max_length` cuts it.
-    """
+
+    | field | content |
+    |---|---|
+    | `method` | `prefixquant` |
+    | `token_ids` | the prefix, BOS last; empty where no token is an outlier |
+    | `length` | the length that the rule asks for, `search.max_length` aside |
+    | `module` | the down projection with the largest mean number of outlier tokens |
+    | `initial_share` | the part of the texts whose initial token is an outlier there |
+    | `mean_counts` | mean number of outlier tokens in a text, by down projection |
+    | `tokens` | the ten most frequent outlier tokens outside of position 0: `token_id`, `token`, `count` over all texts and down projections |
+    | `token_forwards`, `seconds` | |
+    """  # noqa: E501
 
     token_ids: list[int]
     length: int
@@ -123,6 +150,10 @@ class PrefixQuantSearch(RuleSearch):
     """PrefixQuant's rule as a cached step."""
 
     name = "prefixquant"
+    """Files: `search.json`, and `prefix.*` where a prefix was found
+    Key: `config.eta`, `config.max_length`, `texts`
+    Of that: the keys of `search` that have an effect
+    """
     record = PrefixQuantRecord
     reads = ("eta", "max_length")
 

@@ -107,6 +107,10 @@ class OutlierProposal(Step[Proposal]):
     """
 
     name = "proposal"
+    """Files: `proposal.json`, with `search.proposal=outlier`
+    Key: `candidates`, `objective`, `texts`
+    Of that: `search.candidates`; the objective with its grid
+    """
     config: SearchConfig
     texts: Tensor
 

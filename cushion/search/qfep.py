@@ -1,9 +1,22 @@
 """QFeP, the quantization-free prefix: the search for a prefix [BOS, C, T] (arXiv 2405.14428, section 4.2).
 
-Over texts with BOS in front, the linear is found whose input has the largest ratio of the maximal to the median token
-scale. The tokens T with the largest scales there are tried behind the contexts C that are most frequent in the text:
-in the row [BOS, C, T, C, T] the first T should take the spike and the second one should not. Nothing is trained, and
-the vocabulary is not searched.
+## QFeP
+
+ArXiv [2405.14428](https://arxiv.org/abs/2405.14428). The scale of a token at a linear is the largest magnitude of its
+input there.
+
+1. Over `search.texts` texts with BOS in front, the ratio of the largest to the median token scale is averaged per
+   linear of the decoder blocks. The linear M with the largest mean is where the spikes are. Of linears that share an
+   input the first counts.
+2. The three tokens of each text with the largest scales at M, BOS left out, are ranked by their largest scale in any
+   text. The `search.outlier_tokens` best distinct ones are the tokens T.
+3. For each T, and each context C among the `search.contexts` most frequent tokens of these texts, the row [BOS, C, T,
+   C, T] is run down to the block of M. Its score is the scale of T at position 2 (from 0) over its scale at position
+   4: how much the second T is calmer than the first.
+4. The prefix is [BOS, C, T] of the best score. Ties go to the larger scale of T and to the more frequent C.
+
+BOS is the tokenizer's BOS, else its EOS. Experts count one by one, over the tokens that are routed to them. The
+median of an even number is the lower of the middle two. `quantizer=qfep` is the default of the paper's public code.
 """
 
 from __future__ import annotations
@@ -50,7 +63,20 @@ class QfepRecord:
 
     `ratios` are those of the linears with the largest ones, descending, and `module` is the first; a ratio over a
     median of zero is written as the largest number of float32.
-    """
+
+    | field | content |
+    |---|---|
+    | `method` | `qfep` |
+    | `token_ids` | the prefix, [BOS, C, T] |
+    | `module` | the linear at which the tokens were judged: the one with the largest ratio |
+    | `ratios` | the ten linears with the largest mean ratios of the maximal to the median token scale, descending |
+    | `tokens` | a list, the tokens T, by scale |
+    | `tokens[].token_id`, `token`, `scale` | the token, its text, its largest scale in any text |
+    | `tokens[].context_id`, `context`, `score` | its best context, as id and text, and the score with it |
+    | `contexts` | number of contexts tried |
+    | `token_forwards` | tokens run through the blocks: the texts through all of them, the rows of five tokens down to `module`, each counting that share |
+    | `seconds` | |
+    """  # noqa: E501
 
     token_ids: list[int]
     module: str
@@ -190,6 +216,10 @@ class QfepSearch(RuleSearch):
     """QFeP's search as a cached step."""
 
     name = "qfep"
+    """Files: `search.json`, and `prefix.*`
+    Key: `config.contexts`, `config.outlier_tokens`, `texts`
+    Of that: the keys of `search` that have an effect
+    """
     record = QfepRecord
     reads = ("contexts", "outlier_tokens")
 

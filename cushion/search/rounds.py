@@ -1,10 +1,5 @@
 """What one search step does with its candidates: rounds of successive halving, verification, and a bounded sweep.
 
-A round judges candidates by fewer tokens and fewer decoder blocks than the objective has, and keeps the best. What is
-left is verified on the whole text and all blocks, and the best of it on further texts where the search has some.
-Successive halving is Jamieson and Talwalkar's (arXiv 1502.07943); here two resources grow together, the length of the
-text and the depth in the model.
-
 Which tokens a short text has decides whether it ranks at all: the range of a block's output, and with it L_q, is set by
 the few positions of the text whose activations spike. A text cut to its first tokens may hold none of them. A round
 with `text=spikes` therefore reads the spiking tokens themselves, each with the token before it, behind the first token.
@@ -12,6 +7,28 @@ with `text=spikes` therefore reads the spiking tokens themselves, each with the 
 The first token of a text spikes whatever it is, unless what stands in front takes that over. So from an empty prompt a
 round with `text=first` can drop most candidates by that token alone; behind a prompt it would tell nothing, and keeps
 all.
+
+## Pruned and exact scoring
+
+Both ours. `greedy_pruned` finds a step's token by successive halving (arXiv
+[1502.07943](https://arxiv.org/abs/1502.07943)) over text length and depth: a round judges candidates by L_q over
+fewer tokens and the first blocks alone, and keeps the best. What is left is judged by L_q itself. A round costs C
+(tokens + 1) depth token-forwards.
+
+A short text ranks candidates only if it holds the few positions that spike behind most candidates, and so set the
+range. Four references, evenly spaced among the candidates, are judged by L_q first; the spike of a position is its
+largest magnitude over the median of all positions, over blocks and references. A round with `text: spikes` reads the
+first token and the largest spikes that fit, each with the token before it; `text: first`, from an empty prompt alone,
+the first token. A step over 49,152 tokens costs 27,186 token-forwards from an empty prompt and 39,474 behind one.
+
+How many candidates a round keeps was set on SmolLM2-135M: on five texts of 128 tokens the token that the step finds
+ended the rounds at place 4,246 (12,288 are kept), 10 (1,024) and 1 (96) or better. Another model may need others:
+`search.rounds`.
+
+`greedy_exact` cannot miss the best candidate: it runs the rounds, takes the best verified objective as a bound, and
+sweeps over all others. L_q is a sum over blocks of terms that are not negative, so a candidate leaves the batch where
+its sum over the first blocks exceeds the bound. With further texts the bound is the K-th lowest objective, K
+being `search.verify_candidates`.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_the_figure_shows_them_and_a_report_has_it(tmp_path: Path, monkeypatch: 
     assert found is not None
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
-        draw_comparison(found, tmp_path / "ratios.png", 50)
+        draw_comparison(found, tmp_path / "ratios.png", 50, "column")
     figure = pyplot.gcf()
     try:
         (axis,) = figure.axes
@@ -64,7 +64,12 @@ def test_the_figure_shows_them_and_a_report_has_it(tmp_path: Path, monkeypatch: 
         drawn = {str(one.get_label()): [float(x) for x in one.lines[0].get_xdata()] for one in axis.containers}
         assert drawn == {"no prefix": [5.0, 2.0], "tuned prefix": [1.5, 1.25]}
         assert axis.get_xscale() == "log" and axis.get_xlabel().endswith("(log)")
+        figure.draw_without_rendering()
+        boxes = [one.get_window_extent() for one in (*figure.legends, axis.xaxis.label)]
+        assert not boxes[0].overlaps(boxes[1]) and all(figure.bbox.containsx(box.x0) for box in boxes)
     finally:
         pyplot.close(figure)
-    names = [drawing.path.name for drawing in draw_all(collect([tmp_path]), tmp_path / "figures")]
+    figures = [drawing.path for drawing in draw_all(collect([tmp_path]), tmp_path / "figures")]
+    names = [path.name for path in figures]
+    assert not [path for path in figures if b"/Type3" in path.with_suffix(".pdf").read_bytes()]
     assert sum(name.startswith("ratios-") for name in names) == 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from records import failed, record, row, write
@@ -80,7 +82,11 @@ def test_the_page_holds_every_result_and_fetches_nothing(tmp_path: Path) -> None
     page = Page(text)
     assert page.tags.count("script") == 1, "no token of a prefix becomes a script"
     assert page.tags.count("s") == 0
-    assert [place for place in page.fetched if not place.startswith(("data:image/png;base64,", "#"))] == []
+    links = [place for place in page.fetched if not place.startswith(("data:image/png;base64,", "#"))]
+    runs = collect([tmp_path / "results"])
+    assert [(tmp_path / "report" / unquote(link)).resolve() for link in links] == [run.path.parent for run in runs] * 2
+    commands = [piece for piece in page.texts if piece.startswith("cushion rerun ")]
+    assert [Path(shlex.split(command)[2]) for command in commands] == [run.path.parent for run in runs]
     assert page.tags.count("img") == 6
     for place in (place for place in page.fetched if place.startswith("data:")):
         assert base64.b64decode(place.partition(",")[2]).startswith(b"\x89PNG")

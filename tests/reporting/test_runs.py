@@ -71,7 +71,7 @@ def test_lines_name_their_runs_by_the_numbers_of_the_provenance(tmp_path: Path) 
     mine = [run for run in everything if run.experiment == "default"]
     table = experiment_table("default", mine, numbers=numbered(everything))
     assert column(table, "run") == ["2, 3", "4"]
-    places = dict(zip(column(provenance_table(everything), "run"), everything, strict=True))
+    places = dict(zip(column(provenance_table(everything, tmp_path), "run"), everything, strict=True))
     assert [places[number].seed for number in ("2", "3")] == [0, 1]
     assert places["4"].config["quantizer"]["name"] == "w4"
     assert [table.headings()[place] for place in table.in_view()] == ["run", "row"]
@@ -101,6 +101,21 @@ def test_a_control_that_differs_anywhere_and_the_rows_that_runs_are_about_stand_
     assert lines == [
         ("all", "full precision"), ("0.5, 3.0", "W8A8"), ("0.5", "W8A8 + greedy prefix"),
         ("2.0", "W8A8"), ("2.0", "W8A8 + greedy prefix"), ("3.0", "W8A8 + greedy prefix"),
+    ]  # fmt: skip
+
+
+def test_rows_are_the_same_whatever_folders_their_seeds_are_in_and_beside_runs_that_are_about_them(
+    tmp_path: Path,
+) -> None:
+    seeds = [(tau, seed) for tau in (0.5, 2.0) for seed in (0, 1)]
+    runs = collect([write(tmp_path, *(swept(tau, seed=seed) for tau, seed in [*seeds[:2], *seeds[:1:-1]]))])
+    assert column(experiment_table("default", runs), "run")[:2] == ["1 to 4", "1 to 4"]
+    plain = record(**{"search.tau": 9.0, "rows": swept(0.5)["rows"][:2]})
+    table = experiment_table("default", collect([write(tmp_path / "b", swept(0.5), swept(2.0), plain)]))
+    lines = list(zip(column(table, "run"), column(table, "search.tau"), column(table, "row"), strict=True))
+    assert lines == [
+        ("1 to 3", "all", "full precision"), ("1", "0.5", "W8A8 + greedy prefix"), ("2", "2.0", "W8A8 + greedy prefix"),
+        ("1 to 3", "9.0", "W8A8"),
     ]  # fmt: skip
 
 
@@ -156,7 +171,7 @@ def test_provenance_says_version_git_state_cost_and_what_was_left_out(tmp_path: 
     clean = record(seed=1)
     clean["environment"]["git"] = None
     clean |= {"search": {"seconds": 34.4, "token_forwards": 88854.9}, "tuning": {"seconds": 56.0}}
-    table = provenance_table(collect([write(tmp_path, record(), record(), clean)]))
+    table = provenance_table(collect([write(tmp_path, record(), record(), clean)]), tmp_path)
     assert column(table, "git") == ["0123456789, changed", "installed package"]
     assert column(table, "seconds") == ["12", "12"]
     assert column(table, "torch") == ["2", "2"]

@@ -1,4 +1,27 @@
-"""The target `tokens`: an untuned prefix for servers, and the linears that must keep their input for it."""
+"""The target `tokens`: an untuned prefix for servers, and the linears that must keep their input for it.
+
+## `tokens`: the prefix for servers
+
+The tokens of a prefix that was not tuned, for software that can only put tokens before a text, and what the run's
+quantizer needs for that: the linears whose input it must leave in full precision
+([method.md](method.md#the-prefix-as-tokens) says how they are found).
+
+```bash
+cushion-export outputs/main/.../0123456789ab --to tokens my_prefix --base-model HuggingFaceTB/SmolLM2-135M-Instruct
+```
+
+| file | |
+|---|---|
+| `prefix_tokens.json` | `token_ids`, `text`, whether the text alone gives these ids (`text_gives_token_ids`), whether BOS stands behind them (`bos_behind`), `base_model` and `revision`, the `quantizer` of the run's last row, `full_precision_inputs` (the linears that run as W8A16, those of QFeM among them) and `beyond_range` (those that are there for the prefix, with how far its tokens go beyond their range); `measured`, see below |
+| `README.md` | model card with all of it |
+
+`measured` has for each corpus the perplexity of the run's row (`run`) and with the prefix as tokens (`as_tokens`). It
+is measured when the target is written, on the run's blocks. What is more than 10 % above the run's figure on any
+corpus is refused, with the figures: it is broken, and never written. A tuned prefix is refused as well, for its keys
+and values are not those of tokens: `--to peft` has them.
+
+The files hold no weights and no scales. The scales that fit are those of the run, which leave the prefix out.
+"""  # noqa: E501
 
 from __future__ import annotations
 

@@ -36,16 +36,79 @@ class ActivationConfig:
     """
 
     bits: int | None = 8
+    """Bits of each linear's input; as `weights.bits`
+
+    Allowed: 2 to 8, null
+    """
     granularity: str = "per_tensor"
+    """One scale per tensor or per token; `per_block` as for weights; static alone, and simulated alone: one for each
+    cluster of channels (RPTQ, arXiv [2304.01089](https://arxiv.org/abs/2304.01089)), or for each channel, the
+    finest there is ([method](method.md#clusters-of-channels))
+
+    Allowed: `per_tensor`, `per_token`, `per_block`, `per_cluster`, `per_channel`
+    Paper: both
+    """
     range: str = "static"
+    """Fixed by calibration, or from each input; `mxfp8`, `mxfp6` and `mxfp4` are dynamic, and in `nvfp4` it is the
+    scale of the tensor that may be static
+
+    Allowed: `static`, `dynamic`
+    Paper: both
+    """
     symmetric: bool = True
+    """Offset 0, or offset min X; formats other than `int` have no offset
+
+    Allowed: true, false
+    Paper: asymmetric
+    """
     estimator: str = "minmax"
+    """How a static range follows from calibration text: all values fit (`minmax`), a `percentile` of the magnitudes
+    (on asymmetric grids cut in equal shares from both ends), the smallest squared error (`mse`), the smallest KL
+    divergence (`entropy`), a moving average of each text's range, or the factor on min-max with the smallest error
+    of the block's output (`block_output`, [method](method.md#ranges-by-block-output)). `entropy` is for `int`
+    alone; the static scale of `nvfp4` has neither `mse`, `entropy` nor `block_output`
+
+    Allowed: `minmax`, `percentile`, `mse`, `entropy`, `moving_average`, `block_output`
+    """
     estimator_options: dict[str, Any] = field(default_factory=dict)
+    """What the estimator reads: `percentile` (above 50, at most 100; default 99.99), `averaging` of `moving_average`
+    (above 0, at most 1; default 0.01), or `texts` of `block_output`: how many of the calibration texts decide (1
+    and more; default 8, PrefixQuant has 8 of 1024 tokens). On the command line with a plus:
+    `"+quantizer.activations.estimator_options={percentile: 99.9}"`
+
+    Allowed: a mapping
+    """
     format: str = "int"
+    """Number format
+
+    Allowed: as `weights.format`
+    """
     narrow_range: bool = True
+    """Whether symmetric codes leave out the lowest one, -128 of 8 bits: a static or clipped range that is exceeded is
+    clamped at -127, or at -128 as integer kernels do. The scale is the same
+
+    Allowed: true, false
+    Paper: **open**; true is the symmetric grid as it is defined, `int8_static` has what kernels have
+    """
     clusters: int = 32
+    """With `per_cluster`: how many clusters each linear's input has, or as many as its channels where these are fewer
+
+    Allowed: 1 and more
+    Paper: RPTQ's code: 32 behind norms and before fc2
+    """
     cluster_seed: int = 0
+    """With `per_cluster`: what K-means starts from; `'${seed}'` for the run's own
+
+    Allowed: 0 to 4294967295
+    Paper: RPTQ's code: 0
+    """
     clip_ratio: float = 1.0
+    """The share of a dynamic range that is kept: both ends times this, what lies beyond is clipped; 0.9 in QuaRot.
+    Formats of blocks and static ranges have 1
+
+    Allowed: above 0, at most 1
+    Paper: not in the paper
+    """
 
     def __post_init__(self) -> None:
         reason = f"quantizer.activations.format={self.format} has no such code: only int has, or leave it true"
@@ -128,6 +191,10 @@ class Activations(Part):
     """The inputs of the targeted linears."""
 
     name = "activations"
+    """Files: `activations.json`
+    Key: `prefix`, `grid`, `texts`
+    Of that: the grid of L_q
+    """
     order = 20
     effect = "cushion.quantization.inputs:INPUTS"
     fields = ("activations",)

@@ -16,9 +16,26 @@ class AttentionConfig:
     """`quantizer.attention`: the grid of both inputs of both products of attention, dynamic. `bits: null`: none."""
 
     bits: int | None = None
+    """Bits of the inputs of the products of attention: queries and keys, probabilities and values
+
+    Allowed: 2 to 8, null
+    Paper: **open**: the paper does not say whether they are quantized
+    """
     granularity: str = "per_tensor"
+    """One scale per tensor, or per head and token, or `per_block` with a format of blocks; always dynamic
+
+    Allowed: `per_tensor`, `per_token`, `per_block`
+    """
     symmetric: bool = True
+    """Offset 0, or as `zero_point` says
+
+    Allowed: true, false
+    """
     format: str = "int"
+    """Number format
+
+    Allowed: as `weights.format`
+    """
 
     def __post_init__(self) -> None:
         one_of("quantizer.attention.granularity", self.granularity, GRANULARITIES)
@@ -29,6 +46,10 @@ class Attention(DynamicGrid):
     """Queries, keys, probabilities and values; ranges are dynamic."""
 
     name = "attention"
+    """Files: `attention.json`
+    Key: `prefix`, `first`, `texts`
+    Of that: the number of first tokens
+    """
     order = 40
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("attention",)

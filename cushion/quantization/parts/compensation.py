@@ -24,10 +24,39 @@ class CompensationConfig:
     """
 
     method: str = "none"
+    """A branch of two thin matrices in full precision beside each quantized weight, which makes good what it can of
+    the rounding ([method](method.md#low-rank-compensation)): of the error of the weight (`lqer`), of that weighed
+    by the mean magnitudes of the inputs (`l2qer`), or of the outputs on the calibration texts (`aser`); found block
+    by block behind the prefix, with the blocks before already quantized
+
+    Allowed: `none`, `lqer`, `l2qer`, `aser`
+    Paper: not in the paper
+    """
     rank: int | None = 64
+    """The largest rank of a branch; null: no bound, with `share`
+
+    Allowed: 1 and more, null
+    Paper: not in the paper; larger branches cost more, and what they fit becomes the calibration text's own
+    """
     share: float | None = None
+    """The rank of each linear is the smallest whose singular values have this share of the sum of all; null: `rank`
+
+    Allowed: above 0, at most 1, null
+    Paper: **open** in ASER: its values are not given
+    """
     damping: float = 0.01
+    """With `aser`: what is added to the diagonal of X^T X, as a share of its mean
+
+    Allowed: above 0
+    Paper: **open** in ASER; the value of GPTQ
+    """
     outliers: int = 0
+    """ASER's smoothing: how many channels of each linear's input are scaled down to the least of them and kept by the
+    branch alone; 0: none
+
+    Allowed: 0 to `rank`
+    Paper: 32 in ASER, and in `aser`
+    """
 
     def __post_init__(self) -> None:
         one_of("quantizer.compensation.method", self.method, COMPENSATIONS)

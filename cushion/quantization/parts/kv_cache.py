@@ -45,15 +45,66 @@ class KvCacheConfig:
     """
 
     bits: int | None = None
+    """Bits of the cached keys and values of ordinary tokens; the prefix's stay in full precision
+
+    Allowed: 2 to 8, null
+    Paper: not in the paper
+    """
     granularity: str = "per_token"
+    """Dynamic: one scale per tensor, or per head and token, or `per_block` with a format of blocks; static: per tensor
+    or per head
+
+    Allowed: `per_tensor`, `per_token`, `per_block`, `per_head`
+    Paper: not in the paper
+    """
     symmetric: bool = False
+    """Offset 0, or as `zero_point` says
+
+    Allowed: true, false
+    Paper: not in the paper; keys and values of a token are rarely centred
+    """
     range: str = "dynamic"
+    """Scales from the cached values, or those of each layer's keys and of its values fixed by calibration
+
+    Allowed: `dynamic`, `static`
+    Paper: not in the paper; servers load static scales
+    """
     format: str = "int"
+    """Number format
+
+    Allowed: as `weights.format`
+    """
     layout: str = "token"
+    """What shares a scale: `token`, what `granularity` says; `kivi`, KIVI's groups (arXiv
+    [2402.02750](https://arxiv.org/abs/2402.02750)), keys per channel and values per token, with the newest tokens
+    in full precision ([method](method.md#kivis-layout))
+
+    Allowed: `token`, `kivi`
+    Paper: not in the paper
+    """
     group_size: int = 32
+    """With `kivi`: neighbouring tokens of a key channel, and channels of a token's value, that share a scale
+
+    Allowed: 1 and more
+    """
     residual: int = 128
+    """With `kivi`: length of the window of newest tokens in full precision
+
+    Allowed: multiples of `kv_cache.group_size`
+    """
     protect: int = 0
+    """How many tokens at the start of every text stay in full precision in the cache, and out of its scales (KVSink's
+    Preserve-First-N; 1 where texts begin with BOS protects BOS)
+
+    Allowed: 0 and more
+    Paper: not in the paper
+    """
     clip_ratio: float = 1.0
+    """As `activations.clip_ratio`; 0.95 in QuaRot
+
+    Allowed: above 0, at most 1
+    Paper: not in the paper
+    """
 
     def __post_init__(self) -> None:
         section = "quantizer.kv_cache"

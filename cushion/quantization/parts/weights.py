@@ -29,15 +29,66 @@ class WeightConfig:
     """
 
     bits: int | None = 8
+    """Bits of the weights; a format other than `int` has one width, which must stand here
+
+    Allowed: 2 to 8, null
+    """
     granularity: str = "per_tensor"
+    """One scale per tensor, per output channel, or per output channel and group of inputs; `per_block` belongs to the
+    formats that fix their blocks, `mxfp8`, `mxfp6`, `mxfp4` (32 inputs) and `nvfp4` (16), which take no other
+
+    Allowed: `per_tensor`, `per_channel`, `per_group`, `per_block`
+    Paper: group-wise
+    """
     group_size: int = 128
+    """Neighbouring inputs per group; must divide every quantized linear's inputs
+
+    Allowed: 1 and more
+    Paper: **open**; 128 is the usual size in weight quantization, the options have 64
+    """
     estimator: str = "minmax"
+    """How ranges are found: all values fit (`minmax`), the squared error is smallest (`mse`), or the error of the
+    outputs on the calibration texts behind the prefix is (`output`, AWQ's clipping, with `per_channel` and
+    `per_group`; queries and keys stay at `minmax`); formats of blocks have `minmax` alone
+
+    Allowed: `minmax`, `mse`, `output`
+    """
     format: str = "int"
+    """Number format of the codes ([method](method.md#number-formats))
+
+    Allowed: `int`, `fp8_e4m3`, `fp8_e5m2`, `mxfp8`, `mxfp6`, `mxfp4`, `nvfp4`, and what packages of yours add
+        ([extending](extending.md#a-number-format))
+    """
     method: str = "rtn"
+    """How the codes are chosen on that grid: each the nearest (`rtn`), or block by block so that the outputs of each
+    linear change least (`gptq`, arXiv [2210.17323](https://arxiv.org/abs/2210.17323)), on the calibration texts
+    behind the prefix, with the blocks before already quantized
+
+    Allowed: `rtn`, `gptq`
+    """
     damping: float = 0.01
+    """With `gptq`: what is added to the diagonal of H = 2 X X^T, as a share of its mean
+
+    Allowed: above 0
+    """
     column_order: str = "given"
+    """With `gptq`: the columns as they stand, or those with large inputs first (act-order)
+
+    Allowed: `given`, `diagonal`
+    """
     true_sequential: bool = False
+    """With `gptq`: query, key and value, then output, then gate and up, then down, each on the inputs that it has
+    behind the rounded weights before it, as GPTQ's and QuaRot's codes do; else all linears of a block on those of the
+    unrounded block. It costs a pass over the calibration texts for each step
+
+    Allowed: true, false
+    """
     narrow_range: bool = True
+    """Whether codes leave out the lowest one, -8 of 4 bits, which `estimator=mse` and `output` and `gptq` can reach;
+    false in GPTQ's and QuaRot's codes
+
+    Allowed: true, false
+    """
 
     def __post_init__(self) -> None:
         one_of("quantizer.weights.granularity", self.granularity, WEIGHT_GRANULARITIES)
