@@ -30,6 +30,7 @@ from cushion.errors import ArtifactError, ConfigError
 from cushion.journal import CONFIG
 from cushion.reporting.collect import read_result
 from cushion.schema import FILE_NAME, SCHEMA_VERSION
+from cushion.words import quoted
 
 USAGE = f"""cushion rerun RESULT_OR_FOLDER [overrides]
 
@@ -257,5 +258,4 @@ def text_of(value: Any) -> str:
         return repr(value)
     if _BARE.fullmatch(value) and value.lower() not in _WORDS:
         return value
-    escaped = re.sub(r'(\\*)("|\$\{|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), value)
-    return f'"{escaped}"'
+    return quoted(value)

@@ -153,6 +153,10 @@ MISTAKES = {
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
     "a letter beyond ASCII": (["tracking.project=größe"], "tracking.project=größe is not read", "='\"größe\"'"),
+    "a misspelt key whose value has blanks": (
+        ["search.ruonds=[{keep: 4, text: 1}]"], "Could not override 'search.ruonds'.: Key", "did you mean 'rounds'?",
+    ),
+    "one inside of a list": (["eval.tasks=[a,größe]"], "eval.tasks=[a,größe] is not read", "='[a,\"größe\"]'"),
     "a sweeper of a package": (["hydra/sweeper=ax"], "hydra/sweeper=ax is not", "pip install hydra-ax-sweeper"),
     "unknown option of Hydra's": (["hydra/launcher=slrm"], "joblib_local slurm", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
