@@ -69,7 +69,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def command(overrides: Sequence[str], given: Sequence[str]) -> list[str]:
     """The words of the command: options stand before all overrides, since Hydra takes those in one row only."""
     own = [word for word in given if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    return [*(word for word in given if word not in own), *overrides, *own]
+    options = [word for word in given if word not in own]
+    if options and options[-1] in ("--info", "-i"):  # it would take the first override for what it is to print
+        options.append("all")
+    return [*options, *overrides, *own]
 
 
 def recorded(place: Path) -> RunConfig:
