@@ -31,7 +31,7 @@ from cushion import start, sweeps
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.launching import gpu_of_its_own, share_threads
-from cushion.words import check_words
+from cushion.words import check_words, in_quotes
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -303,23 +303,21 @@ MOVED = {
 }
 """Keys of former versions, and what took their place."""
 
-_HINT = re.compile(r" ?To append to your (?:config|default list) use \+\S*| ?Or add a second \+ to add or override.*")
-"""Hydra's advice to add what is not there: nothing can be added to this configuration."""
+_HINT = re.compile(r" ?To append to your (?:config|default list) use \+.*| ?Or add a second \+ to add or override.*")
+"""In a line: Hydra's advice to add what is not there: nothing can be added to this configuration."""
 
 _NOISE = ("reference_type=", "object_type=", "full_key:", "Config search path", "provider=")
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error and of what caused it in one line, with the nearest key where a key is misspelt."""
-    if isinstance(error, OverrideParseException) and not error.override.isascii() and "=" in error.override:
-        key, _, value = error.override.partition("=")
-        quoted = value.strip("'\"").replace('"', '\\"')
-        return f"{error.override} is not read as key=value: put the value in quotes, {key}='\"{quoted}\"'"
+    if isinstance(error, OverrideParseException) and (way_out := in_quotes(error.override)) is not None:
+        return f"{error.override} is not read as key=value: put its text in quotes, {way_out}"
     parts: list[str] = []
     link: BaseException | None = error
     while link is not None:
-        lines = [line.strip() for line in str(link).splitlines()]
-        text = _HINT.sub("", " ".join(line for line in lines if line and not line.startswith(_NOISE))).strip()
+        lines = [_HINT.sub("", line).strip() for line in str(link).splitlines()]
+        text = " ".join(line for line in lines if line and not line.startswith(_NOISE))
         if text and not any(text in part for part in parts):
             parts.append(text)
         link = link.__cause__ if isinstance(error, HydraException) else None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cushion.models import LanguageModel
+    from cushion.prefix import Prefix
     from cushion.quantization.lazily import QuantizedLazily
 
 FULL_PRECISION = {"name": "full_precision", "label": "full precision", "stage": NO_PREFIX, "quantized": False}
@@ -72,12 +73,7 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
     import torch
 
     lm, prefix = model.lm, model.behind
-    needed = len(prefix) + tokens.shape[1] + sampling.new_tokens
-    if lm.context_length is not None and needed > lm.context_length:
-        raise ConfigError(
-            f"--max-new-tokens={sampling.new_tokens} behind {len(prefix)} tokens of prefix and {tokens.shape[1]} of "
-            f"text needs {needed} positions, but {lm.label} has {lm.context_length}: ask for fewer, or shorten the text"
-        )
+    check_room(lm, prefix, tokens, sampling)
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
@@ -98,6 +94,16 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
         )
     new: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return new
+
+
+def check_room(lm: LanguageModel, prefix: Prefix, tokens: Tensor, sampling: Sampling) -> None:
+    """Raise `ConfigError` where prefix, text, (1, tokens), and new tokens do not fit the model's context."""
+    needed = len(prefix) + tokens.shape[1] + sampling.new_tokens
+    if lm.context_length is not None and needed > lm.context_length:
+        raise ConfigError(
+            f"--max-new-tokens={sampling.new_tokens} behind {len(prefix)} tokens of prefix and {tokens.shape[1]} of "
+            f"text needs {needed} positions, but {lm.label} has {lm.context_length}: ask for fewer, or shorten the text"
+        )
 
 
 def prompt_tokens(lm: LanguageModel, text: str, chat: bool, bos: bool) -> Tensor:
@@ -178,6 +184,8 @@ def stream(
         remade = RemadeRun(run.folder, run.record, final, told(bars), device, measures=False)
         lm = remade.prepared.lm
         tokens = prompt_tokens(lm, prompt, chat, remade.prepared.bos)
+        for row in rows:  # before any of them says a word
+            check_room(lm, remade.prefix(row["stage"]), tokens, sampling)
         for row in rows:
             model = remade.model(row)
             print(f"[{row['label']}]", file=sys.stdout if len(rows) > 1 else sys.stderr, flush=True)

@@ -30,6 +30,7 @@ from cushion.errors import ArtifactError, ConfigError
 from cushion.journal import CONFIG
 from cushion.reporting.collect import read_result
 from cushion.schema import FILE_NAME, SCHEMA_VERSION
+from cushion.words import quoted
 
 USAGE = f"""cushion rerun RESULT_OR_FOLDER [overrides]
 
@@ -68,7 +69,10 @@ def main(words: Sequence[str] | None = None) -> None:
 def command(overrides: Sequence[str], given: Sequence[str]) -> list[str]:
     """The words of the command: options stand before all overrides, since Hydra takes those in one row only."""
     own = [word for word in given if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    return [*(word for word in given if word not in own), *overrides, *own]
+    options = [word for word in given if word not in own]
+    if options and options[-1] in ("--info", "-i"):  # it would take the first override for what it is to print
+        options.append("all")
+    return [*options, *overrides, *own]
 
 
 def recorded(place: Path) -> RunConfig:
@@ -263,5 +267,4 @@ def text_of(value: Any) -> str:
         return repr(value)
     if _BARE.fullmatch(value) and value.lower() not in _WORDS:
         return value
-    escaped = re.sub(r'(\\*)("|\$\{|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), value)
-    return f'"{escaped}"'
+    return quoted(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +22,44 @@ _NOT_HERE = {
     "hydra.output_subdir": "every run's folder has its overrides.yaml, config.yaml and run.log",
 }
 """Keys of Hydra, and why nothing comes of setting them."""
+
+
+def quoted(text: str) -> str:
+    """Text as an override can have any of it: in double quotes."""
+    escaped = re.sub(r'(\\*)("|\$\{|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
+    return f'"{escaped}"'
+
+
+def in_quotes(override: str) -> str | None:
+    """An override that Hydra does not read, as `key=value` for a shell, its texts in quotes where they need them.
+
+    None where that does not help.
+    """
+    key, _, value = override.partition("=")
+    opened = re.match(r"[\[{(]|\w+\(", value)
+    between = "," + ("" if opened is None else "[]{}" + ":" * ("{" in value) + "()" * opened[0].endswith("("))
+    parts = re.split(rf"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[{re.escape(between)}])""", value)
+    for at in range(0, len(parts), 2):  # what stands between two separators or quoted texts
+        text = parts[at].strip()
+        if text and not _is_read(f"key={text}"):
+            parts[at] = _interpolating(text)
+    for found in ("".join(parts), value if value[:1] in ("[", "{", "(", "") else _interpolating(value)):
+        if found != value and _is_read(f"{key}={found}"):
+            return f"{key}={shlex.quote(found)}"
+    return None
+
+
+def _interpolating(text: str) -> str:
+    """Text in quotes, in which `${key}` stands for the value of a key, as it does without quotes."""
+    return quoted(text).replace("\\${", "${")
+
+
+def _is_read(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def check_words(words: list[str], folder: Path) -> None:

@@ -33,14 +33,15 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0, help="of the cases (default: 0)")
         command.add_argument("--cases", type=int, default=100, help="how many at most (default: 100)")
         command.add_argument("--seconds", type=float, default=600.0, help="no case begins after them (default: 600)")
+        command.add_argument("--first", type=int, default=0, metavar="NUMBER", help="begin with this one (default: 0)")
         command.add_argument("--case", type=int, metavar="NUMBER", help="do this one alone")
         command.add_argument("--folder", type=Path, help="keep everything there; it must be new (default: a temporary)")
         command.add_argument("--deadline", type=float, default=module.DEADLINE, metavar="SECONDS",
-                             help=f"a run hangs that takes longer (default: {module.DEADLINE:g})")  # fmt: skip
+                             help=f"of work or waiting: then a run hangs (default: {module.DEADLINE:g})")  # fmt: skip
     given = parser.parse_args()
     folder: Path = (given.folder or Path(tempfile.mkdtemp(prefix="cushion-fuzz-"))).resolve()
     folder.mkdir(parents=True, exist_ok=given.folder is None)
-    limits = Limits(given.seed, given.cases, given.seconds, folder, given.case)
+    limits = Limits(given.seed, given.cases, given.seconds, folder, given.case, given.first)
     is_well = report(modules[given.campaign].cases(limits, given))
     if given.folder is None:
         shutil.rmtree(folder)

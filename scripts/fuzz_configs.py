@@ -19,7 +19,7 @@ from cushion.config import RunConfig, to_dict
 from cushion.flat import flatten
 
 DEADLINE = 120.0
-"""Seconds after which a run is said to hang, if nothing else is asked for."""
+"""Seconds of the processor, or of waiting, after which a run is said to hang, if nothing else is asked for."""
 
 VALUES = (
     "-1", "0", "1", "2", "3", "7", "0.5", "1.5", "-0.5", "true", "false", "null", "none", "abc", "''", "' '", "[]",

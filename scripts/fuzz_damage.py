@@ -20,7 +20,7 @@ from fuzz_runs import KINDS, Ended, Runs, contents, finished
 from cushion.journal import FILES
 
 DEADLINE = 60.0
-"""Seconds after which a run is said to hang, if nothing else is asked for."""
+"""Seconds of the processor, or of waiting, after which a run is said to hang, if nothing else is asked for."""
 
 _LEFT_OUT = (".lock", *FILES)
 """Ends of names of files that hold nothing, or only say how a run came about."""
@@ -29,6 +29,7 @@ _LEFT_OUT = (".lock", *FILES)
 def cases(limits: Limits, given: argparse.Namespace) -> Iterator[Case]:
     """One damage after the other, each to a copy of a sound run."""
     runs = Runs(limits.folder / "inputs", given.deadline)
+    runs.compose_once()
     sound = {kind: runs.sound(kind, limits.folder / f"sound-{kind}").contents for kind in KINDS}
     for index, draw in limits.draws():
         kind, folder = list(KINDS)[index % len(KINDS)], limits.folder / f"case-{index}"

@@ -24,7 +24,8 @@ class Case:
 class Limits:
     """How much a campaign may do, where it works, and what its cases are drawn from.
 
-    `index` is that of one case to do alone, as the report of a bad one names it, or None for all.
+    `index` is that of one case to do alone, as the report of a bad one names it, or None for all; `first` is that of
+    the first of all, so that several processes share a campaign.
     """
 
     seed: int
@@ -32,11 +33,12 @@ class Limits:
     seconds: float
     folder: Path
     index: int | None = None
+    first: int = 0
 
     def draws(self) -> Iterator[tuple[int, random.Random]]:
         """The cases' numbers while there is time, each with its own source of random numbers."""
         until = time.monotonic() + self.seconds
-        for index in range(self.cases) if self.index is None else [self.index]:
+        for index in range(self.first, self.cases) if self.index is None else [self.index]:
             if time.monotonic() > until:
                 return
             yield index, random.Random(f"{self.seed}/{index}")

@@ -20,7 +20,7 @@ from cushion.start import INTERRUPTED
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 DEADLINE = 120.0
-"""Seconds after which a run is said to hang, if nothing else is asked for."""
+"""Seconds of the processor, or of waiting, after which a run is said to hang, if nothing else is asked for."""
 
 
 def cases(limits: Limits, given: argparse.Namespace) -> Iterator[Case]:

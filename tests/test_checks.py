@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 
 from cushion.checks import LARGEST, LARGEST_SEED, NAME_BYTES, check_values, written
 from cushion.cli import config_folder
@@ -23,11 +26,40 @@ from cushion.config import (
     TuningConfig,
 )
 from cushion.errors import ConfigError
-from cushion.words import check_words
+from cushion.words import check_words, in_quotes
 
 INFINITE = (float("inf"), float("-inf"), float("nan"))
 BEYOND = {int: (2**31, -(2**31), 2**63, 10**5000), float: (*INFINITE, 10**400), str: ("\udc80", "a\ud800")}
 """Values that no key of these types may have."""
+NOT_READ = {
+    "x=größe": "größe", "x=/a/file (1).txt": "/a/file (1).txt", "x=a'b": "a'b", "x=a(b)é": "a(b)é",
+    "x=[é,b,'ü']": ["é", "b", "ü"], "x=[[é]]": [["é"]], "x={a: é}": {"a": "é"}, "x=[{k: é}]": [{"k": "é"}],
+    "x=${y}/é": "${y}/é",
+}  # fmt: skip
+"""Overrides that Hydra does not read, and what was meant."""
+
+
+@pytest.mark.parametrize("override", NOT_READ)
+def test_the_advice_to_put_text_in_quotes_gives_what_was_meant(override: str) -> None:
+    advice = in_quotes(override)
+    assert advice is not None
+    (word,) = shlex.split(advice)  # as a shell hands it on
+    assert plain(OverridesParser.create().parse_override(word).value()) == NOT_READ[override]
+
+
+def plain(value: object) -> object:
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    return value.text if isinstance(value, QuotedString) else value
+
+
+@pytest.mark.parametrize("override", ["x=[a,b", "x={a:1", "x=(0.1,0.2)", "é=1", "x", "=", "x={é:1}"])
+def test_where_quotes_do_not_help_they_are_not_advised(override: str) -> None:
+    assert in_quotes(override) is None
+
+
 NO_PATHS = ("a" * 256, "x/" + "é" * 128 + "/y", "a/" * 3000, "~nobody-of-this-name/x", "a\0b")
 NO_NAMES = ("a" * (NAME_BYTES + 1), "é" * 32, "a/b", "../up", "..", ".", "", "a\\b", "a\nb", "a\0b")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import json
 import logging
@@ -122,10 +123,11 @@ def test_the_last_line_is_the_path_of_the_result_and_a_second_run_says_the_same(
     assert cushion(*arguments).out == first.out, "whether a run is done does not depend on them"
 
 
-def test_the_command_works_as_a_program_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
+def test_the_command_works_as_a_program_from_any_folder_without_a_home(tmp_path: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments, "search.tau=0.25"]
     source = str(Path(cli.__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    places = {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]), "HOME": "/proc/none"}
+    environment = {**os.environ, **places}
 
     def program() -> Outcome:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
@@ -153,6 +155,10 @@ MISTAKES = {
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
     "a letter beyond ASCII": (["tracking.project=größe"], "tracking.project=größe is not read", "='\"größe\"'"),
+    "a misspelt key whose value has blanks": (
+        ["search.ruonds=[{keep: 4, text: 1}]"], "Could not override 'search.ruonds'.: Key", "did you mean 'rounds'?",
+    ),
+    "one inside of a list": (["eval.tasks=[a,größe]"], "eval.tasks=[a,größe] is not read", "='[a,\"größe\"]'"),
     "a sweeper of a package": (["hydra/sweeper=ax"], "hydra/sweeper=ax is not", "pip install hydra-ax-sweeper"),
     "unknown option of Hydra's": (["hydra/launcher=slrm"], "joblib_local slurm", "did you mean 'slurm'?"),
     "misspelt key": (["quantizer.activations.bitz=8"], "quantizer.activations.bitz", "did you mean 'bits'?"),
@@ -275,6 +281,17 @@ def test_a_place_that_cannot_be_used_is_told_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert way_out in line
     assert "paths.output_dir" in line
+
+
+def test_a_file_system_without_locks_is_told_before_any_work(
+    cushion: Callable[..., Outcome], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert "files cannot be locked" in one_error(cushion(*arguments))
+    assert not list(Path("outputs").rglob(FILE_NAME))
 
 
 def test_an_error_that_is_nobodys_mistake_keeps_its_traceback(

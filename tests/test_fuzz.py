@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_the_end_of_a_broken_run_is_judged(
     ended = scripts["fuzz_runs"].Ended
     case = scripts["fuzz_signals"].judged("case", sent, ended(*broken), ended(*again), is_different, twice)
     assert case.verdict + (" (bad)" if case.is_bad else "") == verdict
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("sleep 60", None), ("while :; do :; done", None), ("sleep 0.1; exit 3", 3)]
+)
+def test_a_run_hangs_that_works_or_waits_too_long(
+    scripts: dict[str, ModuleType], tmp_path: Path, command: str, status: int | None
+) -> None:
+    (tmp_path / "printed").touch()
+    runs = object.__new__(scripts["fuzz_runs"].Runs)  # what it makes and imports is not needed
+    runs._deadline = 0.3
+    started = subprocess.Popen(["sh", "-c", command])
+    assert runs.wait(started.pid, tmp_path).status == status
+    started.returncode = 0  # it was waited for
+
+
+def test_a_campaign_begins_with_any_case_and_draws_the_same_for_it(scripts: dict[str, ModuleType]) -> None:
+    limits = scripts["fuzz_report"].Limits
+    whole, second = (list(limits(0, 6, 60.0, Path(), first=first).draws()) for first in (0, 4))
+    assert [index for index, _ in second] == [4, 5]
+    assert [draw.random() for _, draw in whole][4:] == [draw.random() for _, draw in second]
 
 
 def test_every_damage_changes_what_is_there(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

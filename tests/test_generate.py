@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -177,3 +178,14 @@ def test_a_text_that_does_not_fit_the_context_is_refused(folder: Path) -> None:
     tokens = torch.zeros((1, room - len(run.prefix("tuned")) - 3), dtype=torch.long)
     with pytest.raises(ConfigError, match=rf"--max-new-tokens=4 behind .* needs {room + 1} positions"):
         generate(run.model(run_rows(folder)[-1]), tokens, Sampling(4))
+
+
+def test_nothing_is_said_before_a_text_is_refused_that_does_not_fit_the_last_row(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "x" * (256 - 3)  # a token a byte: it fits the row without a prefix
+    with pytest.raises(SystemExit):
+        main([str(folder), text, "--beside", "--max-new-tokens", "3"])
+    out, err = capsys.readouterr()
+    assert not out
+    assert re.fullmatch(r"cushion-generate: error: --max-new-tokens=3 behind [1-9]\d* tokens of prefix .*\n", err)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from test_cli import Outcome, arguments, cushion, one_error  # noqa: F401 - fixtures
@@ -54,6 +55,15 @@ def test_options_stand_before_all_overrides() -> None:
         "~data.further.c4",
         "++x=1",
     ]
+
+
+@pytest.mark.parametrize("given", [["--info"], ["-i"], ["--info", "config"], ["-m", "-i"]])
+def test_an_option_takes_no_override_for_its_value(given: list[str]) -> None:
+    read = get_args_parser().parse_args(rerun.command(["seed=1", "model=tiny"], [*given, "search=none"]))
+    assert (read.info, read.overrides) == (
+        "config" if "config" in given else "all",
+        ["seed=1", "model=tiny", "search=none"],
+    )
 
 
 COMPOSED = {
