@@ -1,10 +1,13 @@
-# Two commands do everything: `make run` and `make test`. All commands make .venv first if it is not there.
+# `make quick`, `make run` and `make test` do everything. All commands make .venv first if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run said test docs lint format clean
+.PHONY: quick run said test docs lint format clean
+
+quick: $(STAMP)  ## what one token does to the embedded model, without a search: a minute or two
+	$(BIN)/cushion experiment=quick
 
 run: said $(STAMP)  ## the main job on the embedded model: outliers, greedy prefix, tuned prefix, quantized perplexity
 	$(BIN)/cushion experiment=main
@@ -13,7 +16,7 @@ said:
 	@test -e $(STAMP) || echo "Installs into $(VENV) first; the time is that of the download, which on Linux has gigabytes of CUDA libraries."
 	@echo "SmolLM2-135M on English text, on this machine alone: searches a prefix among all 49,152 tokens, tunes it in 60 steps, and"
 	@echo "measures six rows, in full precision and in W8A8, over 16 blocks of 512 tokens. About 7 minutes on two free CPU cores, most of"
-	@echo "them search and tuning; bars show the time that is left. cushion experiment=quick shows the effect sooner."
+	@echo "them search and tuning; bars show the time that is left. make quick shows the effect sooner."
 
 test: $(STAMP)  ## the test suite, a worker for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -28,7 +28,7 @@ further: its keys and values are those of the full-precision model, as IntactKV 
 [2403.01241](https://arxiv.org/abs/2403.01241)), while those of a protected token are what the quantized linears
 before them give. In a row that is padded on the left, padding counts among these tokens, so tasks run one request at
 a time. KVSink's own choice, the tokens with the largest values in one channel behind an early block, is not an
-option; `sinks_in_prefix` ([attention](#attention)) says whether there is anything left for it to protect.
+option; `sinks_in_prefix` ([attention](method.md#attention)) says whether there is anything left for it to protect.
 """
 
 from __future__ import annotations

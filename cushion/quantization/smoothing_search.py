@@ -12,8 +12,8 @@ E wins, of equal ones the first. The quantizer of the inputs has the very ranges
 weights are rounded to nearest, also where GPTQ rounds them in the run. Linears outside `targets` have no say.
 `smoothing.json` of the step `smoothing` has the grid of each norm with its errors.
 
-- `smoothquant`: [SmoothQuant](#smoothquant)'s s, with alpha from 0 to 1 in `smoothing_steps` steps. alpha = 0 is not
-  the model as it was: it evens out the columns of the weights.
+- `smoothquant`: [SmoothQuant](method.md#smoothquant)'s s, with alpha from 0 to 1 in `smoothing_steps` steps. alpha =
+  0 is not the model as it was: it evens out the columns of the weights.
 - `awq` (arXiv [2306.00978](https://arxiv.org/abs/2306.00978), section 3.2): s_j = (mean|X_j|)^alpha, at least 1e-4,
   divided by sqrt(max s * min s); alpha from 0 (nothing is changed) to 1 in `smoothing_steps` steps. The authors' code
   stops at 0.95, measures the output of attention and MLP where we take the linears' own, has asymmetric weights, and

@@ -43,8 +43,9 @@ def html(title: str, published: Sequence[Table], tables: Sequence[Table], runs: 
 
 
 def _breakable(text: str) -> Markup:
-    """A text in which a line may end behind an underscore of a name such as `per_tensor_static`."""
-    return Markup(re.sub(r"(?<=[a-z]{3}_)(?=[a-z])", "<wbr>", str(escape(text))))
+    """A text whose line may end behind an underscore of a name, and ends behind an interval that has a verdict."""
+    whole = re.sub(r"(?<=\d\],) (?=within error)", "<br>", str(escape(text)))
+    return Markup(re.sub(r"(?<=[a-z]{3}_)(?=[a-z])", "<wbr>", whole))
 
 
 def _inside(drawing: Drawing) -> tuple[Drawing, str]:

@@ -18,7 +18,8 @@ its text.
 - A length beyond `search.max_length` is cut to it, with a warning.
 
 The rest of PrefixQuant is not part of the rule: its rotations and grid are `quantizer=prefixquant`, its search of
-ranges is [`block_output`](#ranges-by-block-output), its fine-tuning [reconstruction](#reconstruction).
+ranges is [`block_output`](method.md#ranges-by-block-output), its fine-tuning
+[reconstruction](method.md#reconstruction).
 """
 
 from __future__ import annotations
