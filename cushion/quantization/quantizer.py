@@ -51,6 +51,7 @@ class QuantizerConfig:
     zero_point: str = "real"
     shared_exponent: str | None = None
     smoothing_alpha: float | None = None
+    smoothing_pairs: str = "none"
     smoothing_search: str = "none"
     smoothing_steps: int = 20
     rotation: str = "none"
