@@ -103,7 +103,6 @@ def _steps(config: RunConfig, lm: Any) -> Iterator[Step[Any]]:
         static = calibration if tuning.ranges == "static" else None
         yield TuningRun(NONE, tuning, quantizer, search, texts, held_out, 0, Path(), needed, None, static)
     if config.reconstruction.is_on:
-        assert calibrated is not None, "checked by the configuration"
         samples = config.reconstruction.samples or quantizer.calibration.samples
         texts = _text(samples, quantizer.calibration.length)
         yield ReconstructionStep(NONE, quantizer, calibrated, frozenset(), config.reconstruction, texts, 0, "")

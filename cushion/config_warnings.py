@@ -38,6 +38,7 @@ _SWITCHES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("tuning.ranges", {"tuning.ranges": "learned"}),
     ("reconstruction.method", {"reconstruction.method": "blockwise"}),
     ("reconstruction.weights", {"reconstruction.weights": True}),
+    ("reconstruction.method", {"reconstruction.method": "omniquant"}),
     ("quantizer.weights.bits", {"quantizer.weights.bits": 8}),
     ("quantizer.weights.granularity", {"quantizer.weights.granularity": "per_group"}),
     ("quantizer.weights.method", {"quantizer.weights.method": "gptq"}),
@@ -85,6 +86,11 @@ def _told(config: RunConfig) -> Iterator[str]:
     yield from SEARCH_METHODS[search.method].idle(search)
     for part in parts():
         yield from part.warnings(quantizer)
+    weights = quantizer.weights
+    holds_all = (weights.estimator, weights.method) == ("minmax", "rtn") and config.reconstruction.method != "omniquant"
+    if weights.bits is not None and holds_all:
+        why = "with quantizer.weights.estimator=minmax and quantizer.weights.method=rtn"
+        yield from without_effect("quantizer.weights", weights, ("narrow_range",), why)
     if config.data.further and not config.eval.perplexity:
         yield (
             f"data.further={sorted(config.data.further)} is not measured with eval.perplexity=false; it only keeps "

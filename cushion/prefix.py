@@ -41,8 +41,9 @@ class PrefixCache(DynamicCache):
 
     prefix_length: int = 0
 
-    values_rotated: bool = False
-    """Whether the values in it are those of a model with rotated heads (`cushion.quantization.head_rotation`)."""
+    values_changed: bool = False
+    """Whether the values in it are those of a model with rotated or scaled values (`changed_values` of
+    `cushion.quantization.head_rotation`)."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -101,10 +102,10 @@ class Prefix:
         embeddings: Any = model.get_input_embeddings()
         input_ids = torch.tensor([list(token_ids)], device=embeddings.weight.device)
         model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-        if getattr(cache, "values_rotated", False):
+        if getattr(cache, "values_changed", False):
             raise ConfigError(
-                "quantizer.head_rotation is on the model, and the values that it gives are rotated: make the prefix "
-                "before the quantizer is put on"
+                "quantizer.head_rotation or quantizer.smoothing_pairs is on the model, and the values that it gives "
+                "are rotated or scaled: make the prefix before the quantizer is put on"
             )
         layers: list[Any] = cache.layers
         keys = tuple(layer.keys[0].clone() for layer in layers)

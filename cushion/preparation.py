@@ -174,7 +174,7 @@ def _needed(config: RunConfig, measured: dict[str, str]) -> set[str]:
     """The purposes for which this run needs text, those of the `measured` corpora among them."""
     needed = {
         "evaluation": True,
-        "calibration": config.quantizer.needs_calibration_text,
+        "calibration": config.needs_calibration_text,
         "tuning": config.tuning.method != "none",
         "search": METHODS[config.search.method].texts is not None,
     }
@@ -201,7 +201,7 @@ def _check(lm: LanguageModel, config: RunConfig, tasks: TaskSet, start_tokens: l
     for key, used, length, behind in (
         ("search.text_length", searched, config.search.text_length, read_behind),
         ("tuning.sequence_length", tuning.method != "none", tuning.sequence_length, longest),
-        ("quantizer.calibration.length", quantizer.needs_calibration_text, quantizer.calibration.length, longest),
+        ("quantizer.calibration.length", config.needs_calibration_text, quantizer.calibration.length, longest),
     ):
         if used and lm.context_length is not None and behind + length + bos > lm.context_length:
             raise ConfigError(
@@ -226,7 +226,7 @@ def _draw_texts(
         keys = ("eval.activation_blocks", "eval.block_length")
         first = _led(lm, bos, corpora["evaluation"].blocks(encode, evaluation.block_length, count, keys))
     calibration_texts = search_texts = tuning_texts = held_out = reconstruction_texts = None
-    if config.quantizer.needs_calibration_text:
+    if config.needs_calibration_text:
         calibration, length = config.quantizer.calibration, "quantizer.calibration.length"
         keys = ("quantizer.calibration.samples", length)
         drawn = corpora["calibration"].samples(encode, calibration.length, calibration.samples, seed, keys)

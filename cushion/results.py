@@ -38,7 +38,7 @@ class Row:
     `stage` says whose prefix it has (`cushion.schema.STAGES`); `values` holds its numbers by the key of their column
     (`cushion.metrics`), None where one was not measured; `tokens` by corpus the number of tokens that a perplexity was
     averaged over; `tasks` by task or group of tasks the fields of `evaluation.task_scores.TaskScore`. A row that is
-    `reconstructed` has ranges, and perhaps weights, that were learned for it, one with `learned_ranges` those that were
+    `reconstructed` has ranges, and perhaps weights or scales, that were learned for it, one with `learned_ranges` those that were
     learned with its prefix: neither is one of the frozen model (`cushion.schema.is_frozen`).
 
     | field | content |
@@ -48,7 +48,7 @@ class Row:
     | `prefix` | text of the prefix |
     | `quantized` | true or false |
     | `stage` | whose prefix it has: `none`, `found` or `tuned` |
-    | `reconstructed` | whether ranges, and perhaps weights, were learned for this row block by block. Absent, as in older files: false |
+    | `reconstructed` | whether ranges, and perhaps weights or scales, were learned for this row block by block. Absent, as in older files: false |
     | `learned_ranges` | whether its ranges were learned with its prefix (`tuning.ranges=learned`); a row that is neither this nor `reconstructed` is of the frozen model. Absent: false |
     | `values` | numbers by column, below; null where one was not measured or is not finite |
     | `tokens` | by corpus: tokens whose loss is averaged, one less per block without `predict_first` |

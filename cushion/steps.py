@@ -224,7 +224,7 @@ class Steps:
 
         """
         texts, calibrated = self._texts.reconstruction, self._calibrate_if_needed(fitted_behind, quantizer, keep)
-        assert texts is not None and calibrated is not None
+        assert texts is not None
         config, seed = self._config.reconstruction, self._config.seed
         step = ReconstructionStep(behind, quantizer, calibrated, keep, config, texts, seed, title, start)
         return compute(step, self._context)

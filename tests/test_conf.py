@@ -56,7 +56,11 @@ MODEL_TYPES = {
 """The architecture of every model that is named in conf/model, as its own config.json has it;
 of a multimodal one, that of its text part."""
 
-NEEDED = {"search/tokens": ["search.tokens=a"]}
+NEEDED = {
+    "search/tokens": ["search.tokens=a"],
+    "reconstruction/omniquant": ["quantizer=omniquant"],
+    "reconstruction/omniquant_short": ["quantizer=omniquant"],
+}
 """What a user has to say beside an option, where the option alone is not a whole configuration."""
 
 

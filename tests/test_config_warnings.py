@@ -105,7 +105,8 @@ OTHER: dict[str, Any] = {
     "schedule": "linear", "warmup_steps": 9, "gradient_clip": 9.0, "lambda_q": 9.0, "gradient": "straight_through",
     "error_site": "linear_inputs", "reduction": "sum", "prediction_model": "full_precision", "loss": "kl",
     "ranges": "static", "ranges_every": 9, "scale_learning_rate": 0.9, "evaluate_every": 9, "held_out_sequences": 9,
-    "weights": False, "weight_learning_rate": 0.9,
+    "weights": False, "weight_learning_rate": 0.9, "clipping": False, "clipping_learning_rate": 0.9,
+    "transforms": False, "transform_learning_rate": 0.9, "transform_alpha": 0.9,
 }  # fmt: skip
 """Another value of every option of `eval`, `tuning` and `reconstruction`."""
 
@@ -122,6 +123,9 @@ def test_every_option_is_read_by_a_run_that_uses_it(section: str) -> None:
         for ranges in LEARNING.values()
     ]
     whole.append(replace(whole[0], tuning=tuned(epochs=1.0)))
+    if section == "reconstruction":
+        token = QuantizerConfig(activations=ActivationConfig(4, "per_token", "dynamic"))
+        whole.append(RunConfig(quantizer=token, reconstruction=ReconstructionConfig("r", "omniquant")))
     own = getattr(whole[0], section)
     for field in fields(own):
         if field.name == "name":

@@ -170,6 +170,8 @@ def test_the_runs_of_an_experiment_fill_its_published_table(name: str) -> None:
 NOT_AS_PUBLISHED = {
     "cushioncache_table5": {"eval.block_length"},  # of 4096, a prefix takes some in LLaMA2
     "smoothquant": {"quantizer.calibration.samples"},
+    "quarot_w4a4kv4": {"quantizer.calibration.samples", "quantizer.calibration.length"},
+    "rptq": {"quantizer.calibration.samples", "quantizer.calibration.length"},
     "qfem_modules": {"quantizer.calibration.samples", "quantizer.calibration.length"},
     "qfep_qfem": {"quantizer.calibration.samples", "quantizer.calibration.length"},
 }

@@ -193,6 +193,11 @@ class RunConfig:
         return from_plain(cls, values)
 
     @property
+    def needs_calibration_text(self) -> bool:
+        """Whether the quantizer is calibrated, or something of it learned."""
+        return self.quantizer.needs_calibration_text or self.reconstruction.is_on
+
+    @property
     def search_seed(self) -> int:
         """What tokens are drawn with: `search.seed`, else the run's seed."""
         return self.seed if self.search.seed is None else self.search.seed

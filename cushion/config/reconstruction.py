@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cushion.checks import at_least, check_rate, check_values, one_of
+from cushion.checks import at_least, check_rate, check_values, one_of, require
 from cushion.errors import ConfigError
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.quantizer import QuantizerConfig
 
-RECONSTRUCTION_METHODS = ("none", "blockwise")
+RECONSTRUCTION_METHODS = ("none", "blockwise", "omniquant")
+
+_READ = {
+    "none": (),
+    "blockwise": ("weights", "epochs", "batch_size", "scale_learning_rate"),
+    "omniquant": ("method", "clipping", "transforms", "epochs", "batch_size"),
+}
+"""The keys that decide what each method learns; those that hang on another of its keys are not among them."""
 
 
 def check_learns(what: str, quantizer: QuantizerConfig, way_out: str) -> None:
@@ -29,16 +36,19 @@ def check_learns(what: str, quantizer: QuantizerConfig, way_out: str) -> None:
 
 @dataclass
 class ReconstructionConfig:
-    """Group `reconstruction`: static ranges, and as an option weights, learned block by block (PrefixQuant).
+    """Group `reconstruction`: what of a quantizer is learned block by block.
 
-    Each decoder block is fitted to the output of the full-precision one behind the same prefix. See docs/method.md.
+    Each decoder block is fitted to the output of the full-precision one behind the same prefix. `blockwise` learns
+    static ranges, and as an option weights (PrefixQuant), `omniquant` the ranges of weights (`clipping`) and a scale of
+    each channel of inputs (`transforms`). See docs/method.md.
     """
 
     name: str = "none"
     method: str = "none"
-    """No reconstruction, or block by block
+    """No reconstruction, or block by block: ranges and weights (`blockwise`), or OmniQuant's (arXiv
+    [2308.13137](https://arxiv.org/abs/2308.13137), [method](method.md#omniquant))
 
-    Allowed: `none`, `blockwise`
+    Allowed: `none`, `blockwise`, `omniquant`
     """
     weights: bool = False
     """Whether the weights learn too
@@ -79,6 +89,34 @@ class ReconstructionConfig:
     Allowed: positive, at most 1000
     PrefixQuant: 5e-6, likewise
     """
+    clipping: bool = True
+    """With `omniquant`: whether the ranges of the weights learn
+
+    Allowed: `true`, `false`
+    """
+    clipping_learning_rate: float = 1e-2
+    """Of Adam, for the logits of their shares
+
+    Allowed: positive, at most 1000
+    Paper: OmniQuant: 1e-2
+    """
+    transforms: bool = True
+    """With `omniquant`: whether scales of channels learn; its code has none for weights alone of LLaMA
+
+    Allowed: `true`, `false`
+    """
+    transform_learning_rate: float = 5e-3
+    """Of Adam, for the logarithms of the scales
+
+    Allowed: positive, at most 1000
+    Paper: OmniQuant: 5e-3, on the scales themselves
+    """
+    transform_alpha: float = 0.5
+    """The alpha of SmoothQuant's scales, from which they start
+
+    Allowed: 0 to 1
+    Paper: OmniQuant: 0.5
+    """
 
     def __post_init__(self) -> None:
         check_values("reconstruction", self)
@@ -86,17 +124,36 @@ class ReconstructionConfig:
         at_least("reconstruction.samples", self.samples, 1)
         at_least("reconstruction.epochs", self.epochs, 0)
         at_least("reconstruction.batch_size", self.batch_size, 1)
-        for key in ("scale_learning_rate", "weight_learning_rate"):
+        rates = ("scale", "weight", "clipping", "transform")
+        for key in (f"{what}_learning_rate" for what in rates):
             check_rate(f"reconstruction.{key}", getattr(self, key))
+        alpha = self.transform_alpha
+        require(0 <= alpha <= 1, "reconstruction.transform_alpha", alpha, "0 to 1")
+        if self.method == "omniquant":
+            reason = "true, or reconstruction.transforms=true: else nothing learns"
+            require(self.clipping or self.transforms, "reconstruction.clipping", self.clipping, reason)
 
     @property
     def is_on(self) -> bool:
         """Whether anything is reconstructed."""
         return self.method != "none"
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The keys that decide what is learned."""
+        found: tuple[str, ...] = _READ[self.method]
+        if self.method == "blockwise" and self.weights:
+            found = (*found, "weight_learning_rate")
+        if self.method == "omniquant":
+            found += ("clipping_learning_rate",) if self.clipping else ()
+            found += ("transform_learning_rate", "transform_alpha") if self.transforms else ()
+        return found
+
     def check(self, quantizer: QuantizerConfig) -> None:
         """Raise `ConfigError` where there is nothing in this quantizer that could be learned."""
-        if not self.is_on:
+        if self.method == "omniquant":
+            self._check_omniquant(quantizer)
+        if self.method != "blockwise":
             return
         activations, way_out = quantizer.activations, "or reconstruction=none"
         if activations.bits is None:
@@ -121,4 +178,32 @@ class ReconstructionConfig:
             raise ConfigError(
                 f"reconstruction.weights=true cannot be used with {fixed[0].key}, which "
                 "was fitted to the weights as they are: set reconstruction.weights=false"
+            )
+
+    def _check_omniquant(self, quantizer: QuantizerConfig) -> None:
+        """Raise `ConfigError` for what its ranges and scales do not fit."""
+        what, weights = f"reconstruction={self.name}", quantizer.weights
+        if weights.bits is None or weights.format != "int" or weights.estimator != "minmax":
+            key, value = next(
+                (key, value)
+                for key, value, fits in (
+                    ("bits", "null", weights.bits is not None),
+                    ("format", weights.format, weights.format == "int"),
+                    ("estimator", weights.estimator, weights.estimator == "minmax"),
+                )
+                if not fits
+            )
+            raise ConfigError(
+                f"{what} learns the ranges of integer weights, and quantizer={quantizer.name} has quantizer.weights."
+                f"{key}={value}: choose quantizer=omniquant, or reconstruction=none"
+            )
+        if quantizer.activations.bits is not None and quantizer.activations.range == "static":
+            raise ConfigError(
+                f"{what} changes what linears read, and quantizer={quantizer.name} has static ranges of what they read "
+                "before (quantizer.activations.range=static): set it to dynamic, or use reconstruction=scales"
+            )
+        if quantizer.blockwise:
+            raise ConfigError(
+                f"{what} cannot be used with {quantizer.blockwise[0].key}, which was fitted to the weights as they "
+                "are: choose quantizer=omniquant, or reconstruction=none"
             )

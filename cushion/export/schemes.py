@@ -68,6 +68,9 @@ def check_run(run: FinishedRun) -> None:
     """Raise `ConfigError` where the format does not express a run's own row, as far as its configuration tells."""
     config = run_config(run.folder, run.record)
     scheme_of(config.quantizer)
+    if config.reconstruction.method == "omniquant" and config.reconstruction.transforms:
+        why, way_out = "the division stands before each linear", "run with reconstruction.transforms=false"
+        raise _refusal("reconstruction.transforms=true", why, way_out)
     if not config.eval.perplexity:
         raise ConfigError(
             f"--to={TARGET} compares the checkpoint with the run on its evaluation text, and eval.perplexity=false "

@@ -69,6 +69,9 @@ class Architecture:
         down_projection: the last linear of a block's feed-forward part, whose input PrefixQuant's rule reads; path from
             the block, in which `*` stands for any one part (the number of an expert). Several paths, where parts run
             side by side, as routed and shared experts do: each is a down projection of its own.
+        up_projection: the linear whose outputs a gate multiplies, channel by channel, into the inputs of the down
+            projection; as many paths as down projections, in their order. Empty where there is no linear of this kind
+            alone: no scale can move from the one into the other there.
         norm_offset: what the norms named in `smoothing`, and the last one, add to their weight before they multiply
             with it: 0, or 1 where they compute `(1 + weight)`. Norms with an offset must do so in float32.
         requires: values of the model's configuration by which this entry holds, where the variants of a family need
@@ -92,6 +95,7 @@ class Architecture:
     smoothing: tuple[tuple[str, tuple[str, ...]], ...]
     smoothing_requires: Requirements = ()
     down_projection: str | tuple[str, ...] = ""
+    up_projection: str | tuple[str, ...] = ""
     norm_offset: float = 0.0
     requires: Requirements = ()
     experts: str | None = None

@@ -55,6 +55,7 @@ ENTRIES = (
         "model.layers",
         _LLAMA_SMOOTHING,
         down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
         residual=_RESIDUAL,
         values=_VALUES,
     ),
@@ -63,6 +64,7 @@ ENTRIES = (
         "model.layers",
         _LLAMA_SMOOTHING,
         down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
         residual=_RESIDUAL,
         values=_VALUES,
         multimodal=("mistral3",),
@@ -74,14 +76,27 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
+        up_projection="mlp.experts.*.up_proj",
         residual=_EXPERTS_RESIDUAL,
         values=_VALUES,
     ),
     Architecture(
-        "qwen2", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+        "qwen2",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
+        residual=_RESIDUAL,
+        values=_VALUES,
     ),
     Architecture(
-        "qwen3", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+        "qwen3",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
+        residual=_RESIDUAL,
+        values=_VALUES,
     ),
     Architecture(
         "qwen3_moe",
@@ -91,6 +106,7 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate",),
         down_projection="mlp.experts.*.down_proj",
+        up_projection="mlp.experts.*.up_proj",
         residual=_EXPERTS_RESIDUAL,
         values=_VALUES,
     ),
@@ -102,6 +118,7 @@ ENTRIES = (
         experts="mlp.experts",
         full_precision=("mlp.gate", "mlp.shared_expert_gate"),
         down_projection=("mlp.experts.*.down_proj", "mlp.shared_expert.down_proj"),
+        up_projection=("mlp.experts.*.up_proj", "mlp.shared_expert.up_proj"),
         residual=replace(
             _RESIDUAL, writers=("self_attn.o_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj")
         ),
@@ -121,10 +138,21 @@ ENTRIES = (
         values=_VALUES,
     ),
     Architecture(  # its multipliers are numbers by which whole tensors are scaled: what is folded passes through them
-        "granite", "model.layers", _LLAMA_SMOOTHING, down_projection="mlp.down_proj", residual=_RESIDUAL, values=_VALUES
+        "granite",
+        "model.layers",
+        _LLAMA_SMOOTHING,
+        down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
+        residual=_RESIDUAL,
+        values=_VALUES,
     ),
     Architecture(  # its norms stand behind the linears, before the stream: nothing can take a scale or a rotation
-        "olmo2", "model.layers", smoothing=(), down_projection="mlp.down_proj", values=_VALUES
+        "olmo2",
+        "model.layers",
+        smoothing=(),
+        down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
+        values=_VALUES,
     ),
     Architecture(
         "starcoder2",
@@ -140,6 +168,7 @@ ENTRIES = (
         _LLAMA_SMOOTHING,
         norm_offset=1.0,
         down_projection="mlp.down_proj",
+        up_projection="mlp.up_proj",
         residual=_RESIDUAL,
         values=_VALUES,
     ),
@@ -150,6 +179,7 @@ ENTRIES = (
             _GEMMA2_SMOOTHING,
             norm_offset=1.0,
             down_projection="mlp.down_proj",
+            up_projection="mlp.up_proj",
             residual=_GEMMA2_RESIDUAL,
             values=_VALUES,
             multimodal=multimodal,

@@ -140,6 +140,18 @@ class LanguageModel:
                     found.setdefault(layer, []).append(name)
         return found
 
+    def gated_pairs(self) -> list[tuple[str, str]]:
+        """The full names of every up projection and of the down projection behind it, where there are such pairs."""
+        named = self.architecture.up_projection, self.architecture.down_projection
+        ups, downs = ((path,) if isinstance(path, str) else path for path in named)
+        return [
+            (f"{self.architecture.blocks}.{index}.{up}", f"{self.architecture.blocks}.{index}.{down}")
+            for index, block in enumerate(self.blocks)
+            for ups_path, downs_path in zip(ups, downs, strict=bool(ups[0]))
+            if ups_path
+            for up, down in zip(expand(block, ups_path), expand(block, downs_path), strict=True)
+        ]
+
     def norm_readers(self, index: int) -> list[tuple[str, dict[str, nn.Module]]]:
         """For each norm of block `index` that linears read, its full name and all that read it, by full name.
 

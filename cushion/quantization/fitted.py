@@ -173,7 +173,7 @@ class FittedQuantizer:
 
     def _check_learned(self, lm: LanguageModel, learned: Learned) -> None:
         linears = lm.linears(self.config.targets)
-        unknown = sorted((learned.ranges.keys() | learned.weights.keys()) - linears.keys())
+        unknown = sorted(learned.names - linears.keys())
         if unknown:
             raise CalibrationError(
                 f"something was learned for {unknown[0]}, which is not a linear that quantizer={self.config.name} "
@@ -193,6 +193,12 @@ class FittedQuantizer:
             if weight.shape != linears[name].weight.shape:
                 shapes = f"{tuple(weight.shape)}, and that of the model {tuple(linears[name].weight.shape)}"
                 raise CalibrationError(f"the learned weight of {name} has shape {shapes}: it is of another model")
+        for name, divisor in learned.divisors.items():
+            if divisor.shape != linears[name].weight.shape[1:]:
+                raise CalibrationError(
+                    f"the learned divisor of {name} has shape {tuple(divisor.shape)}, and the linear "
+                    f"{linears[name].in_features} inputs: it is of another model"
+                )
 
 
 def rotation_under(lm: LanguageModel, config: QuantizerConfig) -> tuple[str, int]:
@@ -232,7 +238,7 @@ def rounded(
         stack.callback(work.replacements.undo)
         for site in sites(work, block):
             name, bias = site.name, site.bias
-            weight = None if name in work.learned.weights else site.weight
+            weight = None if name in work.learned.names else site.weight
             for effect in acting.values():
                 effect.at(work, site)
             if site.activation is None and site.weight is weight and site.bias is bias:
@@ -251,13 +257,21 @@ def rounded(
 
 
 def sites(work: Work, block: int | None = None) -> Iterator[Site]:
-    """The targeted linears of one block, or of all of them, with their weights: their own, or learned."""
+    """The targeted linears of one block, or of all of them, with their weights: their own, or learned.
+
+    Where a divisor of the input was learned, the columns of the weight are multiplied with it.
+    """
     within = f"{work.lm.architecture.blocks}." + ("" if block is None else f"{block}.")
     for name, linear in work.lm.linears(work.config.targets).items():
         if name.startswith(within):
             weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
             learned = work.learned.weights.get(name)
-            yield Site(name, linear, weight if learned is None else learned.to(weight), bias)
+            weight = weight if learned is None else learned.to(weight)
+            divisor = work.learned.divisors.get(name)
+            if divisor is not None:
+                divisor = divisor.to(weight.device)
+                weight = (weight.float() * divisor).to(weight.dtype)
+            yield Site(name, linear, weight, bias, divisor=divisor)
 
 
 def _divided(_module: nn.Module, inputs: tuple[Tensor], divisor: Tensor) -> Tensor:

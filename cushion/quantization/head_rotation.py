@@ -31,9 +31,8 @@ inputs behind blocks whose activations and cache are rounded too; and the calibr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -69,15 +68,15 @@ class _HeadRotation(Effect):
         lm, replacements = work.lm, Replacements()
         alone = left_alone(work.config, work.inputs)
         layers = [layer for layer in range(len(lm.blocks)) if values_site(layer) not in alone]
-        decoder = lm.model.get_submodule(lm.architecture.blocks.rpartition(".")[0])
-        handle = decoder.register_forward_pre_hook(partial(_enter, layers), with_kwargs=True)
-        try:
-            for layer in layers:
-                _fold_values(lm, layer, replacements)
-            yield
-        finally:
-            handle.remove()
-            replacements.undo()
+        rotate = HadamardTransform()
+        changes = dict.fromkeys(layers, rotate)
+        with changed_values(lm, changes, "quantizer.head_rotation, which keeps rotated values"):
+            try:
+                for layer in layers:
+                    _fold_values(lm, layer, replacements)
+                yield
+            finally:
+                replacements.undo()
 
 
 def value_linears(lm: LanguageModel, layer: int) -> tuple[str, str]:
@@ -88,15 +87,31 @@ def value_linears(lm: LanguageModel, layer: int) -> tuple[str, str]:
     return path + values.maker, path + values.reader
 
 
-def turned_maker(lm: LanguageModel, tensor: Tensor) -> Tensor:
-    """The weight or the bias of the linear that makes values, (out_features, ...), with the rows of values rotated."""
+def value_heads(lm: LanguageModel) -> int:
+    """How many heads of values a layer makes; a cache may hold each of them several times (Falcon's new decoder)."""
+    config, values = lm.model.config.get_text_config(), lm.architecture.values
+    assert values is not None, "checked"
+    _, heads, _ = lm.architecture.cache_shape(config)
+    return heads if values.groups is None else int(getattr(config, values.groups))
+
+
+def rows_of_values(lm: LanguageModel, tensor: Tensor) -> Tensor:
+    """The rows of the weight or the bias of the linear that makes values, (out_features, ...), that are values.
+
+    A view, (groups, heads, head size, ...): all key-value heads are in order of both.
+    """
     config, values = lm.model.config.get_text_config(), lm.architecture.values
     assert values is not None, "checked"
     _, heads, size = lm.architecture.cache_shape(config)
     groups, heads = (1, heads) if values.groups is None else (int(getattr(config, values.groups)), 1)
+    return tensor.view(groups, -1, size, tensor.numel() // len(tensor))[:, -heads:]
+
+
+def turned_maker(lm: LanguageModel, tensor: Tensor) -> Tensor:
+    """The weight or the bias of the linear that makes values, (out_features, ...), with the rows of values rotated."""
     turned = tensor.detach().clone()
-    rows = turned.view(groups, -1, size, turned.numel() // len(turned))[:, -heads:]
-    rows.copy_(times(rows.mT, randomized_hadamard(size)).mT)
+    rows = rows_of_values(lm, turned)
+    rows.copy_(times(rows.mT, randomized_hadamard(rows.shape[2])).mT)
     return turned
 
 
@@ -116,26 +131,39 @@ def _fold_values(lm: LanguageModel, layer: int, replacements: Replacements) -> N
         replacements.put(owner, name, nn.Parameter(tensor, requires_grad=False))
 
 
-def _enter(layers: Sequence[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before every forward pass of the decoder: the values of a prefix are turned in `layers`, once for each cache.
+@contextmanager
+def changed_values(lm: LanguageModel, changes: Mapping[int, Callable[[Tensor], Tensor]], what: str) -> Iterator[None]:
+    """The values of every prefix changed as its cache enters the model, once, as the linears that make values are.
+
+    Args:
+        changes: by layer, of (batch, key-value heads, positions, head size).
+        what: the key that asks for it, and what the cache holds then: for messages.
 
     Raises:
-        ConfigError: the cache holds more than a prefix, from outside, whose values are plain.
+        ConfigError: while the model runs: a cache holds more than a prefix, from outside, whose values are plain.
 
     """
-    cache: Any = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("past_key_values")
-    if cache is None or getattr(cache, "values_rotated", False):
-        return
-    own = cache.prefix_length if isinstance(cache, PrefixCache) else 0
-    if cache.get_seq_length() > own:
-        raise ConfigError(
-            "a cache that was filled by the plain model cannot be continued under quantizer.head_rotation, which "
-            "keeps rotated values: take a new one (Prefix.cache)"
-        )
-    rotate = HadamardTransform()
-    for layer in layers if own else ():
-        cache.layers[layer].values = rotate(cache.layers[layer].values)
-    cache.values_rotated = True
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache: Any = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get("past_key_values")
+        if cache is None or getattr(cache, "values_changed", False):
+            return
+        own = cache.prefix_length if isinstance(cache, PrefixCache) else 0
+        if cache.get_seq_length() > own:
+            raise ConfigError(
+                f"a cache that was filled by the plain model cannot be continued under {what}: take a new one "
+                "(Prefix.cache)"
+            )
+        for layer, change in changes.items() if own else ():
+            cache.layers[layer].values = change(cache.layers[layer].values)
+        cache.values_changed = True
+
+    decoder = lm.model.get_submodule(lm.architecture.blocks.rpartition(".")[0])
+    handle = decoder.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 HEAD_ROTATION = _HeadRotation()

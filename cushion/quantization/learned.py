@@ -44,11 +44,22 @@ class Learned:
             place of what the estimator finds.
         weights: (out_features, in_features), by full name of the linear: full-precision weights that stand in for the
             model's, behind rotation and smoothing, before they are quantized.
+        shares: of the largest magnitude of a weight, its rows or its groups, what its range keeps, above 0 and at most
+            1; (1, 1), (out_features, 1) or (out_features, groups, 1), float32, by full name.
+        divisors: (in_features,), float32, by full name: what the input of a linear is divided by and the columns of
+            its weight are multiplied with, before anything is rounded.
 
     """
 
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    divisors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """The linears for which anything was learned."""
+        return {*self.ranges, *self.weights, *self.shares, *self.divisors}
 
     @property
     def fingerprint(self) -> str:
@@ -60,7 +71,8 @@ class Learned:
         """All of it as tensors on the CPU by keys, in the order of the keys."""
         found = {f"minimum {name}": low for name, (low, _) in self.ranges.items()}
         found |= {f"maximum {name}": high for name, (_, high) in self.ranges.items()}
-        found |= {f"weight {name}": weight for name, weight in self.weights.items()}
+        for kind in ("weight", "share", "divisor"):
+            found |= {f"{kind} {name}": tensor for name, tensor in getattr(self, f"{kind}s").items()}
         return {key: found[key].detach().cpu().clone().contiguous() for key in sorted(found)}
 
     @classmethod
@@ -71,12 +83,13 @@ class Learned:
             KeyError: a key that it does not give, or one end of a range without the other.
 
         """
-        parts: dict[str, dict[str, Tensor]] = {"minimum": {}, "maximum": {}, "weight": {}}
+        kinds = ("minimum", "maximum", "weight", "share", "divisor")
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for key, value in tensors.items():
             kind, _, name = key.partition(" ")
             parts[kind][name] = value
-        low, high, weights = parts.values()
-        return cls({name: (low[name], high[name]) for name in sorted(low | high)}, weights)
+        low, high, *others = parts.values()
+        return cls({name: (low[name], high[name]) for name in sorted(low | high)}, *others)
 
     def save(self, path: Path) -> None:
         """Write everything into one safetensors file, atomically."""

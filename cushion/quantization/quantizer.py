@@ -83,6 +83,14 @@ class QuantizerConfig:
     Allowed: 0 to 1, null
     Paper: 0.8
     """
+    smoothing_pairs: str = "none"
+    """SmoothQuant's scales also where no norm stands before the linear that reads: between values and output projection
+    (on every family, with the values of a prefix), between up and down projection (families with a gated MLP whose up
+    projection is a linear of its own), or both ([method](method.md#smoothing-between-two-linears))
+
+    Allowed: `none`, `values`, `up`, `all`
+    Paper: not in the paper
+    """
     smoothing_search: str = "none"
     """Scales of each norm searched on the calibration texts behind the prefix, with the least output error of the
     linears behind it ([method](method.md#searched-smoothing)): those of SmoothQuant, alpha searched

@@ -17,13 +17,13 @@ block. In a block learn
   `quantizer.weights` gives their present values, and the gradient passes straight through. Their scales follow from
   them, unlike PrefixQuant's.
 
-Optimizer: Adam, one for each block; the rate falls by a cosine to a tenth. A block whose L over all texts does not
+Optimizer: Adam, one for each block; the rate of `blockwise` falls by a cosine to a tenth. A block whose L over all texts does not
 fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further texts; here a
 block learns for all `reconstruction.epochs`. Scales of a static cache do not learn. `reconstruction=prefixquant` has
 its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their search ended.
 
-Rows with learned weights or ranges are not of the frozen model: they are marked (`reconstructed`, `learned_ranges`)
-and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for every row.
+Rows with learned weights, ranges or scales are not of the frozen model: they are marked (`reconstructed`,
+`learned_ranges`) and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for every row.
 """
 
 from __future__ import annotations
@@ -86,18 +86,13 @@ def reconstruct_block(turn: Turn, config: ReconstructionConfig, seed: int) -> Bl
     work = replace(turn.work, straight_through=True)  # inside attention
     with rounded(work, load_execution(SIMULATED), turn.index, learnable) as placed:
         weights = _Weights(turn, placed) if config.weights else None
-        before = _error(turn, config.batch_size)
-        if not math.isfinite(before):
-            raise CalibrationError(
-                f"the output of the quantized block {turn.index} is not finite before reconstruction: look for what is "
-                "broken in model and quantizer"
-            )
+        before = checked_error(turn, config)
         if before == 0.0 or config.epochs == 0:
             return BlockRecord(turn.index, before, before, False)
         _learn(turn, config, seed, learnable, weights, before)
         if weights is not None:
             weights.put()
-        after = _error(turn, config.batch_size)
+        after = error_of(turn, config.batch_size)
     kept = after < before
     if kept:
         turn.work.learned.ranges.update({name: quantizer.range() for name, quantizer in learnable.items()})
@@ -169,17 +164,34 @@ def _learn(
         if weights is not None:
             weights.put()
         optimizer.zero_grad()
-        (_squared_error(turn, chosen).mean() / before * scaling).backward()
+        (squared_error(turn, chosen).mean() / before * scaling).backward()
         optimizer.step()
 
 
-def _squared_error(turn: Turn, chosen: Tensor) -> Tensor:
+def checked_error(turn: Turn, config: ReconstructionConfig) -> float:
+    """The error before learning.
+
+    Raises:
+        CalibrationError: it is not finite.
+
+    """
+    before = error_of(turn, config.batch_size)
+    if not math.isfinite(before):
+        raise CalibrationError(
+            f"the output of the quantized block {turn.index} is not finite before reconstruction: look for what is "
+            "broken in model and quantizer"
+        )
+    return before
+
+
+def squared_error(turn: Turn, chosen: Tensor) -> Tensor:
+    """Of each value of the block's output for some of the texts, (chosen, tokens, features), float32."""
     output = turn.run(turn.texts[chosen], turn.quantized[chosen])
     return (output.float() - turn.targets[chosen].float()).square()
 
 
 @torch.no_grad()
-def _error(turn: Turn, batch_size: int) -> float:
+def error_of(turn: Turn, batch_size: int) -> float:
     """The mean squared error of the block's output over all texts."""
     parts = torch.arange(len(turn.texts)).split(batch_size)
-    return sum(float(in_float64(_squared_error(turn, part)).sum()) for part in parts) / turn.targets.numel()
+    return sum(float(in_float64(squared_error(turn, part)).sum()) for part in parts) / turn.targets.numel()

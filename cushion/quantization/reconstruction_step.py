@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.fitting import walk
 from cushion.quantization.identity import quantizer_identity
 from cushion.quantization.learned import Learned
+from cushion.quantization.omniquant import learn_block
 from cushion.quantization.reconstruction import BlockRecord, reconstruct_block
 from cushion.schema import LEARNED
 from cushion.step import Context, Step
@@ -35,12 +36,12 @@ class Reconstructed:
 
 @dataclass(frozen=True, eq=False)
 class ReconstructionStep(Step[Reconstructed]):
-    """Block-wise reconstruction of a static quantizer behind a prefix.
+    """Block-wise reconstruction of a quantizer behind a prefix.
 
     Args:
         behind: the prefix.
-        quantizer: with static ranges of activations.
-        calibration: statistics behind the same prefix, from which the ranges start.
+        quantizer: with static ranges of activations, or for OmniQuant with dynamic ones or none.
+        calibration: what was measured behind the same prefix, from which the ranges start; None where nothing was.
         keep: the linears that QFeM keeps in full precision; nothing is learned for their inputs.
         config: what learns, and how.
         texts: token ids that it learns from, (texts, tokens).
@@ -53,12 +54,13 @@ class ReconstructionStep(Step[Reconstructed]):
     name = "reconstruction"
     """Files: `learned.safetensors`, `reconstruction.json`
     Key: `prefix`, `quantizer`, `config.weights`, `config.epochs`, `config.batch_size`,
-        `config.scale_learning_rate`, `config.weight_learning_rate`, `texts`, `seed`
-    Of that: the rate of the weights only where they learn; the texts that it learns from
+        `config.scale_learning_rate`, `config.weight_learning_rate`, or `config.method` and the keys of
+        `omniquant`, `texts`, `seed`
+    Of that: a rate only where it is used; the texts that it learns from
     """
     behind: Prefix
     quantizer: QuantizerConfig
-    calibration: Calibration
+    calibration: Calibration | None
     keep: frozenset[str]
     config: ReconstructionConfig
     texts: Tensor
@@ -68,12 +70,10 @@ class ReconstructionStep(Step[Reconstructed]):
 
     def key(self, context: Context) -> dict[str, Any]:
         """Prefix, quantizer with what it was calibrated to, what learns and how, texts and seed."""
-        keys = ["weights", "epochs", "batch_size", "scale_learning_rate"]
-        keys += ["weight_learning_rate"] if self.config.weights else []
         return {
             "prefix": self.behind.fingerprint,
             "quantizer": quantizer_identity(self.quantizer, self.calibration, self.keep, learned=self.start),
-            "config": {key: getattr(self.config, key) for key in keys},
+            "config": {key: getattr(self.config, key) for key in self.config.read},
             "texts": tensor_digest([self.texts]),
             "seed": self.seed,
         }
@@ -87,7 +87,8 @@ class ReconstructionStep(Step[Reconstructed]):
 
         def take(turn: Turn) -> None:
             if turn.index >= known:
-                state.blocks.append(reconstruct_block(turn, self.config, self.seed))
+                learn = learn_block if self.config.method == "omniquant" else reconstruct_block
+                state.blocks.append(learn(turn, self.config, self.seed))
 
         for done in walk(context.lm, self.behind, fitted, self.texts, take):
             context.progress(f"reconstruction, {self.title}", done, len(context.lm.blocks), "block")
@@ -125,4 +126,6 @@ class _State:
 
 
 def _copy(start: Learned | None) -> Learned:
-    return Learned() if start is None else replace(start, ranges=dict(start.ranges), weights=dict(start.weights))
+    if start is None:
+        return Learned()
+    return Learned(dict(start.ranges), dict(start.weights), dict(start.shares), dict(start.divisors))

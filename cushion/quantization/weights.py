@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cushion.errors import ConfigError
@@ -40,6 +41,18 @@ def _undivided(lm: LanguageModel, config: QuantizerConfig, size: int) -> tuple[s
     return next(((name, number) for name, number in inputs if number % size), None)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Ranges that keep a share of the largest magnitude, of the shape that ranges have; computed in float32."""
+
+    share: Tensor
+
+    def __call__(self, values: Tensor, dims: tuple[int, ...], grid: Grid) -> tuple[Tensor, Tensor]:
+        low, high = min_max(values, dims, grid)
+        limit = torch.maximum(high, -low) * self.share.to(high.device)
+        return -limit, limit
+
+
 class _Weights(Effect):
     def check(self, lm: LanguageModel, config: QuantizerConfig) -> None:
         """Groups and blocks divide the inputs of every linear."""
@@ -58,6 +71,8 @@ class _Weights(Effect):
         weights, grid = work.config.weights, weight_grid(work.config)
         assert isinstance(site.weight, Tensor), "quantized twice"
         ranges = mse_ranges if weights.estimator == "mse" else min_max
+        if site.name in work.learned.shares:
+            ranges = _Kept(work.learned.shares[site.name])
         block = FORMATS[weights.format].block
         granularity, size = ("per_group", block) if block is not None else (weights.granularity, weights.group_size)
         site.weight = quantize_weight(site.weight, grid, granularity, size, ranges)

@@ -52,14 +52,14 @@ the logits are equal (MX: with the default of `quantizer.shared_exponent`). How 
 
 | options of `quantizer` | loaded logits |
 |---|---|
-| `int8_static`, `fp8_static`, `fp8_token`, `w4a16_gptq`, `w4a16_rtn` | equal |
+| `int8_static`, `fp8_static`, `fp8_token`, `w4a16_gptq`, `w4a16_rtn`, `omniquant_w4a16` | equal |
 | `per_tensor_static`, `mse_static`, `mse_static_channel`, `w6a6_mse_static`, `smoothquant_o3`, `rotation`, `qfem_static`, `w8a8_group` | equal with `quantizer.activations.narrow_range=false` |
 | `int8_token`, `per_tensor_dynamic`, `per_token_dynamic`, `smoothquant_o1`, `smoothquant_o2`, `qfem`, `qfep`, `qfem_qfep`, `w6a6`, `w4a8`, `w4a8_gptq`, `w4a4` | differ |
 | `cushioncache_dynamic`, `cushioncache_static`, `cushioncache_token`, `cushioncache_o1`, `cushioncache_o2`, `cushioncache_o3` | differ |
 | `nvfp4`, `nvfp4_w4a16`, `mxfp4`, `mxfp6`, `mxfp8` | differ |
 | `aser`, `l2qer`, `lqer` | refused: a low-rank branch stands beside the codes |
 | `mse_static_rotated`, `w4a8_gptq_static`, `quarot`, `quarot_adaptive`, `quarot_rtn`, `prefixquant`, `prefixquant_w4a8`, `prefixquant_dynamic` | refused: they rotate inputs or heads while the model runs |
-| `kivi` | refused: a cache is in no plain checkpoint |
+| `kivi`, `omniquant`, `omniquant_w6a6` | refused: a cache is in no plain checkpoint |
 | `rptq` | refused: its inputs have several scales |
 
 Refused, with the way out:
@@ -69,6 +69,8 @@ Refused, with the way out:
 | `quantizer.activations.narrow_range=true` with static integer ranges | codes are clamped at -128, not at -127: run with `false` |
 | `quantizer.activations.granularity=per_cluster` or `per_channel` | an input has one scale: `per_tensor` |
 | `quantizer.activations.clip_ratio` below 1 | scales on the fly hold all values: 1 |
+| `reconstruction.transforms=true` of OmniQuant | a division stands before each linear: `false` |
+| `quantizer.smoothing_pairs=values` and `all` | the cache, and so a prefix, holds scaled values: `up` |
 | `quantizer.zero_point=real` | an offset is a whole number of steps: `integer` |
 | `quantizer.levels=paper` where it leaves codes unused, or for dynamic ranges | `full` |
 | `quantizer.kv_cache`, `quantizer.attention`, `quantizer.input_rotation`, `quantizer.compensation`, parts of plugins | they are in no plain checkpoint of this format |

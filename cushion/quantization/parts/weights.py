@@ -110,11 +110,6 @@ _OF_GPTQ = ("method", "damping", "column_order", "true_sequential")
 """What the part `gptq` answers for."""
 
 
-def _reaches_lowest(weights: WeightConfig) -> bool:
-    """Whether a code can be below -(2^(N-1) - 1) at all: where a range is searched, or GPTQ moves values beyond it."""
-    return weights.estimator != "minmax" or weights.method == "gptq"
-
-
 class Weights(Part):
     """The weights of the targeted linears, symmetric."""
 
@@ -141,7 +136,7 @@ class Weights(Part):
         weights = quantizer.weights
         size = weights.group_size if weights.granularity == "per_group" else None
         own = {key: value for key, value in vars(weights).items() if key not in _OF_GPTQ}
-        if weights.narrow_range or not _reaches_lowest(weights):  # keys of before there was a choice
+        if weights.narrow_range:  # keys of before there was a choice
             del own["narrow_range"]
         return {"weights": {**own, "group_size": size, "format": FORMATS[weights.format].identity()}}
 
@@ -155,9 +150,6 @@ class Weights(Part):
         if weights.bits is None:
             keys = ("estimator", "format", "narrow_range")
             found += without_effect(section, weights, keys, "with quantizer.weights.bits=null")
-        elif not _reaches_lowest(weights):
-            why = f"with {section}.estimator=minmax and {section}.method=rtn"
-            found += without_effect(section, weights, ("narrow_range",), why)
         if weights.granularity != "per_group":
             why = f"with quantizer.weights.granularity={weights.granularity}"
             found += without_effect(section, weights, ("group_size",), why)
