@@ -23,7 +23,8 @@ block learns for all `reconstruction.epochs`. Scales of a static cache do not le
 its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their search ended.
 
 Rows with learned weights, ranges or scales are not of the frozen model: they are marked (`reconstructed`,
-`learned_ranges`) and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for every row.
+`learned_ranges`) and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for
+every row.
 """
 
 from __future__ import annotations
