@@ -54,9 +54,8 @@ class ReconstructionStep(Step[Reconstructed]):
     name = "reconstruction"
     """Files: `learned.safetensors`, `reconstruction.json`
     Key: `prefix`, `quantizer`, `config.weights`, `config.epochs`, `config.batch_size`,
-        `config.scale_learning_rate`, `config.weight_learning_rate`, or `config.method` and the keys of
-        `omniquant`, `texts`, `seed`
-    Of that: a rate only where it is used; the texts that it learns from
+        `config.scale_learning_rate`, `config.weight_learning_rate`, `texts`, `seed`
+    Of that: a rate only where it is used, and with `omniquant` its own keys; the texts that it learns from
     """
     behind: Prefix
     quantizer: QuantizerConfig
