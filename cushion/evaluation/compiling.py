@@ -12,12 +12,18 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 
 MOST_GRAPHS = 64
 """Versions of one decoder: for every pair of a variant and a kind of input (a prompt, one token, cached or not)."""
+SETTINGS = {
+    "recompile_limit": MOST_GRAPHS,
+    "fail_on_recompile_limit_hit": True,
+    "skip_nnmodule_hook_guards": False,  # a rotation of inputs is a hook, which a graph made without it would leave out
+}
 
 
 @contextmanager
@@ -25,18 +31,27 @@ def compiled(lm: LanguageModel) -> Iterator[None]:
     """Within the context the decoder runs compiled; each kind of input is compiled when it comes for the first time.
 
     Raises:
-        torch._dynamo.exc.FailOnRecompileLimitHit: from the decoder, after more than `MOST_GRAPHS` versions of it, where
-            torch would go on without compiling.
+        ConfigError: more than `MOST_GRAPHS` versions of the decoder, where torch would go on without compiling.
 
     """
     body: nn.Module = lm.model.base_model
     earlier = body._compiled_call_impl
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(**SETTINGS):
         body.compile()
         try:
             yield
+        except FailOnRecompileLimitHit as error:
+            raise ConfigError(
+                f"eval.latency.compile=true would make more than {MOST_GRAPHS} versions of the decoder: name fewer "
+                "eval.latency.batch_sizes and eval.latency.prompt_lengths, or set it to false"
+            ) from error
         finally:
             body._compiled_call_impl = earlier
+
+
+def forget_graphs() -> None:
+    """Drop all that was compiled so far: versions of the decoder count for what is timed next alone."""
+    torch._dynamo.reset()
 
 
 def check_compiler(device: torch.device) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from cushion.artifacts import Workspace, read_json, write_json
 from cushion.config.latency import LatencyConfig
+from cushion.evaluation.compiling import forget_graphs
 from cushion.evaluation.latency import Timing, Variant, peak_bytes, prompts, rounds, weight_bytes
 from cushion.metrics.columns import RowContext, Values
 from cushion.metrics.latency import latency_values, memory_values, size_name
@@ -45,7 +46,7 @@ class LatencyStep(Step[Measured]):
     """Files: `latency.json`, the timings of all rounds
     Key: `prefix`, `quantizer`, `config.batch_sizes`, `config.prompt_lengths`, `config.compile`,
         `config.new_tokens`, `config.repeats`, `config.warmup`, `machine`
-    Of that: the name of the machine, its processor or GPU, and the number of threads
+    Of that: the name of the machine, its processor or GPU, the number of threads, and the version of torch
     """
     model: QuantizedLazily
     config: LatencyConfig
@@ -58,6 +59,8 @@ class LatencyStep(Step[Measured]):
         """Time every size, round by round."""
         lm, model, config = context.lm, self.model, self.config
         model.put_on()
+        if config.compile:
+            forget_graphs()
         variants = [Variant(Prefix.empty(), model.suspended), Variant(model.behind, nullcontext)]
         sizes, number = {}, config.warmup + config.repeats
         for place, (batch, length) in enumerate(config.sizes):
@@ -93,6 +96,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "name": name,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
 
 

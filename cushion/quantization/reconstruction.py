@@ -17,8 +17,8 @@ block. In a block learn
   `quantizer.weights` gives their present values, and the gradient passes straight through. Their scales follow from
   them, unlike PrefixQuant's.
 
-Optimizer: Adam, one for each block; the rate of `blockwise` falls by a cosine to a tenth. A block whose L over all texts does not
-fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further texts; here a
+Optimizer: Adam, one for each block; the rate of `blockwise` falls by a cosine to a tenth. A block whose L over all
+texts does not fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further texts; here a
 block learns for all `reconstruction.epochs`. Scales of a static cache do not learn. `reconstruction=prefixquant` has
 its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their search ended.
 

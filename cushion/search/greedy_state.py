@@ -124,6 +124,8 @@ class SearchState:
     | `steps[].finalists[].ratio` | the mean over them of the objective with it over that without it; null likewise |
     | `steps[].finalists[].objectives` | the objective with it on the search text, then on each further text |
     | `steps[].candidates` | number of candidates |
+    | `steps[].replicas` | copies of the model, each on a GPU of its own, that worked on it at the end |
+    | `steps[].rounds_dtype` | the dtype that its rounds were run in; null without any |
     | `steps[].verified` | how many of the candidates were judged by the whole objective |
     | `steps[].token_forwards` | tokens run through the blocks, a token through some of them counting that share; with `scoring=full` `n + candidates * (n + 1)`. The prefix's own pass is not counted |
     | `steps[].seconds` | |

@@ -21,6 +21,7 @@ from cushion.quantization.text_errors import error_identity
 from cushion.search.greedy import greedy_search
 from cushion.search.greedy_state import Scored, SearchState, SearchStep
 from cushion.search.proposals import Proposal
+from cushion.search.rounds import rounds_of
 from cushion.step import Context, Step, compute
 
 
@@ -32,7 +33,7 @@ def argmin_identity(config: SearchConfig) -> dict[str, Any]:
         "grid": error_identity(config) if with_grid else None,
         "scoring": config.scoring,
         "rounds": [asdict(item) for item in config.rounds] if config.scoring != "full" else None,
-        "rounds_dtype": config.rounds_dtype if config.scoring != "full" else None,
+        "rounds_dtype": config.rounds_dtype if rounds_of(config) else None,
         "verify_candidates": config.verify_candidates if config.verify_texts else None,
         "batch_size": config.batch_size,
     }
@@ -65,7 +66,7 @@ class GreedyStep(Step[SearchStep]):
     Key: `prompt`, `candidates`, `text`, `further`, `config.objective`, `config.grid`, `config.scoring`,
         `config.rounds`, `config.rounds_dtype`, `config.verify_candidates`, `config.batch_size`
     Of that: the further texts, and how many candidates are judged on them where there are some; the grid for L_q
-        only; the rounds unless `search.scoring=full`
+        only; the rounds unless `search.scoring=full`, the dtype of the rounds where there are some
     """
     config: SearchConfig
     text: Tensor
@@ -89,6 +90,7 @@ class GreedyStep(Step[SearchStep]):
         saved = workspace.checkpoint.load()
         state = SearchState(list(self.prompt)) if saved is None else SearchState.from_dict(saved[0])
         state.steps = list(self.before)
+        state.rounds_dtype = state.rounds_dtype or next((step.rounds_dtype for step in self.before), None)
         config = replace(self.config, tau=1.0, max_length=len(self.prompt) + 1)
         texts = self.text.expand(len(self.before) + 1, -1)
         for event in greedy_search(context.lm, config, texts, self.candidates, state, self.further):
@@ -200,6 +202,7 @@ class GreedySearch(Step[tuple[SearchState, Prefix]]):
             accepted = step.is_accepted(self.config.tau)
             step = replace(step, step=number, accepted=accepted)
             state.steps.append(step)
+            state.rounds_dtype = step.rounds_dtype
             if accepted:
                 state.token_ids.append(step.token_id)
             else:

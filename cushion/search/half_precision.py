@@ -22,8 +22,9 @@ from cushion.prefix import Prefix
 FASTER = 2.0
 """A copy is made where bfloat16 multiplies at least so many times as fast as float32."""
 
-PROBE = (256, 1024, 1024)
-"""Rows, inputs and outputs of the products that are timed against each other."""
+PROBE = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
+"""By device type, rows, inputs and outputs of the products that are timed against each other: so large that a GPU takes
+longer for them than for starting them."""
 
 
 def rounds_dtype(config: SearchConfig, lm: LanguageModel) -> torch.dtype:
@@ -36,17 +37,26 @@ def rounds_dtype(config: SearchConfig, lm: LanguageModel) -> torch.dtype:
     own: torch.dtype = lm.model.dtype
     if config.rounds_dtype == "model" or own == torch.bfloat16:
         return own
-    is_spread = len({weight.device for weight in lm.model.parameters()}) > 1
+    is_spread = _is_spread(lm)
     if config.rounds_dtype == "bfloat16":
-        if is_spread:
-            raise ConfigError(
-                f"search.rounds_dtype=bfloat16 makes a copy of {lm.label}, which is spread over several devices: set "
-                "it to model"
-            )
+        check_rounds_dtype(config, lm)
         return torch.bfloat16
     if own != torch.float32 or is_spread:
         return own
     return torch.bfloat16 if speedup(lm.device) >= FASTER else own
+
+
+def check_rounds_dtype(config: SearchConfig, lm: LanguageModel) -> None:
+    """Raise `ConfigError` where bfloat16 is asked for, and the model is spread over several devices."""
+    if config.rounds_dtype == "bfloat16" and lm.model.dtype != torch.bfloat16 and _is_spread(lm):
+        raise ConfigError(
+            f"search.rounds_dtype=bfloat16 makes a copy of {lm.label}, which is spread over several devices: set it to "
+            "model"
+        )
+
+
+def _is_spread(lm: LanguageModel) -> bool:
+    return len({weight.device for weight in lm.model.parameters()}) > 1
 
 
 def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -54,15 +64,24 @@ def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
     Buffers stay as they are, as when a model is loaded in half precision: the frequencies of rotary embeddings would
     lose their positions.
+
+    Raises:
+        ConfigError: there is no room for the copy.
+
     """
     if lm.model.dtype == dtype:
         return lm
     kept: dict[int, object] = {id(buffer): buffer for buffer in lm.model.buffers()}
-    kept |= {
-        id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
-        for weight in lm.model.parameters()
-    }
-    model = copy.deepcopy(lm.model, kept)
+    try:
+        kept |= {
+            id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+            for weight in lm.model.parameters()
+        }
+        model = copy.deepcopy(lm.model, kept)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"search.rounds_dtype: {lm.device} has no room for a copy of {lm.label} in bfloat16: set it to model"
+        ) from error
     model.config.dtype = dtype
     return replace(lm, model=model)
 
@@ -75,7 +94,7 @@ def prefix_in(prefix: Prefix, dtype: torch.dtype) -> Prefix:
 
 def speedup(device: torch.device, repeats: int = 3) -> float:
     """How many times as fast as in float32 a product of `PROBE`'s size is in bfloat16 on this device."""
-    rows, inputs, outputs = PROBE
+    rows, inputs, outputs = PROBE.get(device.type, PROBE["cpu"])
     values, weight = torch.ones(rows, inputs, device=device), torch.ones(inputs, outputs, device=device)
     half_values, half_weight = values.bfloat16(), weight.bfloat16()
     ratios = []
@@ -86,11 +105,7 @@ def speedup(device: torch.device, repeats: int = 3) -> float:
 
 
 def _seconds(values: Tensor, weight: Tensor) -> float:
-    synchronizes = values.device.type == "cuda"
-    if synchronizes:
-        torch.cuda.synchronize(values.device)
+    torch.mm(values, weight)[0, 0].item()  # an element is read when all that came before is done
     started = time.perf_counter()
-    torch.mm(values, weight)
-    if synchronizes:
-        torch.cuda.synchronize(values.device)
+    torch.mm(values, weight)[0, 0].item()
     return time.perf_counter() - started

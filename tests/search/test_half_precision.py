@@ -78,6 +78,10 @@ def test_auto_is_bfloat16_where_a_float32_model_gains_from_it(tiny: Tiny, monkey
     half = in_dtype(lm, torch.float16)
     assert rounds_dtype(auto, half) == torch.float16
     assert rounds_dtype(CONFIG, half) == torch.bfloat16
+    monkeypatch.setattr(half_precision, "_is_spread", lambda _: True)
+    assert rounds_dtype(auto, lm) == torch.float32
+    with pytest.raises(ConfigError, match=r"search\.rounds_dtype=bfloat16 makes a copy of .* set it to model"):
+        rounds_dtype(CONFIG, lm)
     with pytest.raises(ConfigError, match=r"search\.rounds_dtype='half' is not allowed"):
         replace(CONFIG, rounds_dtype="half")
 

@@ -39,6 +39,9 @@ def _longest(search: SearchConfig, started: int) -> int:
 
 
 def _check_model(search: SearchConfig, lm: LanguageModel, started: int) -> None:
+    from cushion.search.half_precision import check_rounds_dtype
+
+    check_rounds_dtype(search, lm)
     positions = _longest(search, started) + search.text_length
     if lm.context_length is not None and positions > lm.context_length:
         raise ConfigError(
