@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from cushion.models import LanguageModel
 
 MOST_GRAPHS = 64
 """Versions of one decoder: for every pair of a variant and a kind of input (a prompt, one token, cached or not)."""
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "recompile_limit": MOST_GRAPHS,
     "fail_on_recompile_limit_hit": True,
     "skip_nnmodule_hook_guards": False,  # a rotation of inputs is a hook, which a graph made without it would leave out

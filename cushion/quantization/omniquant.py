@@ -11,11 +11,11 @@ the two streams of [reconstruction](#reconstruction) and with its loss; Adam has
   each channel and the columns of their weights are multiplied with it, and so is that of the output projection. Scales
   start as SmoothQuant's; heads that read the same values have the same.
 
-Both are differentiated through the rounding. Nothing is folded: the division stands before each linear, which gives
-the same, and cached values are those without scales. Weights and norms stay as they are, but what is learned is learned
-from the outputs of blocks, as PrefixQuant's ranges are: so its rows are reconstructed ones too. What differs from the code:
-symmetric weights; no shift, and no scale between queries and keys; queries are not rounded (the cache is); scales learn
-as logarithms.
+Both are differentiated through the rounding. Nothing is folded: the division stands before each linear, which gives the
+same, and cached values are those without scales. Weights and norms stay as they are, but what is learned is learned
+from the outputs of blocks, as PrefixQuant's ranges are: so its rows are reconstructed ones too. What differs from the
+code: symmetric weights; no shift, and no scale between queries and keys; queries are not rounded (the cache is); scales
+learn as logarithms.
 """
 
 from __future__ import annotations

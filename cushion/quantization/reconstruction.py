@@ -18,9 +18,10 @@ block. In a block learn
   them, unlike PrefixQuant's.
 
 Optimizer: Adam, one for each block; the rate of `blockwise` falls by a cosine to a tenth. A block whose L over all
-texts does not fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further texts; here a
-block learns for all `reconstruction.epochs`. Scales of a static cache do not learn. `reconstruction=prefixquant` has
-its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their search ended.
+texts does not fall keeps what it had, with a warning. PrefixQuant's code stops early by the error over 64 further
+texts; here a block learns for all `reconstruction.epochs`. Scales of a static cache do not learn.
+`reconstruction=prefixquant` has its texts, passes and batches; behind `quantizer=prefixquant` ranges start where their
+search ended.
 
 Rows with learned weights, ranges or scales are not of the frozen model: they are marked (`reconstructed`,
 `learned_ranges`) and are in none of the papers' tables. Their ceiling is full precision with the same prefix, as for

@@ -51,6 +51,7 @@ EVERYTHING = QuantizerConfig(
     levels="paper",
     zero_point="integer",
     smoothing_alpha=0.25,
+    smoothing_pairs="up",
     rotation="hadamard",
     rotation_seed=3,
     head_rotation="all",
@@ -96,6 +97,7 @@ def test_a_part_turned_off_is_off_and_leaves_all_others_as_they_are(name: str) -
         ("kv_cache", set(), {"levels", "zero_point"}, True, "KV4"),
         ("attention", set(), {"levels"}, True, " attention 5"),
         ("smoothing", {RANGES}, set(), False, ""),
+        ("smoothing_pairs", {RANGES}, set(), False, " up scaled"),
         ("smoothing_search", {SEARCHED}, set(), False, " awq"),
         ("rotation", set(), set(), False, " rotated"),
         ("head_rotation", set(), set(), False, " values and keys rotated"),
@@ -128,7 +130,7 @@ CHANGES: dict[str, list[Any]] = {
                  KvCacheConfig(8, "per_tensor", True, "static")],
     "attention": [AttentionConfig(4), AttentionConfig(5, "per_token"), AttentionConfig(5, symmetric=False)],
     "smoothing_alpha": [None, 0.5], "rotation": ["none"], "rotation_seed": [4],
-    "smoothing_search": [], "smoothing_steps": [],
+    "smoothing_pairs": ["none"], "smoothing_search": [], "smoothing_steps": [],
     "head_rotation": ["none", "values", "keys"], "input_rotation": ["none"], "rotation_sites": ["all"],
     "levels": ["full"], "zero_point": ["real"], "shared_exponent": [], "targets": [["all"]],
 }  # fmt: skip
@@ -147,8 +149,8 @@ def test_a_quantizer_is_what_its_parts_are_together() -> None:
     assert EVERYTHING.gathered == {EXTREMES, RATIOS, LEFT_ALONE}
     assert EVERYTHING.spans_batch
     assert EVERYTHING.scheme == (
-        "everything W4A6KV4 GPTQ ASER 8 block_output attention 5 rotated adaptive values and keys rotated all inputs "
-        "rotated"
+        "everything W4A6KV4 GPTQ ASER 8 block_output attention 5 rotated adaptive values and keys rotated up scaled "
+        "all inputs rotated"
     )
     nothing = turned_off(EVERYTHING, lambda part: True)
     assert nothing == QuantizerConfig("everything", WeightConfig(bits=None), ActivationConfig(bits=None))
