@@ -73,6 +73,9 @@ def text_of(node: ast.expr | None, names: dict[str, ast.expr], depth: int = 0) -
     if isinstance(node, ast.JoinedStr):
         return "".join(text_of(part, names, depth) for part in node.values)
     if isinstance(node, ast.FormattedValue):
+        known = names.get(node.value.id) if isinstance(node.value, ast.Name) else None
+        if isinstance(known, ast.Constant) and isinstance(known.value, float) and node.format_spec is not None:
+            return format(known.value, text_of(node.format_spec, names, depth))
         return text_of(node.value, names, depth)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Div):
         between = "" if isinstance(node.op, ast.Add) else "/"

@@ -90,8 +90,8 @@ def refuse_broken(compared: dict[str, Compared], quantizer: str, kept: int) -> N
         )
         raise ConfigError(
             f"quantizer={quantizer} with the prefix as tokens and {kept} linears kept has a perplexity of {figures}, "
-            f"and {TOLERANCE:.0%} is allowed: use --to=peft, whose prefix no quantized linear reads, or a quantizer "
-            "with weights of 8 bits and with static ranges or a range per token"
+            f"and at most {TOLERANCE:.0%} more is allowed: use --to=peft, whose prefix no quantized linear reads, or a "
+            "quantizer with weights of 8 bits and with static ranges or a range per token"
         )
 
 

@@ -30,8 +30,9 @@ it as fake quantization: a reference and a format, not a speed-up.
 - On tiny models of all families but mixtures of experts, smoothed or not, and on SmolLM2 the static schemes give the
   very logits of the simulation. Nothing but transformers was tried: a server may compute scales of its own, or have
   no kernel for a scheme.
-- The scales hold behind the prefix as keys and values. Its tokens in front of a text, through the quantized linears,
-  are another model.
+- The scales hold behind the prefix as keys and values. To put the tokens themselves before a prompt, the inputs of a
+  few linears must stay in full precision: `--to tokens` finds and lists them
+  ([below](#tokens-the-prefix-for-servers)).
 
 ### What maps to what
 

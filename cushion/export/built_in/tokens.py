@@ -20,7 +20,9 @@ is measured when the target is written, on the run's blocks. What is more than 1
 corpus is refused, with the figures: it is broken, and never written. A tuned prefix is refused as well, for its keys
 and values are not those of tokens: `--to peft` has them.
 
-The files hold no weights and no scales. The scales that fit are those of the run, which leave the prefix out.
+The files hold no weights and no scales. Both must be those of the run, whose scales leave the prefix out. Where it
+expresses the quantizer, `--to compressed-tensors` writes them, but there the inputs of `beyond_range` are quantized
+too, and a server must leave these in full precision. No server was tried.
 """  # noqa: E501
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ class ActivationConfig:
     Allowed: 2 to 8, null
     """
     granularity: str = "per_tensor"
-    """One scale per tensor or per token; `per_block` as for weights; static alone, and simulated alone: one for each
-    cluster of channels (RPTQ, arXiv [2304.01089](https://arxiv.org/abs/2304.01089)), or for each channel, the
-    finest there is ([method](method.md#clusters-of-channels))
+    """One scale per tensor, or per token (needs `range=dynamic`); `per_block` as for weights. A scale for each cluster
+    of channels (RPTQ, arXiv [2304.01089](https://arxiv.org/abs/2304.01089)), or for each channel, the finest there
+    is, needs `range=static` and is simulated, never executed ([method](method.md#clusters-of-channels))
 
     Allowed: `per_tensor`, `per_token`, `per_block`, `per_cluster`, `per_channel`
     Paper: both
