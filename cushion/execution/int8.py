@@ -64,9 +64,10 @@ Before anything is computed, with the reason and the way out:
 ## The lowest code
 
 A symmetric grid of 8 bits has the codes -127 to 127; int8 has -128 too, and integer kernels clamp there. The scale is
-the same either way (the largest magnitude over 127), so the two differ only where a static range is exceeded on the
-negative side. `quantizer.activations.narrow_range` decides, in the simulation and in `int8` alike: true, the default,
-is -127; `quantizer=int8_static` has false. Dynamic ranges never reach -128.
+the same either way (the largest magnitude over 127), so the two differ only where a static or a clipped range is
+exceeded on the negative side. `quantizer.activations.narrow_range` decides, in the simulation and in `int8` alike:
+true, the default, is -127; `quantizer=int8_static` has false. Dynamic ranges that are not clipped (`clip_ratio` of 1)
+never reach -128.
 
 ## How exact it is
 
