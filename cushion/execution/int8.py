@@ -57,8 +57,8 @@ Before anything is computed, with the reason and the way out:
 | `mxfp8` | refused: `quantizer.weights.format=mxfp8` |
 | `mxfp6` | refused: `quantizer.weights.bits=6` |
 | `mxfp4`, `nvfp4`, `nvfp4_w4a16` | refused: `quantizer.weights.bits=4` |
-| `w6a6`, `w6a6_mse_static` | refused: `quantizer.weights.bits=6` |
-| `w4a16_gptq`, `w4a16_rtn` | refused: `quantizer.weights.bits=4` |
+| `omniquant_w6a6`, `w6a6`, `w6a6_mse_static` | refused: `quantizer.weights.bits=6` |
+| `omniquant`, `omniquant_w4a16`, `w4a16_gptq`, `w4a16_rtn` | refused: `quantizer.weights.bits=4` |
 | `w8a8_group` | refused: `quantizer.weights.granularity=per_group` |
 
 ## The lowest code
