@@ -4,7 +4,7 @@
 
 | `tuning.ranges` | range of a linear's input | gradient towards X |
 |---|---|---|
-| `dynamic` (default) | of the input itself, whatever the run's quantizer has; one for the tensor where that has several for its channels | 1 |
+| `dynamic` (default) | of the input itself, whatever the run's quantizer has; one for the tensor where that has several for its channels | 1; 0 where `clip_ratio` clips |
 | `static` | the run's own, fitted anew behind the prefix every `ranges_every` steps and before each held-out measurement | 1 inside the range, 0 where it clips |
 | `learned` | the run's own behind the found prefix, times what is learned | likewise |
 

@@ -4,8 +4,9 @@
     python scripts/fuzz.py signals --cases 200     # a run is interrupted, terminated or killed, and started again
     python scripts/fuzz.py configs --cases 500     # keys with values that a user may give them, sensible or not
 
-The same seed makes the same cases; `--case` repeats one of them. Exit status 0: none ended badly. A campaign is a
-module beside this one with `DEADLINE`, and `cases`, which yields one `fuzz_report.Case` after the other.
+The same seed makes the same cases; `--case` repeats one of them, and `--first 100 --cases 50` does those from 100 to
+149. Exit status 0: there were cases, and none ended badly. A campaign is a module beside this one with `DEADLINE`, and
+`cases`, which yields one `fuzz_report.Case` after the other.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
     for name, module in modules.items():
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         command.add_argument("--seed", type=int, default=0, help="of the cases (default: 0)")
-        command.add_argument("--cases", type=int, default=100, help="how many at most (default: 100)")
+        command.add_argument("--cases", type=int, default=100, help="how many, from --first on (default: 100)")
         command.add_argument("--seconds", type=float, default=600.0, help="no case begins after them (default: 600)")
         command.add_argument("--first", type=int, default=0, metavar="NUMBER", help="begin with this one (default: 0)")
         command.add_argument("--case", type=int, metavar="NUMBER", help="do this one alone")

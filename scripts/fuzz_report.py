@@ -24,8 +24,8 @@ class Case:
 class Limits:
     """How much a campaign may do, where it works, and what its cases are drawn from.
 
-    `index` is that of one case to do alone, as the report of a bad one names it, or None for all; `first` is that of
-    the first of all, so that several processes share a campaign.
+    `cases` is how many, from that of the number `first` on, so that several processes share a campaign. `index` is the
+    number of one case to do alone, as the report of a bad one names it, or None for all.
     """
 
     seed: int
@@ -38,14 +38,14 @@ class Limits:
     def draws(self) -> Iterator[tuple[int, random.Random]]:
         """The cases' numbers while there is time, each with its own source of random numbers."""
         until = time.monotonic() + self.seconds
-        for index in range(self.first, self.cases) if self.index is None else [self.index]:
+        for index in range(self.first, self.first + self.cases) if self.index is None else [self.index]:
             if time.monotonic() > until:
                 return
             yield index, random.Random(f"{self.seed}/{index}")
 
 
 def report(cases: Iterable[Case]) -> bool:
-    """Print every bad case as it comes, then how many there were of each verdict; whether none was bad."""
+    """Print every bad case as it comes, then how many of each verdict; whether there were cases, and none was bad."""
     counts: Counter[tuple[bool, str]] = Counter()
     for case in cases:
         counts[case.is_bad, case.verdict] += 1
@@ -57,4 +57,4 @@ def report(cases: Iterable[Case]) -> bool:
     for (is_bad, verdict), count in sorted(counts.items()):
         print(f"{verdict + (' (bad)' if is_bad else ''):<44} {count:>6}")
     print(f"{'all':<44} {sum(counts.values()):>6}")
-    return not any(is_bad for is_bad, _ in counts)
+    return bool(counts) and not any(is_bad for is_bad, _ in counts)

@@ -216,6 +216,7 @@ def sections(name: str, named: frozenset[Path] = frozenset()) -> str:
         if heading := HEADING.search(text):
             source = f"*`{path.relative_to(ROOT)}`*"
             title, body = text[heading.start() :].split("\n", 1)
+            assert heading[1] not in found, f"{path.relative_to(ROOT)}: another module has the heading {heading[1]!r}"
             found[heading[1]] = f"{title}\n\n{source}\n\n{textwrap.dedent(body).strip()}"
     assert found, f"no docstring below {name} has a heading"
     return "\n\n".join(found[title] for title in sorted(found, key=str.lower))

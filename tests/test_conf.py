@@ -13,6 +13,7 @@ from composing import composed
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from cushion.checks import from_plain
 from cushion.cli import config_folder
 from cushion.config import RunConfig, SearchRound, to_dict
 from cushion.config_warnings import options_without_effect
@@ -100,6 +101,9 @@ def test_every_option_composes_and_brings_its_values(file: Path) -> None:
             }
         else:
             assert part[key] == value
+    if group in ("quantizer", "search") and not extra:
+        own = getattr(config, group)
+        assert own == from_plain(type(own), OmegaConf.to_container(OmegaConf.load(CONF / file)))
     assert options_without_effect(config) == []
 
 

@@ -47,6 +47,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: QuantizerConfig(weights=WeightConfig(group_size=0)), r"quantizer\.weights\.group_size=0 .*at least 1"),
     (lambda: QuantizerConfig(weights=WeightConfig(granularity="per_chanel")), r"granularity=.*mean 'per_channel'\?"),
     (lambda: QuantizerConfig(activations=ActivationConfig(granularity="per_token")), r"activations\.range='static'"),
+    (lambda: ActivationConfig(clip_ratio=0.9), r"quantizer\.activations\.clip_ratio=0\.9 .*range=static .*set dynamic"),
+    (lambda: ActivationConfig(None, clip_ratio=1.1), r"quantizer\.activations\.clip_ratio=1\.1 .*at most 1"),
     (lambda: QuantizerConfig(smoothing_alpha=1.5), r"quantizer\.smoothing_alpha=1\.5"),
     (lambda: QuantizerConfig(smoothing_alpha=float("nan")), r"quantizer\.smoothing_alpha=nan"),
     (lambda: QuantizerConfig(rotation="hadamar"), r"quantizer\.rotation='hadamar' .*did you mean 'hadamard'\?"),

@@ -41,6 +41,10 @@ WITHOUT: list[tuple[RunConfig, list[str]]] = [
         ["quantizer.activations.symmetric=False has no effect with quantizer.activations.bits=null"],
     ),
     (
+        RunConfig(quantizer=QuantizerConfig(activations=ActivationConfig(bits=None, clip_ratio=0.9))),
+        ["quantizer.activations.clip_ratio=0.9 has no effect with quantizer.activations.bits=null"],
+    ),
+    (
         RunConfig(quantizer=replace(PLAIN, levels="paper")),
         [
             "quantizer.levels='paper' has no effect without quantized weights, activations, cache or "

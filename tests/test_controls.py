@@ -29,7 +29,10 @@ QUANTIZERS = sorted(path.stem for path in (CONF / "quantizer").glob("*.yaml"))
 
 
 def option(cls: type[Any], place: str) -> Any:
-    """What an option's file says, such as `search/bos`: `tests/test_conf.py` has it that composing gives the same."""
+    """What an option's file says, such as `search/bos`.
+
+    Composing gives the same, which `test_every_option_composes_and_brings_its_values` has of searches and quantizers.
+    """
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"{place}.yaml"))
     assert isinstance(values, dict)
     return from_plain(cls, values)

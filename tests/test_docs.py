@@ -198,6 +198,18 @@ def test_what_pages_take_from_the_code_is_what_it_says() -> None:
     assert stale == [], "run: python scripts/reference.py"
 
 
+def test_two_sections_of_one_title_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load_script("reference")
+    monkeypatch.setattr(reference, "ROOT", tmp_path)
+    (tmp_path / "package").mkdir()
+    for name, title in (("a", "One"), ("b", "Two"), ("c", "Two")):
+        (tmp_path / "package" / f"{name}.py").write_text(f'"""About.\n\n## {title}\n\nText of {name}.\n"""\n')
+        if name == "b":
+            assert reference.sections("package").count("## ") == 2
+    with pytest.raises(AssertionError, match=r"package/c\.py: another module has the heading 'Two'"):
+        reference.sections("package")
+
+
 WRITTEN_BY_SCRIPTS = ("trouble.md", "report.md")
 """The pages that a script writes as a whole: scripts/trouble.py and cushion-report."""
 

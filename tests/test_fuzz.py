@@ -111,8 +111,14 @@ def test_a_run_hangs_that_works_or_waits_too_long(
 def test_a_campaign_begins_with_any_case_and_draws_the_same_for_it(scripts: dict[str, ModuleType]) -> None:
     limits = scripts["fuzz_report"].Limits
     whole, second = (list(limits(0, 6, 60.0, Path(), first=first).draws()) for first in (0, 4))
-    assert [index for index, _ in second] == [4, 5]
-    assert [draw.random() for _, draw in whole][4:] == [draw.random() for _, draw in second]
+    assert [index for index, _ in second] == [4, 5, 6, 7, 8, 9]
+    assert [draw.random() for _, draw in whole][4:] == [draw.random() for _, draw in second][:2]
+
+
+def test_a_campaign_is_well_where_there_were_cases_and_none_was_bad(scripts: dict[str, ModuleType]) -> None:
+    case, report = scripts["fuzz_report"].Case, scripts["fuzz_report"].report
+    well, bad = case("one", "done"), case("two", "hang", is_bad=True, seen="line")
+    assert [report(cases) for cases in ([], [well], [well, bad])] == [False, True, False]
 
 
 def test_every_damage_changes_what_is_there(scripts: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -57,16 +57,17 @@ Before anything is computed, with the reason and the way out:
 | `mxfp8` | refused: `quantizer.weights.format=mxfp8` |
 | `mxfp6` | refused: `quantizer.weights.bits=6` |
 | `mxfp4`, `nvfp4`, `nvfp4_w4a16` | refused: `quantizer.weights.bits=4` |
-| `w6a6`, `w6a6_mse_static` | refused: `quantizer.weights.bits=6` |
-| `w4a16_gptq`, `w4a16_rtn` | refused: `quantizer.weights.bits=4` |
+| `omniquant_w6a6`, `w6a6`, `w6a6_mse_static` | refused: `quantizer.weights.bits=6` |
+| `omniquant`, `omniquant_w4a16`, `w4a16_gptq`, `w4a16_rtn` | refused: `quantizer.weights.bits=4` |
 | `w8a8_group` | refused: `quantizer.weights.granularity=per_group` |
 
 ## The lowest code
 
 A symmetric grid of 8 bits has the codes -127 to 127; int8 has -128 too, and integer kernels clamp there. The scale is
-the same either way (the largest magnitude over 127), so the two differ only where a static range is exceeded on the
-negative side. `quantizer.activations.narrow_range` decides, in the simulation and in `int8` alike: true, the default,
-is -127; `quantizer=int8_static` has false. Dynamic ranges never reach -128.
+the same either way (the largest magnitude over 127), so the two differ only where a static or a clipped range is
+exceeded on the negative side. `quantizer.activations.narrow_range` decides, in the simulation and in `int8` alike:
+true, the default, is -127; `quantizer=int8_static` has false. Dynamic ranges that are not clipped (`clip_ratio` of 1)
+never reach -128.
 
 ## How exact it is
 

@@ -111,19 +111,32 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 def stages(turn: Turn) -> list[list[str]]:
     """The linears of a block in the order in which `true_sequential` rounds them: query, key and value; output; ...
 
-    One stage has those that read one norm, or that have one place in all experts.
+    One stage has those that read one norm, that are down projections, or that have one place in all experts.
     """
-    found: list[list[str]] = []
-    readers = [set(names) for _, names in turn.work.lm.norm_readers(turn.index)]
+    lm, found = turn.work.lm, list[list[str]]()
+    groups = [set(names) for _, names in lm.norm_readers(turn.index)]
+    groups += [{name for names in lm.down_projections().values() for name in names}, *_places(turn)]
     for name in turn.sites:
-        alike = {name, *(other for group in readers if name in group for other in group)}
-        alike |= {other for other in turn.sites if other.rpartition(".")[2] == name.rpartition(".")[2]}
+        alike = {name, *(other for group in groups if name in group for other in group)}
         stage = next((stage for stage in found if alike & set(stage)), None)
         if stage is None:
             found.append([name])
         else:
             stage.append(name)
     return found
+
+
+def _places(turn: Turn) -> list[set[str]]:
+    """The linears that are one place in all experts of a block, such as `mlp.experts.*.down_proj`, by full name."""
+    architecture, found = turn.work.lm.architecture, dict[str, set[str]]()
+    if architecture.experts is None:
+        return []
+    experts = f"{architecture.blocks}.{turn.index}.{architecture.experts}."
+    for name in turn.sites:
+        if name.startswith(experts):
+            _, _, place = name.removeprefix(experts).partition(".")
+            found.setdefault(place, set()).add(name)
+    return list(found.values())
 
 
 class _Gptq(Effect):

@@ -40,7 +40,8 @@ class _Inputs(Effect):
             site.activation = input_quantizer(work, fixed)
 
 
-def _grid(config: QuantizerConfig) -> Grid:
+def input_grid(config: QuantizerConfig) -> Grid:
+    """The grid of linears' inputs, with the lowest code where `activations.narrow_range` is false; there are bits."""
     grid = grid_of(config, config.activations)
     return grid if config.activations.narrow_range else replace(grid, narrow_range=False)
 
@@ -53,7 +54,7 @@ def input_quantizer(work: Work, fixed: tuple[Tensor, Tensor] | None) -> Activati
         fixed: minimum and maximum of a static range, None for a dynamic one.
 
     """
-    grid = _grid(work.config)
+    grid = input_grid(work.config)
     if work.learns and fixed is not None:
         by_channel = work.config.activations.by_channel
         assert not (isinstance(grid, BlockGrid) or by_channel), "refused with the configuration"
@@ -75,7 +76,7 @@ def static_range(work: Work, site: Site) -> tuple[Tensor, Tensor]:
     source = range_from(work.config)
     if estimator.statistic is not None:
         observed = work.gathered(source, name)
-        low, high = estimator.range_of(observed, _grid(work.config), options)
+        low, high = estimator.range_of(observed, input_grid(work.config), options)
         return low.to(device), high.to(device)
     if source == EXTREMES:
         low, high = work.gathered(EXTREMES, name).range

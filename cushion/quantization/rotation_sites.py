@@ -36,9 +36,11 @@ from cushion.quantization.formats.blocks import quantizer_of
 from cushion.quantization.hadamard import HadamardTransform
 from cushion.quantization.head_rotation import turned_maker, turned_reader, value_linears
 from cushion.quantization.input_rotation import head_size, rotated_linears, rotation_of
-from cushion.quantization.inputs import grid_of
-from cushion.quantization.numerics import QuantizedWeight
+from cushion.quantization.inputs import grid_of, input_grid
+from cushion.quantization.numerics import Grid, QuantizedWeight
+from cushion.quantization.parts.activations import ActivationConfig
 from cushion.quantization.parts.head_rotation import rotates_values
+from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.rotation_sites import input_site, values_site
 from cushion.quantization.quantizer import QuantizerConfig
 from cushion.quantization.rotation import times
@@ -92,9 +94,17 @@ class SiteErrors(InputObserver):
             found.append(squared_distance(site.weight.dequantize(), weight))
         return torch.stack(found)
 
-    def _of_input(self, own: Any, *versions: Tensor) -> Tensor:
-        """The squared errors of several versions of what flows through the model, on the grid of the part `own`."""
-        grid = grid_of(self._work.config, own)
+    def _of_inputs(self, *versions: Tensor) -> Tensor:
+        """The squared errors of several versions of a linear's input."""
+        return self._of_flow(input_grid(self._work.config), self._work.config.activations, *versions)
+
+    def _of_cache(self, *versions: Tensor) -> Tensor:
+        """The squared errors of several versions of what is cached."""
+        own = self._work.config.kv_cache
+        return self._of_flow(grid_of(self._work.config, own), own, *versions)
+
+    def _of_flow(self, grid: Grid, own: ActivationConfig | KvCacheConfig, *versions: Tensor) -> Tensor:
+        """The squared errors of several versions of what flows through the model, rounded as its part `own` does."""
         granularity = own.granularity if own.granularity == "per_token" else "per_tensor"
         rounding = quantizer_of(grid, granularity, clip_ratio=own.clip_ratio)
         return torch.stack([squared_distance(rounding(one), one) for one in versions])
@@ -107,10 +117,10 @@ class SiteErrors(InputObserver):
         if name in self._inputs:
             heads = values.unflatten(-1, (-1, self._head_sizes[name]))
             turned = self._rotate(heads.mT).mT.reshape(values.shape)
-            self._add(input_site(name), self._of_input(activations, values, turned))
+            self._add(input_site(name), self._of_inputs(values, turned))
         if name in self._readers:
             turned = self._rotate(values.unflatten(-1, (-1, self._head_size))).flatten(-2)
-            self._add(values_site(self._readers[name]), self._of_input(activations, values, turned))
+            self._add(values_site(self._readers[name]), self._of_inputs(values, turned))
 
     def watch(self, cache: DynamicCache) -> None:
         """See the values that enter the cache of a text."""
@@ -121,7 +131,7 @@ class SiteErrors(InputObserver):
 
         def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             versions = value_states, self._rotate(value_states)
-            self._add(values_site(layer_idx), self._of_input(self._work.config.kv_cache, *versions))
+            self._add(values_site(layer_idx), self._of_cache(*versions))
             return update(key_states, value_states, layer_idx, *args, **kwargs)
 
         setattr(cache, "update", watched)  # noqa: B010  # a method of this object alone, which lives for one text

@@ -144,7 +144,7 @@ def assert_as_stock(found: Any, stock: Any, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "batch_size"),
     [(name, 3) for name in ("hellaswag", "copa", "rte", "winogrande", "lambada_openai", "tiny_generation")]
-    + [("hellaswag", 1), ("tiny_generation", 1)],
+    + [(name, 1) for name in ("hellaswag", "lambada_openai", "tiny_generation")],
 )
 def test_without_a_prefix_every_number_is_that_of_stock_lm_eval(
     tiny: Tiny, tmp_path: Path, include_path: str, monkeypatch: pytest.MonkeyPatch, name: str, batch_size: int

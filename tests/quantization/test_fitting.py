@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +176,27 @@ def test_one_gram_matrix_serves_all_linears_that_read_one_input(tiny: Tiny, monk
         assert fitted.fits["gptq"].keys() == lm.linears().keys()
         assert len(formed) == count * len(lm.blocks)
         formed.clear()
+
+
+@pytest.mark.parametrize(
+    ("family", "of_one_kind"),
+    [
+        ("mixtral", ["self_attn.[qkv]_proj", "self_attn.o_proj", r"mlp.experts.\d.(gate|up)_proj", ".*down_proj"]),
+        ("qwen2_moe", ["self_attn.[qkv]_proj", "self_attn.o_proj", ".*(gate|up)_proj", ".*down_proj"]),
+        ("starcoder2", ["self_attn.[qkv]_proj", "self_attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    ],
+)
+def test_a_stage_has_readers_of_one_norm_or_one_place_in_all_experts(
+    tiny: Tiny, family: str, of_one_kind: list[str]
+) -> None:
+    """One name at two places, such as `c_proj` here, is two stages."""
+    lm, first = tiny(family), "model.layers.1."
+    names = [name.replace("attn.o_proj", "attn.c_proj") if "c_" in of_one_kind[1] else name for name in lm.linears()]
+    own = [name.removeprefix(first) for name in names if name.startswith(first)]
+    turn: Any = SimpleNamespace(work=SimpleNamespace(lm=lm), index=1, sites=dict.fromkeys(map(first.__add__, own)))
+    expected = [[first + name for name in own if re.fullmatch(pattern, name)] for pattern in of_one_kind]
+    assert gptq.stages(turn) == expected
+    assert sum(map(len, expected)) == len(own)
 
 
 @torch.no_grad()

@@ -96,7 +96,9 @@ def errors(lm: LanguageModel, step: ReconstructionStep, found: Reconstructed | N
     return float((own - hidden).square().mean()), float(lost)
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("symmetric", False), *((kind, True) for kind in KINDS)])
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("symmetric", False), ("asymmetric", False), *((kind, True) for kind in KINDS)]
+)
 def test_outputs_and_predictions_come_nearer_to_full_precision(
     tiny: Tiny, tmp_path: Path, kind: str, weights: bool
 ) -> None:

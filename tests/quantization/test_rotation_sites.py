@@ -54,6 +54,12 @@ def rounding(values: Tensor, grid: Grid = GRID) -> float:
     return float((fake_quantize(values, *parameters, grid) - values).square().sum())
 
 
+def clipped_rounding(values: Tensor, lowest: int) -> float:
+    """The same where codes go from `lowest` to 7 and 0.9 of the range is kept."""
+    scale = 0.9 * values.abs().amax(-1, keepdim=True) / 7
+    return float((scale * (values / scale).round().clamp(lowest, 7) - values).square().sum())
+
+
 def test_the_error_where_heads_are_mixed(tiny: Tiny) -> None:
     lm, name = tiny("llama"), "model.layers.1.self_attn.o_proj"
     config = adaptive(input_rotation="down_and_heads", head_rotation="none")
@@ -68,6 +74,26 @@ def test_the_error_where_heads_are_mixed(tiny: Tiny) -> None:
         rounding(weight @ by) + sum(rounding(one @ by) for one in seen) / len(TEXTS) for by in (torch.eye(32), matrix)
     ]
     assert found[f"input of {name}"] == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_errors_are_those_of_the_grid_that_the_run_has(tiny: Tiny) -> None:
+    lm, seen = tiny("llama"), list[Tensor]()
+    activations = ActivationConfig(4, "per_token", "dynamic", narrow_range=False, clip_ratio=0.9)
+    config = adaptive(weights=WeightConfig(None), activations=activations, head_rotation="none")
+    found = errors_of(lm, config, Prefix.empty())
+    name, matrix = "model.layers.1.mlp.down_proj", randomized_hadamard(64).float()
+    hook = lm.linears()[name].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    for text in TEXTS:
+        lm.body(text[None])
+    hook.remove()
+    versions = seen, [one @ matrix for one in seen]
+    expected, narrow = (
+        [sum(clipped_rounding(one, lowest) for one in version) / len(TEXTS) for version in versions]
+        for lowest in (-8, -7)
+    )
+    assert found[f"input of {name}"] == pytest.approx(expected, rel=1e-3)
+    assert narrow != pytest.approx(expected, rel=1e-2), "the lowest code is used"
 
 
 def test_the_errors_recomputed(tiny: Tiny) -> None:

@@ -120,7 +120,7 @@ class ActivationConfig:
         at_least("quantizer.activations.clusters", self.clusters, 1)
         reason = f"from 0 to {LARGEST_SEED}"
         require(0 <= self.cluster_seed <= LARGEST_SEED, "quantizer.activations.cluster_seed", self.cluster_seed, reason)
-        check_clip_ratio("quantizer.activations", self.clip_ratio, self.format, self.range)
+        check_clip_ratio("quantizer.activations", self)
         if self.bits is not None and self.range == "static":
             self._check_static()
         if self.granularity == "per_token":

@@ -22,23 +22,21 @@ def grid_keys(form: str, symmetric: bool) -> frozenset[str]:
     return frozenset(FORMATS[form].reads) - ({"zero_point"} if symmetric else NOTHING)
 
 
-def check_clip_ratio(section: str, ratio: float, form: str, where: str) -> None:
-    """Raise `ConfigError` for a share of the range that cannot be kept, or of a range that has none.
+def check_clip_ratio(section: str, own: Any) -> None:
+    """Raise `ConfigError` for a share of the range that cannot be kept, or, with bits, of a range that has none.
 
     Args:
         section: `quantizer.<part>`.
-        ratio: its key `clip_ratio`.
-        form: the number format.
-        where: `static` or `dynamic`.
+        own: its configuration, with `clip_ratio`, `bits`, `format` and `range`.
 
     """
-    key = f"{section}.clip_ratio"
+    key, ratio = f"{section}.clip_ratio", own.clip_ratio
     require(0 < ratio <= 1, key, ratio, "a share above 0, at most 1")
-    if ratio != 1:
-        reason = f"1, because {section}.format={form} says what scale a block has"
-        require(FORMATS[form].block is None, key, ratio, reason)
+    if own.bits is not None and ratio != 1:
+        reason = f"1, because {section}.format={own.format} says what scale a block has"
+        require(FORMATS[own.format].block is None, key, ratio, reason)
         reason = f"1, because {section}.range=static has ranges from calibration text: set dynamic"
-        require(where == "dynamic", key, ratio, reason)
+        require(own.range == "dynamic", key, ratio, reason)
 
 
 class DynamicGrid(Part):

@@ -115,7 +115,7 @@ class KvCacheConfig:
         check_format(section, self.format, self.bits, self.symmetric, self.granularity)
         at_least(f"{section}.group_size", self.group_size, 1)
         at_least(f"{section}.protect", self.protect, 0)
-        check_clip_ratio(section, self.clip_ratio, self.format, self.range)
+        check_clip_ratio(section, self)
         if self.bits is None:
             return
         fitting = GRANULARITIES[self.range]
