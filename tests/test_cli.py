@@ -151,7 +151,7 @@ MISTAKES = {
     "unknown experiment": (["experiment=mian"], "experiment/mian", "main"),
     "unknown experiment in a folder": (
         ["experiment=smollm2/cushioncache_tabel1"],
-        "smoothquant smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
+        "weight_only smollm2/cushioncache_figure1",  # the options of the folder follow those beside it
         "did you mean 'smollm2/cushioncache_table1'?",
     ),
     "a letter beyond ASCII": (["tracking.project=größe"], "tracking.project=größe is not read", "='\"größe\"'"),
