@@ -28,7 +28,10 @@ it as fake quantization: a reference and a format, not a speed-up.
   on the first 8 blocks of the evaluation text. The largest difference of a logit and both perplexities stand in the
   card. Where the table says "equal" and a logit differs at all, nothing is written.
 - On tiny models of all families but mixtures of experts, smoothed or not, and on SmolLM2 the static schemes give the
-  very logits of the simulation. Nothing but transformers was tried: a server may compute scales of its own, or have
+  very logits of the simulation. SmolLM2 behind a prefix that was tuned for 60 steps, with `int8_static`,
+  `smoothquant_o3`, `rotation` and the last two together, was loaded where transformers, compressed-tensors and PEFT are
+  and Cushion is not: the logits of 8 blocks of 512 tokens differ by 0.0, and the perplexities (24.30, 24.30, 23.15,
+  23.40) are those of the runs' tables. Nothing but transformers was tried: a server may compute scales of its own, or have
   no kernel for a scheme.
 - The scales hold behind the prefix as keys and values. To put the tokens themselves before a prompt, the inputs of a
   few linears must stay in full precision: `--to tokens` finds and lists them

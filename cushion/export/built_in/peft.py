@@ -17,8 +17,8 @@ PEFT is not needed to write them. It puts the keys and values into the cache as 
 lm_eval --model hf --model_args pretrained=HuggingFaceTB/SmolLM2-135M-Instruct,dtype=float32,peft=my_adapter --tasks wikitext
 ```
 
-On tiny models of all families and variants logits differ from Cushion's by at most 1e-5, and beam search gives the
-same tokens.
+On tiny models of all families and variants, loaded where Cushion is not installed, logits differ from Cushion's by at
+most 1e-6, and a batch of four that is padded on the left gives the same tokens, greedily and with two beams.
 
 - The adapter holds the prefix alone. It does not quantize; on the model as it is it gives the run's row in full
   precision with that prefix. On a model that other software quantizes, the prefix's own positions never run through a
