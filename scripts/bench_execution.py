@@ -182,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         if name not in SHAPES:
             parser.error(f"--shapes names {name!r}: known are {', '.join(SHAPES)}")
-    for name in options.decoder_sides.split(","):
+    chosen = options.decoder_sides.split(",")
+    for name in chosen:
         if name not in DECODER_SIDES:
             parser.error(f"--decoder-sides names {name!r}: known are {', '.join(DECODER_SIDES)}")
     device = torch.device("cpu")
@@ -196,7 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for rows in options.rows:
                 show(f"{rows} x {inputs} x {outputs}", in_turns(linears_of(inputs, outputs, rows), options.repeats))
     if options.decoder_repeats:
-        chosen = options.decoder_sides.split(",")
         decoder(options.model, options.length, options.new_tokens, options.decoder_repeats, options.compile, chosen)
 
 

@@ -42,9 +42,9 @@ from cushion.prefix import Prefix
 from cushion.search.batching import BatchSizer
 from cushion.search.finalists import TIE, best, finalists, mean_ratio, scores
 from cushion.search.greedy_state import Finalist, Scored, SearchState, SearchStep, StepState
-from cushion.search.half_precision import in_dtype, prefix_in, rounds_dtype
+from cushion.search.half_precision import in_dtype, rounds_dtype
 from cushion.search.objective import Objective
-from cushion.search.replicas import Replicas, replica_devices, replicated
+from cushion.search.replicas import Replicas, moved, replica_devices, replicated
 from cushion.search.rounds import Stage, find_spikes, plan_stages, reference_positions, rounds_of, rows_of
 
 
@@ -124,7 +124,7 @@ class _Step:
         self.started = time.perf_counter() - self.step.seconds
         self.prefix = Prefix.from_tokens(lm.model, state.token_ids)
         self.judges = replicas, replicas.place(self.prefix)
-        self.ranks = of_rounds, of_rounds.place(prefix_in(self.prefix, of_rounds.dtype))
+        self.ranks = of_rounds, of_rounds.place(moved(self.prefix, of_rounds.dtype))
 
     def run(self) -> Iterator[Scored | SearchStep]:
         """All stages that are left, then the record of the step."""

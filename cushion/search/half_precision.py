@@ -6,18 +6,16 @@ verification, the sweep, further texts) is judged by the model itself.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
-from cushion.prefix import Prefix
+from cushion.search.replicas import copied
 
 FASTER = 2.0
 """A copy is made where bfloat16 multiplies at least so many times as fast as float32."""
@@ -71,25 +69,14 @@ def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """
     if lm.model.dtype == dtype:
         return lm
-    kept: dict[int, object] = {id(buffer): buffer for buffer in lm.model.buffers()}
     try:
-        kept |= {
-            id(weight): nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
-            for weight in lm.model.parameters()
-        }
-        model = copy.deepcopy(lm.model, kept)
+        half = copied(lm, dtype, None)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"search.rounds_dtype: {lm.device} has no room for a copy of {lm.label} in bfloat16: set it to model"
         ) from error
-    model.config.dtype = dtype
-    return replace(lm, model=model)
-
-
-def prefix_in(prefix: Prefix, dtype: torch.dtype) -> Prefix:
-    """The prefix with keys and values in `dtype`."""
-    keys, values = (tuple(tensor.to(dtype) for tensor in part) for part in (prefix.keys, prefix.values))
-    return replace(prefix, keys=keys, values=values)
+    half.model.config.dtype = dtype
+    return half
 
 
 def speedup(device: torch.device, repeats: int = 3) -> float:

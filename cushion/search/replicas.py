@@ -96,7 +96,7 @@ class Replicas:
 
     def place(self, prefix: Prefix) -> list[Prefix]:
         """The prefix for each of them, on its device: a batch that moved it itself would wait for the first GPU."""
-        return [prefix, *(_moved(prefix, lm.device) for lm in self._lms[1:])]
+        return [prefix, *(moved(prefix, lm.device) for lm in self._lms[1:])]
 
     def judge(self, prefixes: list[Prefix], rows: Tensor, depth: int, bound: float = math.inf) -> Judged:
         """`Objective.judge` of `rows`, a candidate in front of a text each, shared out evenly.
@@ -134,20 +134,34 @@ def _work_on(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _moved(prefix: Prefix, device: torch.device) -> Prefix:
-    keys, values = (tuple(tensor.to(device) for tensor in part) for part in (prefix.keys, prefix.values))
+def moved(prefix: Prefix, target: torch.device | torch.dtype) -> Prefix:
+    """The prefix with its keys and values on a device, or in a dtype."""
+    keys, values = (tuple(tensor.to(target) for tensor in part) for part in (prefix.keys, prefix.values))
     return replace(prefix, keys=keys, values=values)
+
+
+def copied(lm: LanguageModel, weights: torch.device | torch.dtype, buffers: torch.device | None) -> LanguageModel:
+    """The model once more, its weights on a device or in a dtype, made tensor by tensor.
+
+    Args:
+        weights: where they go, or what they become.
+        buffers: where they go; None leaves them to both.
+
+    """
+    copies: dict[int, object] = {
+        id(weight): nn.Parameter(weight.detach().to(weights, copy=True), requires_grad=False)
+        for weight in lm.model.parameters()
+    }
+    copies |= {
+        id(buffer): buffer if buffers is None else buffer.to(buffers, copy=True) for buffer in lm.model.buffers()
+    }
+    return replace(lm, model=copy.deepcopy(lm.model, copies))
 
 
 def _copy_to(lm: LanguageModel, device: torch.device) -> LanguageModel:
     """The model once more on `device`; tensor by tensor, so that its own device holds no second copy on the way."""
     try:
-        copies: dict[int, object] = {
-            id(weight): nn.Parameter(weight.detach().to(device, copy=True), requires_grad=False)
-            for weight in lm.model.parameters()
-        }
-        copies |= {id(buffer): buffer.to(device, copy=True) for buffer in lm.model.buffers()}
-        return replace(lm, model=copy.deepcopy(lm.model, copies))
+        return copied(lm, device, device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"search.replicas: {device} has no room for a copy of {lm.label}: use fewer of them, or a GPU that is free"
