@@ -121,7 +121,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def killed(processes: Processes, arguments: list[str], output: Path, whole: Outcome, kills: int, seed: int) -> Outcome:
-    """Kill the sweep at random moments: after a number of finished steps, and a random part of a step's time."""
+    """Kill the sweep at random moments: after a number of finished steps, and a random part of a step's time.
+
+    At the latest when one step more is finished: a step may be far shorter than the mean of them.
+    """
     draw, log = random.Random(seed), output.with_suffix(".log")
     steps, before, problems, done = len(whole.attempts), {}, [], 0
     started = time.perf_counter()
@@ -130,8 +133,9 @@ def killed(processes: Processes, arguments: list[str], output: Path, whole: Outc
         while process.poll() is None and len(artifacts(output)) < moment:
             processes.check_time()
             time.sleep(0.05)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(0, 2 * whole.seconds / steps))
+        late = time.monotonic() + draw.uniform(0, 2 * whole.seconds / steps)
+        while process.poll() is None and len(artifacts(output)) <= moment and time.monotonic() < late:
+            time.sleep(0.02)
         kill(process)
         if process.returncode == -signal.SIGKILL:
             done += 1
