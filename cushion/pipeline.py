@@ -40,17 +40,18 @@ from cushion.tuning_ranges import tuning_quantizer
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, listeners: Sequence[Listener] = ()) -> RunResult:
+def run(config: RunConfig, listeners: Sequence[Listener] = (), folder: Path | None = None) -> RunResult:
     """Do one run, or return its result at once if it is finished already.
 
     Args:
         config: what to do. Nothing else, besides the text and the weights it names, influences the result.
         listeners: called with every event.
+        folder: the run's, where the caller has asked for it already; by default `run_folder(config)`.
 
     Raises:
         CushionError: something the user can mend; result.json then has `status: failed` and the message.
     """
-    folder = run_folder(config)
+    folder = folder or run_folder(config)
     done = finished_result(folder)
     if done is not None:
         return done
