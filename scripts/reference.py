@@ -191,15 +191,22 @@ def columns(_: str) -> str:
 
 
 def steps(_: str) -> str:
-    """The table of cached steps, from the strings behind their names."""
+    """The table of cached steps, from the strings behind their names, and whether their code keeps a checkpoint."""
     rows = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for one, after in pairwise(node.body) if isinstance(node, ast.ClassDef) else ():
                 of = cells(said(after) or "")
                 if isinstance(one, ast.Assign) and "Key" in of:
-                    rows.append([f"`{ast.literal_eval(one.value)}`", of["Files"], of["Key"], of.get("Of that", "")])
-    return table(["step", "files", "key", "what is in it"], sorted(rows))
+                    name, killed = ast.literal_eval(one.value), _killed(path, node.name)
+                    rows.append([f"`{name}`", of["Files"], killed, of["Key"], of.get("Of that", "")])
+    return table(["step", "files", "killed", "key", "what is in it"], sorted(rows))
+
+
+def _killed(path: Path, name: str) -> str:
+    """What a step does that was killed within: it goes on where the function that makes it loads a checkpoint."""
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return "goes on" if "checkpoint.load()" in inspect.getsource(getattr(module, name).make) else "starts over"
 
 
 def _docstring(path: Path) -> str:

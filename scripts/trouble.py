@@ -1,7 +1,8 @@
 """Write docs/trouble.md: what each error of Cushion says, and the way out, as the code has them.
 
-The messages are read from the source, as syntax trees: every call of a class of `cushion.errors`, and every `require`
-whose reason holds a way out. What a message fills in stands in angle brackets. Usage: `python scripts/trouble.py`.
+The messages are read from the source, as syntax trees: every call of a class of `cushion.errors`, every `require`
+whose reason holds a way out, and every warning that is made in a function of that name. What a message fills in stands
+in angle brackets. Usage: `python scripts/trouble.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,18 @@ brackets: `<name>`.
 - In a sweep, all runs are checked before the first one starts, and the message counts the invalid ones. A run that
   fails later is reported, and the others go on.
 - The same command, started again, goes on from the steps that were finished.
+- A run that was done may have [warnings](#warnings).
 """
+
+WARNINGS = """## Warnings
+
+They stand on standard error and in `warnings` of `result.json`, and the run goes on. `<key>=<value> has no
+effect with <other key>=<value>` ([options without effect](config.md#options-without-effect)).
+
+| most of the others |
+|---|"""
+TOLD = re.compile(r"_?\w*warnings?|_warn")
+"""What functions are called that make or hand on warnings."""
 
 
 def text_of(node: ast.expr | None, names: dict[str, ast.expr], depth: int = 0) -> str:
@@ -163,6 +175,22 @@ def messages(path: Path, shared: dict[str, ast.expr]) -> Iterator[tuple[str, str
     return visit(tree, own)
 
 
+def warnings_of(path: Path) -> Iterator[str]:
+    """The text of every warning that a module makes: what such a function lists, appends or yields, or is given."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and TOLD.fullmatch(node.name):
+            names = _texts(node.body)
+            for one in (inner for statement in node.body for inner in ast.walk(statement)):
+                found: list[ast.expr] = []
+                if isinstance(one, ast.Return | ast.Yield) and one.value is not None:
+                    found = one.value.elts if isinstance(one.value, ast.List) else [one.value]
+                elif isinstance(one, ast.Call) and getattr(one.func, "attr", "") == "append":
+                    found = one.args
+                yield from (text_of(text, names) for text in found if isinstance(text, ast.JoinedStr | ast.Constant))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "_warn":
+            yield from (text_of(text, {}) for text in node.args if isinstance(text, ast.JoinedStr | ast.Constant))
+
+
 def split(message: str) -> tuple[str, str]:
     """What a message says is wrong, and the way out that it names; that is empty where what is wrong says it."""
     found = WAY_OUT.search(message)
@@ -193,7 +221,10 @@ def page() -> str:
             if not ANYTHING.fullmatch(line):
                 rows[kind].append(split(line))
     parts = [part for name, one in CLASSES for part in section(name, one, rows[name])]
-    return "\n".join([HEAD, *parts])
+    paths = sorted(PACKAGE.rglob("*.py"), key=lambda path: (path.name != "run_warnings.py", path))
+    told = (" ".join(text.split()) for path in paths for text in warnings_of(path))
+    lines = dict.fromkeys(f"| {_message(warning)} |" for warning in told)
+    return "\n".join([HEAD, *parts, WARNINGS, *lines, ""])
 
 
 def _message(text: str) -> str:

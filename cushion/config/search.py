@@ -61,7 +61,8 @@ class SearchConfig:
     method: str = "none"
     """No search, a prefix that needs no search, greedy, QFeP, or PrefixQuant's rule
 
-    Allowed: `none`, `tokens`, `bos`, `newline`, `random`, `greedy`, `qfep`, `prefixquant`
+    Allowed: `none`, `tokens`, `bos`, `newline`, `random`, `greedy`, `qfep`, `prefixquant`, and what packages of yours
+        add ([extending](extending.md#a-search))
     Paper: greedy
     """
     tokens: str | None = None

@@ -131,6 +131,10 @@ class AttentionStep(Step[AttentionShares]):
     """
 
     name = "attention"
+    """Files: `attention.json`
+    Key: `prefix`, `first`, `texts`
+    Of that: the number of first tokens
+    """
     behind: Prefix
     texts: Tensor
     first: int

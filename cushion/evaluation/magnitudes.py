@@ -33,6 +33,10 @@ class MagnitudesStep(Step[tuple[MagnitudeCurve, float]]):
     """
 
     name = "activations"
+    """Files: `activations.json`
+    Key: `prefix`, `grid`, `texts`
+    Of that: the grid of L_q
+    """
     behind: Prefix
     objective: SearchConfig
     texts: Tensor

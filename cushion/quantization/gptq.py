@@ -1,10 +1,21 @@
 """GPTQ: weights rounded so that the outputs of a linear change least (arXiv 2210.17323, section 3 and algorithm 1).
 
-The columns of a weight are rounded one after another. The error of each is made good by those that are still to come,
-weighted by the inverse of `H = 2 X X^T` of the linear's inputs: exactly the least-squares fit of the rest to what is
-left of the output. The inputs are those of the model whose earlier blocks are quantized, and with `true_sequential`
-those of the block whose earlier linears have their rounded weights. Linears that read the same tensor have one H.
-Scales are those of the weight as it was, also where groups of inputs have their own.
+## GPTQ
+
+`weights.method=gptq` (arXiv [2210.17323](https://arxiv.org/abs/2210.17323), section 3 and algorithm 1). The columns w_i
+of a weight are rounded one after another, and the error of each is made good by those that are still to come: the
+least-squares fit of the rest to what is left of the output. With X (inputs x tokens) over the calibration texts,
+
+    H = 2 X X^T,  d = damping * mean(diag H),  U^T U = (H + d I)^-1,  U upper triangular
+    e = (w_i - q(w_i)) / U_ii,    w_j := w_j - e U_ij    for all j > i
+
+X is the linear's input behind the row's prefix where the blocks before are quantized, and with `true_sequential` where
+the earlier linears of the block have their rounded weights too. Linears that read the same tensor have one H. Scales
+are those of the weight as it was, also where groups of inputs have their own.
+
+Prefix tuning on the quantized model sees the weights that were rounded behind the found prefix; the tuned row has its
+own, rounded behind the tuned one, but for `tuning.ranges=learned`, which keeps those of the found one.
+`tuning.ranges=static` is refused.
 """
 
 from __future__ import annotations

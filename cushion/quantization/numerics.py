@@ -27,9 +27,9 @@ For N bits, a range [min, max], scale s and offset z:
 
 Weights: symmetric; per tensor, per output channel, or per output channel and group. Inputs of linears: per tensor and
 static, per tensor and dynamic (over the whole batch), per token and dynamic, or per channel or cluster of channels
-and static ([below](method.md#clusters-of-channels)). Static ranges are minimum and maximum over all calibration
-tokens, on the full-precision model behind the row's prefix. A quantized linear computes `q(X) q(W)^T + b` in the
-model's dtype. All linears of the decoder blocks are quantized (our choice).
+and static ([below](method.md#clusters-of-channels)). With `minmax` static ranges are minimum and maximum over all
+calibration tokens, on the full-precision model behind the row's prefix. A quantized linear computes `q(X) q(W)^T + b`
+in the model's dtype. All linears of the decoder blocks are quantized (our choice).
 
 ### Asymmetric activations with a real-valued offset
 

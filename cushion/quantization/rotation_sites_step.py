@@ -24,6 +24,10 @@ class RotationSitesStep(AddedStep):
     """The sites that are better left alone; its calibration is needed where the quantizer smooths."""
 
     name = "rotation_sites"
+    """Files: `sites.json`, for each site its error plain and rotated; `choice.json`
+    Key: `prefix`, `quantizer`, `texts`
+    Of that: the quantizer whose errors decide
+    """
     adds = LEFT_ALONE
     seconds_in = "choice.json"
 

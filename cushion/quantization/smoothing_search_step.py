@@ -23,6 +23,11 @@ class SmoothingSearchStep(AddedStep):
     """The scales with which a quantizer smooths; the search reads nothing of the calibration before it."""
 
     name = "smoothing"
+    """Files: `scales.safetensors`; `smoothing.json`, for each norm the grid that was searched, with the error of every
+        point; `seconds.json`
+    Key: `prefix`, `quantizer`, `texts`
+    Of that: of the quantizer its weights, activations and what keeps the function
+    """
     adds = SEARCHED
     seconds_in = "seconds.json"
 

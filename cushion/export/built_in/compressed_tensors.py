@@ -6,16 +6,16 @@ The model of the run's own row, the last one of its table, in the format of
 [compressed-tensors](https://github.com/vllm-project/compressed-tensors), with the prefix beside it:
 
 ```bash
-pip install "cushion-quant[export]"
+pip install -e ".[export]"   # in the clone; `make` has done it
 cushion quantizer=int8_static search=greedy_pruned tuning=short tracking=none
-cushion-export outputs/main/.../0123456789ab --to compressed-tensors my_model
+cushion-export outputs/default/.../0123456789ab --to compressed-tensors my_model
 lm_eval --model hf --model_args pretrained=my_model,dtype=float32,peft=my_model/prefix --tasks wikitext
 ```
 
 | file | |
 |---|---|
 | `config.json`, weights in safetensors, tokenizer | what `AutoModelForCausalLM.from_pretrained(DIR, dtype="float32")` loads (`"bfloat16"` for formats of blocks): codes and scales of the linears, all else in float32; smoothing and rotation are folded into the weights |
-| `prefix/` | the prefix as an adapter, as `--to peft` writes it: `PeftModel.from_pretrained(model, "DIR/prefix")`. Not there without a prefix |
+| `prefix/` | the prefix as an adapter, as `--to peft` writes it: `PeftModel.from_pretrained(model, "DIR/prefix")`; its base is `DIR` itself, so `--base-model` is not needed. Not there without a prefix |
 | `README.md` | model card: what it is, how it was made, the run's rows, how far it agrees with the simulation, the command that checks it |
 
 Cushion is not needed to load it, only transformers, compressed-tensors and, for the prefix, PEFT. transformers runs
@@ -56,8 +56,8 @@ the logits are equal (MX: with the default of `quantizer.shared_exponent`). How 
 
 | options of `quantizer` | loaded logits |
 |---|---|
-| `int8_static`, `fp8_static`, `fp8_token`, `w4a16_gptq`, `w4a16_rtn`, `omniquant_w4a16` | equal |
-| `per_tensor_static`, `mse_static`, `mse_static_channel`, `w6a6_mse_static`, `smoothquant_o3`, `rotation`, `qfem_static`, `w8a8_group` | equal with `quantizer.activations.narrow_range=false` |
+| `int8_static`, `fp8_static`, `fp8_token`, `awq`, `w4a16_gptq`, `w4a16_rtn`, `omniquant_w4a16` | equal |
+| `per_tensor_static`, `mse_static`, `mse_static_channel`, `w6a6_mse_static`, `smoothquant_o3`, `smoothquant_auto`, `rotation`, `qfem_static`, `w8a8_group` | equal with `quantizer.activations.narrow_range=false` |
 | `int8_token`, `per_tensor_dynamic`, `per_token_dynamic`, `smoothquant_o1`, `smoothquant_o2`, `qfem`, `qfep`, `qfem_qfep`, `w6a6`, `w4a8`, `w4a8_gptq`, `w4a4` | differ |
 | `cushioncache_dynamic`, `cushioncache_static`, `cushioncache_token`, `cushioncache_o1`, `cushioncache_o2`, `cushioncache_o3` | differ |
 | `nvfp4`, `nvfp4_w4a16`, `mxfp4`, `mxfp6`, `mxfp8` | differ |
@@ -65,6 +65,7 @@ the logits are equal (MX: with the default of `quantizer.shared_exponent`). How 
 | `mse_static_rotated`, `w4a8_gptq_static`, `quarot`, `quarot_adaptive`, `quarot_rtn`, `prefixquant`, `prefixquant_w4a8`, `prefixquant_dynamic` | refused: they rotate inputs or heads while the model runs |
 | `kivi`, `omniquant`, `omniquant_w6a6` | refused: a cache is in no plain checkpoint |
 | `rptq` | refused: its inputs have several scales |
+| `os_plus` | refused: a shift is taken from norms' outputs while the model runs |
 
 Refused, with the way out:
 

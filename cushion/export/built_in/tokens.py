@@ -7,7 +7,7 @@ quantizer needs for that: the linears whose input it must leave in full precisio
 ([method.md](method.md#the-prefix-as-tokens) says how they are found).
 
 ```bash
-cushion-export outputs/main/.../0123456789ab --to tokens my_prefix --base-model HuggingFaceTB/SmolLM2-135M-Instruct
+cushion-export outputs/default/.../0123456789ab --to tokens my_prefix --base-model HuggingFaceTB/SmolLM2-135M-Instruct
 ```
 
 | file | |

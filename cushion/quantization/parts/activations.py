@@ -68,7 +68,8 @@ class ActivationConfig:
     of the block's output (`block_output`, [method](method.md#ranges-by-block-output)). `entropy` is for `int`
     alone; the static scale of `nvfp4` has neither `mse`, `entropy` nor `block_output`
 
-    Allowed: `minmax`, `percentile`, `mse`, `entropy`, `moving_average`, `block_output`
+    Allowed: `minmax`, `percentile`, `mse`, `entropy`, `moving_average`, `block_output`, and what packages of yours add
+        ([extending](extending.md#a-range-estimator))
     """
     estimator_options: dict[str, Any] = field(default_factory=dict)
     """What the estimator reads: `percentile` (above 50, at most 100; default 99.99), `averaging` of `moving_average`
@@ -191,10 +192,6 @@ class Activations(Part):
     """The inputs of the targeted linears."""
 
     name = "activations"
-    """Files: `activations.json`
-    Key: `prefix`, `grid`, `texts`
-    Of that: the grid of L_q
-    """
     order = 20
     effect = "cushion.quantization.inputs:INPUTS"
     fields = ("activations",)

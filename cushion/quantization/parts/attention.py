@@ -46,10 +46,6 @@ class Attention(DynamicGrid):
     """Queries, keys, probabilities and values; ranges are dynamic."""
 
     name = "attention"
-    """Files: `attention.json`
-    Key: `prefix`, `first`, `texts`
-    Of that: the number of first tokens
-    """
     order = 40
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("attention",)

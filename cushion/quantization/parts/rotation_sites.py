@@ -41,10 +41,6 @@ class RotationSites(Part):
     """The choice among the inputs of `input_rotation` and the layers of `head_rotation`."""
 
     name = "rotation_sites"
-    """Files: `sites.json`, for each site its error plain and rotated; `choice.json`
-    Key: `prefix`, `quantizer`, `texts`
-    Of that: the quantizer whose errors decide
-    """
     order = 52
     fields = ("rotation_sites",)
     keeps_function = True

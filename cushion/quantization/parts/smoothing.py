@@ -13,11 +13,6 @@ class Smoothing(Part):
     """Norms divided and the linears behind them multiplied by a scale of each channel."""
 
     name = "smoothing"
-    """Files: `scales.safetensors`; `smoothing.json`, for each norm the grid that was searched, with the error of every
-        point; `seconds.json`
-    Key: `prefix`, `quantizer`, `texts`
-    Of that: of the quantizer its weights, activations and what keeps the function
-    """
     order = 60
     effect = "cushion.quantization.smoothing:SMOOTHING"
     fields = ("smoothing_alpha",)
