@@ -8,7 +8,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, for the processes that tests start too
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that reaches for the hub fails at once
@@ -60,13 +60,14 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish() -> None:
     """Tiny models gain nothing from more threads than one, and tests side by side lose nothing.
 
-    What is imported by now stays: the collector of garbage need not look through it again and again.
+    What is imported by now stays: the collector of garbage need not look through it again and again, nor as often.
     """
     import torch
 
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,6 +75,25 @@ def no_wait_for_the_disk() -> Iterator[None]:
     """What a run writes need not outlive a power cut here: waiting until the disk has it is a third of a small run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> Iterator[None]:
+    """Hydra composes a command line once: the command asks for it twice, and tests that share a run ask again."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    load, known = ConfigLoaderImpl.load_configuration, dict[str, Any]()
+
+    def load_once(self: ConfigLoaderImpl, *given: Any, **options: Any) -> Any:
+        places = [(path.provider, path.path) for path in self.config_search_path.get_path()]
+        asked = repr((places, given, sorted(options.items())))
+        if asked not in known:
+            known[asked] = load(self, *given, **options)
+        return copy.deepcopy(known[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConfigLoaderImpl, "load_configuration", load_once)
         yield
 
 

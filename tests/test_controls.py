@@ -15,7 +15,7 @@ from tiny_run import TUNED_ROWS, saved_model, searching_config, small_config, tu
 from cushion import pipeline
 from cushion.checks import from_plain
 from cushion.cli import config_folder
-from cushion.config import ModelConfig, QuantizerConfig, RunConfig, SearchConfig
+from cushion.config import ModelConfig, PathsConfig, QuantizerConfig, RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
 from cushion.prefix import Prefix
@@ -178,7 +178,7 @@ def test_the_draw_of_candidates_has_a_seed_of_its_own(text_file: Path, tmp_path:
 
 def without_bos(folder: Path) -> ModelConfig:
     saved_model(folder)
-    lm = load_language_model(ModelConfig(path=str(folder)), small_config(folder, folder).paths)
+    lm = load_language_model(ModelConfig(path=str(folder)), PathsConfig())
     lm.tokenizer.bos_token = lm.tokenizer.eos_token = None
     lm.tokenizer.save_pretrained(folder)
     return ModelConfig(path=str(folder))
@@ -231,9 +231,14 @@ def test_a_control_can_be_tuned(text_file: Path, tmp_path: Path, control: str) -
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for runs that share what no quantizer changes."""
+    """A folder for runs that share what no quantizer changes, with a model of one block."""
+
+    def cut(model: Any) -> None:
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+
     folder = tmp_path_factory.mktemp("controls")
     write_documents(folder / "text.txt")
+    saved_model(folder / "model", cut)
     return folder
 
 
@@ -242,6 +247,7 @@ def test_a_control_stands_before_every_quantizer(shared: Path, quantizer: str) -
     control = CONTROLS[QUANTIZERS.index(quantizer) % len(CONTROLS)]  # each of them before several
     config = small_config(shared / "text.txt", shared / "out")
     config.eval.blocks = 2
+    config.model = ModelConfig(path=str(shared / "model"))
     config.quantizer = quick(option(QuantizerConfig, f"quantizer/{quantizer}"))
     config.search = option(SearchConfig, f"search/{control}")
     result = pipeline.run(config)

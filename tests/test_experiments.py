@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ def swept(path: Path) -> dict[str, list[str]]:
 GROUPS = {path.relative_to(config_folder()).as_posix() for path in config_folder().rglob("*") if path.is_dir()}
 
 
-def at(experiment: str, key: str, value: str) -> RunConfig:
-    """The configuration of an experiment with one more override."""
-    whole = f"{key}={value}"
-    if key.replace(".", "/") in GROUPS:
-        return composed(f"experiment={experiment}", whole)
-    return with_values((f"experiment={experiment}",), whole)
+def sweeping(path: Path) -> list[RunConfig]:
+    """Runs of a sweep, as few as bring every value of every key: the n-th has the n-th value of each."""
+    params = swept(path)
+    runs = []
+    for n in range(max(map(len, params.values()))):
+        words = {key: f"{key}={values[n % len(values)]}" for key, values in params.items()}
+        groups = [word for key, word in words.items() if key.replace(".", "/") in GROUPS]
+        runs.append(with_values((f"experiment={path.stem}", *groups), *(w for w in words.values() if w not in groups)))
+    return runs
 
 
 def test_setting_a_value_is_composing_with_it() -> None:
@@ -52,10 +56,11 @@ def test_setting_a_value_is_composing_with_it() -> None:
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_value_of_a_sweep_is_valid_and_makes_another_run(path: Path) -> None:
     assert OmegaConf.load(path).hydra.mode == "MULTIRUN"
+    configs = sweeping(path)
+    assert all(config.eval.controls for config in configs), "its rows have ceilings, and so ratios"
     for key, values in swept(path).items():
-        configs = [at(path.stem, key, value) for value in values]
-        assert len(set(map(repr, configs))) == len(values) > 1, key
-        assert all(config.eval.controls for config in configs), "its rows have ceilings, and so ratios"
+        parts = [attrgetter(key)(config) for config in configs]
+        assert len({repr(getattr(part, "name", part)) for part in parts}) == len(values) > 1, key
 
 
 def test_the_command_for_the_embedded_model_works() -> None:
