@@ -88,6 +88,7 @@ def one_error(outcome: Outcome) -> str:
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("cushion: error: ")
     assert "Traceback" not in outcome.err
+    assert "To append" not in outcome.err and "Or add a second" not in outcome.err  # nothing can be added
     return lines[0]
 
 
@@ -165,6 +166,8 @@ MISTAKES = {
     "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
     "added key": (["+search.tua=0.3"], "search.tua is not a key of the configuration", "did you mean 'tau'?"),
     "forced key": (["++sed=1"], "sed is not a key of the configuration", "did you mean 'seed'?"),
+    "key that no file system takes": ([f"{'a' * 300}=1"], "aaa is not a key of the configuration", "has 300 bytes"),
+    "key that is taken away and none takes": (["~" + "a" * 300], "aaa is not a key", "cushion --cfg job prints"),
     "added section": (["+data.evaluation.pth.x=1"], "data.evaluation.pth is not a key", "did you mean 'path'?"),
     "added group": (["+quantiser=none"], "quantiser is not a key of the configuration", "did you mean 'quantizer'?"),
     "added key that is there": (["+search.tau=0.3"], "already at 'search.tau'", "remove + prefix: 'search.tau=0.3'"),
@@ -272,12 +275,17 @@ def test_a_refused_run_leaves_a_failed_result_and_how_it_came_about(
 
 
 @pytest.mark.parametrize(
-    ("number", "way_out"), [(errno.ENOLCK, "on another file system"), (errno.ELOOP, "x: Too many")]
-)
+    ("number", "way_out"),
+    [
+        (errno.ENOLCK, "on another file system"), (errno.EOPNOTSUPP, "on another file system"),
+        (errno.ELOOP, "x: Too many"), (errno.EACCES, "x: Permission denied"), (errno.EROFS, "x: Read-only file system"),
+        (errno.EPERM, "x: Operation not"), (errno.ENAMETOOLONG, "x: File name too long"),
+    ],
+)  # fmt: skip
 def test_a_place_that_cannot_be_used_is_told_in_one_line(
     number: int, way_out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.report(OSError(number, os.strerror(number), *(["x"] if number == errno.ELOOP else [])))
+    cli.report(OSError(number, os.strerror(number), *(["x"] if way_out.startswith("x: ") else [])))
     (line,) = capsys.readouterr().err.splitlines()
     assert way_out in line
     assert "paths.output_dir" in line
