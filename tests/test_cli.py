@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
-from cushion import cli, preparation
+from cushion import cli, preparation, start
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
 from cushion.schema import LOGGED
@@ -289,6 +289,23 @@ def test_a_place_that_cannot_be_used_is_told_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert way_out in line
     assert "paths.output_dir" in line
+
+
+@pytest.mark.parametrize("place", ["execute", "check_words"], ids=["in a run", "outside of it"])
+def test_output_that_nobody_reads_is_no_error_to_report(
+    cushion: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def print_to_nobody(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def end(error: BaseException) -> None:
+        assert isinstance(error, BrokenPipeError)
+        raise SystemExit(start.OUTPUT_CLOSED)
+
+    monkeypatch.setattr(cli, place, print_to_nobody)
+    monkeypatch.setattr(start, "end_if_output_is_closed", end)  # it is tested with a pipe in test_start.py
+    outcome = cushion("model=tiny")
+    assert (outcome.code, outcome.err) == (start.OUTPUT_CLOSED, "")
 
 
 def test_a_file_system_without_locks_is_told_before_any_work(

@@ -28,6 +28,8 @@ from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
 from cushion.generate import FULL_PRECISION, Sampling, generate, main, prompt_tokens
 from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.lazily import QuantizedLazily
 from cushion.remade import RemadeRun
 from cushion.step import Context, compute
 
@@ -212,6 +214,15 @@ def test_a_folder_that_no_file_system_has_is_told_in_one_line(
     assert left.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{command}: error: aaa") and ": File name too long: " in line
+
+
+def test_a_prefix_that_the_library_drops_on_the_way_is_missed(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("phi3")
+    lm.model.config.original_max_position_embeddings = 16
+    model = QuantizedLazily(lm, Prefix.from_tokens(lm.model, [256, 10, 65]))
+    assert len(generate(model, lm.encode("one")[None], Sampling(4))) == 4
+    with pytest.raises(ConfigError, match=r"'phi3' dropped the cache .* prefix of 3 tokens .*embeddings=16"):
+        generate(model, lm.encode("one")[None], Sampling(20))
 
 
 def test_a_text_that_does_not_fit_the_context_is_refused(folder: Path) -> None:
