@@ -6,7 +6,6 @@ with one line on standard error and exit status 1; only a bug shows a traceback.
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -27,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cushion import start, sweeps
+from cushion import start, sweeps, system_errors
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.launching import gpu_of_its_own, share_threads
@@ -200,7 +199,7 @@ def _full_disk_is_no_fault_of_logging() -> Iterator[None]:
 
     def failed(handler: logging.Handler, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if error is None or not _is_full_disk(error):
+        if error is None or not system_errors.is_full_disk(error):
             before(handler, record)
 
     logging.Handler.handleError = failed  # type: ignore[method-assign, assignment]
@@ -234,35 +233,16 @@ def report(error: BaseException) -> None:
     """Tell the user of an error on standard error: one line for a mistake, the whole traceback for a bug."""
     if isinstance(error, (CushionError, HydraException, OmegaConfBaseException)):
         print(f"cushion: error: {one_line(error)}", file=sys.stderr, flush=True)
-    elif _is_full_disk(error):
-        advice = "make room, and give the same command again: it goes on from here"
-        print(f"cushion: error: {one_line(error)}: {advice}", file=sys.stderr, flush=True)
-    elif isinstance(error, OSError) and error.filename is not None and error.errno in _NO_PLACE:
-        advice = "name another place with paths.output_dir, paths.cache_dir or paths.model_dir, or mend it"
-        print(f"cushion: error: {error.filename}: {error.strerror}: {advice}", file=sys.stderr, flush=True)
-    elif isinstance(error, OSError) and error.errno in _NO_LOCKS:
-        advice = "name a place on another file system with paths.output_dir, paths.cache_dir and paths.model_dir"
-        print(f"cushion: error: files cannot be locked ({error.strerror}): {advice}", file=sys.stderr, flush=True)
+    elif (line := system_errors.told(error, _ELSEWHERE)) is not None:
+        print(f"cushion: error: {line}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
 
 
-_NO_PLACE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,
-)  # fmt: skip
-"""What the system says where a folder or file cannot be made."""
-
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
-"""What it says where there are no locks: network file systems without a lock service, mostly."""
+_ELSEWHERE = "name another place with paths.output_dir, paths.cache_dir or paths.model_dir"
 
 _SWEEPERS = ("optuna", "ax", "nevergrad")
 """Hydra's sweepers that are packages of their own, `hydra-<name>-sweeper`."""
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether something could not be written for want of room (safetensors has an error of its own for it)."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def main() -> None:

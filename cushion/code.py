@@ -52,7 +52,7 @@ INFRASTRUCTURE = frozenset(
 
 SHOWN = (
     "__main__", "cli", "composition", "export", "final_numbers", "generate", "journal", "launching", "preflight",
-    "progress", "remade", "reporting", "rerun", "start", "sweeps", "tracking", "words",
+    "progress", "remade", "reporting", "rerun", "start", "sweeps", "system_errors", "tracking", "words",
 )  # fmt: skip
 """Modules and packages of Cushion that only show what was computed: they are in no version at all."""
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 import cushion
+from cushion import system_errors
 from cushion.errors import ConfigError, CushionError, did_you_mean
 from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
@@ -192,6 +195,9 @@ def stream(
             generate(model, tokens, sampling, TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
+_ELSEWHERE = "copy the run's folder to another place and name that as RUN"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command `cushion-generate`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -204,9 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = FinishedRun.read(folder)
         rows = [FULL_PRECISION] * given.beside + [find_row(run, name) for name in given.row or [None]]
         stream(run, rows, prompt, given.chat, sampling, given.device)
-    except CushionError as error:
-        print(f"cushion-generate: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (CushionError, OSError, SafetensorError) as error:
+        system_errors.end("cushion-generate", error, _ELSEWHERE)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,6 +57,21 @@ class PrefixCache(DynamicCache):
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 
+    def activate_past_recording(self) -> None:
+        """Called by what takes tokens back again: before the first pass by assisted generation alone.
+
+        Raises:
+            ConfigError: a prefix is all that it holds. The first pass of assisted generation runs all ids of its
+                inputs, whatever the cache holds already: the prefix would stand twice.
+
+        """
+        if self.prefix_length and self.get_seq_length() == self.prefix_length:
+            raise ConfigError(
+                f"assisted generation (prompt_lookup_num_tokens, assistant_model) would run the {self.prefix_length} "
+                "tokens of the prefix behind the prefix once more: leave these options out, or go without a prefix"
+            )
+        super().activate_past_recording()
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:

@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> None:
             sys.argv = ["cushion", *command(overrides, given)]
             print(f"cushion rerun: {shlex.join(sys.argv)}", file=sys.stderr, flush=True)
             cli.main()
-    except (ArtifactError, ConfigError) as error:
+    except (ArtifactError, ConfigError, OSError) as error:
         cli.report(error)
         sys.exit(1)
 

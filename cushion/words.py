@@ -24,6 +24,10 @@ _NOT_HERE = {
 """Keys of Hydra, and why nothing comes of setting them."""
 
 
+_LONGEST_KEY = 255
+"""Bytes. Hydra looks for a folder of a key's name, and file systems take no longer ones; no key comes near."""
+
+
 def quoted(text: str) -> str:
     """Text as an override can have any of it: in double quotes."""
     escaped = re.sub(r'(\\*)("|\$\{|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text)
@@ -81,6 +85,12 @@ def check_words(words: list[str], folder: Path) -> None:
                 "cushion rerun RESULT_OR_FOLDER [overrides]"
             )
         key = key.lstrip("+~")
+        size = len(key.encode(errors="surrogatepass"))
+        if size > _LONGEST_KEY and not word.startswith("-") and ("=" in word or word.startswith("~")):
+            raise ConfigError(
+                f"{key} is not a key of the configuration: it has {size} bytes, and none has more than "
+                f"{_LONGEST_KEY} (cushion --cfg job prints every key there is)"
+            )
         if key in _NOT_HERE:
             raise ConfigError(f"{key}={value} is not supported: {_NOT_HERE[key]}")
     _check_choices(words, folder)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "cushion"
 
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals", "start", "float64"},
-    {"syntax", "integrity", "swept"},
+    {"syntax", "integrity", "swept", "system_errors"},
     {"artifacts", "code", "registry", "progress", "checks", "schema", "text_files"},
     {"metrics"},
     {"quantization/parts/base"},

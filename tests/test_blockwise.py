@@ -30,7 +30,7 @@ def plain_outputs(lm: LanguageModel, start: list[int], rows: Tensor) -> list[Ten
 
 
 @pytest.mark.parametrize("start", [[], [256, 10]])
-@pytest.mark.parametrize("family", UNLIKE)
+@pytest.mark.parametrize("family", [*UNLIKE, "gpt_oss", "qwen2_moe"])
 def test_rows_that_stay_are_what_they_would_have_been_alone(tiny: Tiny, family: str, start: list[int]) -> None:
     lm = tiny(family)
     expected = plain_outputs(lm, start, ROWS)
@@ -96,7 +96,7 @@ def test_the_prefix_and_the_model_are_left_alone(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("start", [[], [256, 10]])
-@pytest.mark.parametrize("family", [*UNLIKE, "falcon_alibi"])
+@pytest.mark.parametrize("family", [*UNLIKE, "falcon_alibi", "gpt_oss", "qwen2_moe"])
 def test_blocks_run_alone_give_what_the_whole_pass_gives(tiny: Tiny, family: str, start: list[int]) -> None:
     lm = tiny(family)
     expected = plain_outputs(lm, start, ROWS)

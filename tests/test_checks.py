@@ -14,7 +14,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 
-from cushion.checks import LARGEST, LARGEST_SEED, NAME_BYTES, check_values, written
+from cushion.checks import LARGEST, LARGEST_RATE, LARGEST_SEED, NAME_BYTES, check_values, written
 from cushion.cli import config_folder
 from cushion.config import (
     CorpusConfig,
@@ -113,6 +113,15 @@ def test_no_key_may_be_beyond_what_its_type_can_be(kind: type) -> None:
         for value in BEYOND[kind]:
             if not (key[-1].endswith("seed") and 0 < value <= LARGEST_SEED):
                 refused(key, value)
+
+
+def test_every_learning_rate_has_a_limit() -> None:
+    rates = [key for key in LEAVES if key[-1].endswith("learning_rate")]
+    assert len(rates) >= 6
+    for key in rates:
+        changed(with_files(), key, LARGEST_RATE)
+        for value in (0.0, -1e-3, LARGEST_RATE * 2, 9e18):
+            refused(key, value)
 
 
 def test_a_seed_leaves_room_for_what_is_made_of_it() -> None:

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
-from cushion import cli, preparation
+from cushion import cli, preparation, start
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
 from cushion.schema import LOGGED
@@ -88,6 +88,7 @@ def one_error(outcome: Outcome) -> str:
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("cushion: error: ")
     assert "Traceback" not in outcome.err
+    assert "To append" not in outcome.err and "Or add a second" not in outcome.err  # nothing can be added
     return lines[0]
 
 
@@ -158,6 +159,8 @@ MISTAKES = {
     "misspelt top key": (["sed=1"], "'sed'", "did you mean 'seed'?"),
     "added key": (["+search.tua=0.3"], "search.tua is not a key of the configuration", "did you mean 'tau'?"),
     "forced key": (["++sed=1"], "sed is not a key of the configuration", "did you mean 'seed'?"),
+    "key that no file system takes": ([f"{'a' * 300}=1"], "aaa is not a key of the configuration", "has 300 bytes"),
+    "key that is taken away and none takes": (["~" + "a" * 300], "aaa is not a key", "cushion --cfg job prints"),
     "added section": (["+data.evaluation.pth.x=1"], "data.evaluation.pth is not a key", "did you mean 'path'?"),
     "added group": (["+quantiser=none"], "quantiser is not a key of the configuration", "did you mean 'quantizer'?"),
     "added key that is there": (["+search.tau=0.3"], "already at 'search.tau'", "remove + prefix: 'search.tau=0.3'"),
@@ -265,15 +268,37 @@ def test_a_refused_run_leaves_a_failed_result_and_how_it_came_about(
 
 
 @pytest.mark.parametrize(
-    ("number", "way_out"), [(errno.ENOLCK, "on another file system"), (errno.ELOOP, "x: Too many")]
-)
+    ("number", "way_out"),
+    [
+        (errno.ENOLCK, "on another file system"), (errno.EOPNOTSUPP, "on another file system"),
+        (errno.ELOOP, "x: Too many"), (errno.EACCES, "x: Permission denied"), (errno.EROFS, "x: Read-only file system"),
+        (errno.EPERM, "x: Operation not"), (errno.ENAMETOOLONG, "x: File name too long"),
+    ],
+)  # fmt: skip
 def test_a_place_that_cannot_be_used_is_told_in_one_line(
     number: int, way_out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.report(OSError(number, os.strerror(number), *(["x"] if number == errno.ELOOP else [])))
+    cli.report(OSError(number, os.strerror(number), *(["x"] if way_out.startswith("x: ") else [])))
     (line,) = capsys.readouterr().err.splitlines()
     assert way_out in line
     assert "paths.output_dir" in line
+
+
+@pytest.mark.parametrize("place", ["execute", "check_words"], ids=["in a run", "outside of it"])
+def test_output_that_nobody_reads_is_no_error_to_report(
+    cushion: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def print_to_nobody(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def end(error: BaseException) -> None:
+        assert isinstance(error, BrokenPipeError)
+        raise SystemExit(start.OUTPUT_CLOSED)
+
+    monkeypatch.setattr(cli, place, print_to_nobody)
+    monkeypatch.setattr(start, "end_if_output_is_closed", end)  # it is tested with a pipe in test_start.py
+    outcome = cushion("model=tiny")
+    assert (outcome.code, outcome.err) == (start.OUTPUT_CLOSED, "")
 
 
 def test_a_file_system_without_locks_is_told_before_any_work(

@@ -191,6 +191,11 @@ def test_quantizers_and_searches_combine_freely() -> None:
     assert (both.quantizer, both.search) == (parts["quantizer"]["w4a8"], parts["search"]["qfep"])
 
 
+def test_a_share_of_records_and_the_largest_batch_can_be_given_as_lm_eval_has_them() -> None:
+    found = composed("eval.tasks=[copa]", "eval.limit=0.1", "eval.task_batch_size=auto").eval
+    assert (found.limit, found.task_batch_size) == (0.1, "auto")
+
+
 def test_rounds_can_be_given_on_the_command_line() -> None:
     rounds = composed("search.rounds=[{depth: 0.2, tokens: 8, keep: 500}, {keep: 3, text: start}]").search.rounds
     assert rounds == [SearchRound(0.2, 8, 500, "spikes"), SearchRound(1.0, 8, 3, "start")]

@@ -10,6 +10,7 @@ from test_step_keys import every_step
 
 from cushion.config import (
     ActivationConfig,
+    CalibrationConfig,
     EvalConfig,
     QuantizerConfig,
     ReconstructionConfig,
@@ -95,6 +96,19 @@ WITHOUT: list[tuple[RunConfig, list[str]]] = [
 @pytest.mark.parametrize(("config", "told"), WITHOUT, ids=[told[0].partition(" has")[0] for _, told in WITHOUT])
 def test_what_no_step_reads_is_told_with_what_would_have_to_be_another(config: RunConfig, told: list[str]) -> None:
     assert options_without_effect(config) == told
+
+
+@pytest.mark.parametrize("perplexity", [True, False])
+def test_tasks_alone_are_asked_of_the_quantizer_with_all_its_options(perplexity: bool) -> None:
+    quantizer = QuantizerConfig(
+        levels="paper",
+        weights=WeightConfig(4, "per_channel"),
+        activations=ActivationConfig(6, symmetric=False),
+        smoothing_alpha=0.6,
+        calibration=CalibrationConfig(samples=3, length=16),
+    )
+    evaluation = EvalConfig(perplexity=perplexity, tasks=["copa"])
+    assert options_without_effect(RunConfig(quantizer=quantizer, eval=evaluation)) == []
 
 
 OTHER: dict[str, Any] = {

@@ -424,7 +424,8 @@ FORMATS += ["a[1].csv", "a.csv.gz", "a.TSV", "a*b.parquet"]
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/proc/none")
+    for place in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(f"datasets.config.{place}", Path("/proc/none"))  # a home that is read-only
     path = in_format(tmp_path, name)
     assert list(read_documents(path, "text")) == TEXTS
     assert has_fields(path) == (not name.lower().startswith("a.txt"))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch
 from conftest import write_documents
 from tiny_run import tuning_config
 
+from cushion import artifacts as artifacts_module
 from cushion import pipeline
 from cushion.artifacts import ArtifactStore
 from cushion.config import QFeMConfig, ReconstructionConfig
@@ -24,6 +28,8 @@ from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
 from cushion.generate import FULL_PRECISION, Sampling, generate, main, prompt_tokens
 from cushion.models import LanguageModel
+from cushion.prefix import Prefix
+from cushion.quantization.lazily import QuantizedLazily
 from cushion.remade import RemadeRun
 from cushion.step import Context, compute
 
@@ -169,6 +175,54 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "whose configuration this version does not read (search.former: Key 'former' not in 'SearchConfig'" in line
     change(schema_version=7)
     assert "is not a result of schema version 1 or 2" in refused(capsys, tmp_path / "run", "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(errno.ENOLCK, "files cannot be locked (No locks"), (errno.EROFS, "x: Read-only"), (errno.ENOSPC, "[Errno 28]")],
+)
+def test_a_place_that_cannot_be_used_is_told_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, told: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), *(["x"] if number == errno.EROFS else []))
+
+    monkeypatch.setattr(artifacts_module, "FileLock", refuse)
+    monkeypatch.setattr(artifacts_module, "misfit", lambda *_: "is not there")
+    line = refused(capsys, folder, "x", "--row", "quantized")
+    assert line.startswith(told)
+    assert ("give the same command again" if number == errno.ENOSPC else "copy the run's folder") in line
+
+
+COMMANDS = {
+    "cushion-generate": ("generate", ["x"]),
+    "cushion-export": ("export.cli", ["there", "--to", "tokens"]),
+    "cushion-report": ("reporting.cli", []),
+    "cushion-status": ("reporting.status", []),
+    "cushion": ("rerun", []),
+}
+"""The module and the further words of every command that is given the folder of a run or more."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_no_file_system_has_is_told_in_one_line(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, further = COMMANDS[command]
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"cushion.{module}").main(["a" * 300, *further])
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{command}: error: aaa") and ": File name too long: " in line
+
+
+def test_a_prefix_that_the_library_drops_on_the_way_is_missed(tiny: Callable[..., LanguageModel]) -> None:
+    lm = tiny("phi3")
+    lm.model.config.original_max_position_embeddings = 16
+    model = QuantizedLazily(lm, Prefix.from_tokens(lm.model, [256, 10, 65]))
+    assert len(generate(model, lm.encode("one")[None], Sampling(4))) == 4
+    with pytest.raises(ConfigError, match=r"'phi3' dropped the cache .* prefix of 3 tokens .*embeddings=16"):
+        generate(model, lm.encode("one")[None], Sampling(20))
 
 
 def test_a_text_that_does_not_fit_the_context_is_refused(folder: Path) -> None:

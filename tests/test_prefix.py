@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FEW, SLIDING, UNLIKE, VARIANTS
+from conftest import FEW, SLIDING, VARIANTS
 from helpers import random_texts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -99,7 +99,7 @@ def generate(lm: LanguageModel, **inputs: Any) -> tuple[Tensor, Tensor]:
     return output.sequences[:, -5:], torch.stack(output.logits, dim=1)
 
 
-@pytest.mark.parametrize("family", UNLIKE)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_generate_equals_generating_from_the_tokens(tiny: Tiny, family: str) -> None:
     lm, text = tiny(family), random_texts(1, 7)
     prefix = Prefix.from_tokens(lm.model, TOKENS)
@@ -107,6 +107,24 @@ def test_generate_equals_generating_from_the_tokens(tiny: Tiny, family: str) -> 
     actual = generate(lm, **prefix.prepend({"input_ids": text}), past_key_values=prefix.cache(lm.model, 1))
     assert torch.equal(actual[0], expected[0])
     torch.testing.assert_close(actual[1], expected[1], atol=5e-5, rtol=1e-4)
+
+
+def test_assisted_generation_goes_without_a_prefix_or_is_refused(tiny: Tiny) -> None:
+    """Its first pass runs all ids again, those of the prefix behind the prefix."""
+    lm = tiny("llama")
+    text = torch.tensor([[70, 71, 72, 73] * 3])
+    expected = generate(lm, input_ids=text)
+    found = generate(lm, input_ids=text, past_key_values=Prefix.empty().cache(lm.model), prompt_lookup_num_tokens=3)
+    assert torch.equal(found[0], expected[0])
+    prefix = Prefix.from_tokens(lm.model, TOKENS)
+    with pytest.raises(ConfigError, match=r"\(prompt_lookup_num_tokens, assistant_model\) would run the 3 tokens"):
+        generate(
+            lm, **prefix.prepend({"input_ids": text}), past_key_values=prefix.cache(lm.model),
+            prompt_lookup_num_tokens=3,
+        )  # fmt: skip
+    cache = prefix.cache(lm.model)
+    lm.model(input_ids=text, past_key_values=cache)
+    cache.activate_past_recording()  # as generation on a GPU of Apple's does behind the first pass
 
 
 @pytest.mark.parametrize("family", (*FEW, "bloom", "mixtral"))  # padding takes up window

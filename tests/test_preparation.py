@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from dataclasses import replace
 from operator import attrgetter
@@ -208,6 +209,18 @@ def test_calibration_texts_longer_than_the_context_are_refused(
     config.quantizer.calibration.length = longest + 1
     with pytest.raises(ConfigError, match=rf"quantizer\.calibration\.length={longest + 1}"):
         pipeline.run(config)
+
+
+def test_chats_are_texts_by_the_template_of_the_runs_model(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}")
+    chats = [{"messages": [{"role": "user", "content": f"question {n} " + "word " * 60}]} for n in range(40)]
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    config = small_config(tmp_path / "chats.json", tmp_path / "out")
+    config.model.path = str(folder)
+    found = prepare(config, "cpu")
+    ((_, blocks),) = found.blocks.items()
+    assert re.match(r"\[user\]question \d+ word", found.lm.decode(blocks[0].tolist()))
 
 
 def test_training_and_held_out_texts_do_not_overlap(text_file: Path, tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAMILIES, FEW
-from tiny_run import small_config
+from tiny_run import saved_model, small_config
 from tiny_tasks import DYNAMIC, FILES, PER_TOKEN, RECORDS, STATIC, ranges_of, write_lines, write_sets
 from torch import Tensor
 from untouched import assert_untouched, snapshot
@@ -379,6 +381,22 @@ def test_samples_are_written_on_request_and_only_then(text_file: Path, tmp_path:
             assert None not in (values[mine][f"accuracy_difference_{end}/{name}"] for end in ("stderr", "low", "high"))
             assert f"accuracy_difference/{name}" not in values[full]
     assert [one.tasks for one in result.rows] == [one.tasks for one in silent.rows]
+
+
+def test_tasks_of_a_run_are_asked_as_chats_where_it_says_so(text_file: Path, tmp_path: Path, include_path: str) -> None:
+    config = with_tasks(text_file, tmp_path, include_path, "tiny_examples")
+    config.model.path = str(saved_model(tmp_path / "model"))
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    further = {"limit": 1, "shots": 1, "samples": True, "perplexity": False}
+    chat: dict[str, Any] = {"chat_template": True, "system_instruction": "Be terse.", "fewshot_as_multiturn": True}
+    config.eval = replace(config.eval, **further, **chat)
+    result = pipeline.run(config)
+    samples = pipeline.run_folder(config) / "samples" / result.rows[-1].name / "tiny_examples.jsonl"
+    prompt = json.loads(samples.read_text())["arguments"][0][0]
+    assert re.fullmatch(r"\[system\]Be terse\.\[user\]train \d ->\[assistant\](yes|no)\[user\]test 0 ->\[A\]", prompt)
 
 
 def test_tasks_alone_need_no_perplexity(text_file: Path, tmp_path: Path, include_path: str) -> None:

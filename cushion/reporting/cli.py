@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import cushion
+from cushion import system_errors
 from cushion.errors import ArtifactError, CushionError, did_you_mean
 from cushion.reporting.collect import Run, collect
 from cushion.reporting.frame import frame_of
@@ -176,9 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         written = write_report(given.folders, given.output, given.experiment, given.title, given.width)
-    except CushionError as error:
-        print(f"cushion-report: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (CushionError, OSError) as error:
+        system_errors.end("cushion-report", error, "name another DIR")
     print(written[0].resolve())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import cushion
+from cushion import system_errors
 from cushion.errors import ArtifactError, CushionError
 from cushion.integrity import is_aside
 from cushion.reporting.collect import FILE_NAME, Run, read_result
@@ -202,9 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         states = watch(given.folder, given.every, given.quiet) if given.watch else survey(given.folder)
-    except CushionError as error:
-        print(f"cushion-status: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except (CushionError, OSError) as error:
+        system_errors.end("cushion-status", error, "name another DIR")
     if not given.watch:
         print(_shown(states, given.quiet))
     sys.exit(exit_status(states))

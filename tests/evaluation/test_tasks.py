@@ -13,7 +13,7 @@ import lm_eval.tasks
 import pytest
 from lm_eval.tasks._index import TaskIndex
 from tiny_run import small_config
-from tiny_tasks import DYNAMIC, FILES, MMLU, PER_TOKEN, RECORDS, STATIC, write_lines, write_sets
+from tiny_tasks import DYNAMIC, FILES, GENERATION, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, write_lines, write_sets
 
 from cushion import pipeline
 from cushion.config import EvalConfig, PathsConfig, SearchConfig
@@ -564,3 +564,18 @@ def test_a_run_refuses_before_any_long_work(tmp_path: Path, text_file: Path, inc
     with pytest.raises(ConfigError, match=r"a prefix of up to 255 tokens.*shorten"):
         pipeline.run(config)
     assert not (tmp_path / "out" / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [("unsafe_code: true", "runs code that the model writes"), ("doc_to_image: question", "shows images")],
+)
+def test_a_task_that_cannot_be_asked_here_is_named(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, told: str
+) -> None:
+    (tmp_path / "own.yaml").write_text(f"{GENERATION.format(folder=own_tasks(tmp_path / 'records'))}\n{option}\n")
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(module, "_task_manager", lambda _: manager)
+    config = EvalConfig(tasks=["tiny_generation"], include_path=str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"eval\.tasks=tiny_generation {told}, which is not supported: leave it out"):
+        check_tasks(tiny(), config, load_tasks(config, PathsConfig()), STATIC, 0)

@@ -130,9 +130,14 @@ def test_the_narrow_range_is_in_a_key_where_it_can_have_an_effect() -> None:
         assert key(narrow_range=False, **changes) == (key(**changes)[0], True)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "opt", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmo2", "granite", "starcoder2", "gemma3_text",
+    ],
+)  # fmt: skip
 def test_every_linear_of_a_model_agrees_on_the_very_same_input(tiny: Tiny, family: str) -> None:
-    lm, text = tiny(family), random_texts(1, 24)
+    lm, text = tiny(family), random_texts(4, 24)  # every expert sees some of it
     config = QuantizerConfig("int8", WeightConfig(granularity="per_channel"), ActivationConfig(narrow_range=False))
     fitted = FittedQuantizer(config, calibrated(lm, text))
     seen: dict[str, tuple[Tensor, Tensor]] = {}

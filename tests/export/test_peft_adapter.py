@@ -116,7 +116,13 @@ def test_layers_of_several_shapes_are_refused(tiny: Tiny) -> None:
         prompt_embeddings(uneven)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "bloom", "falcon_alibi"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "mistral", "gemma2", "gemma3_text", "qwen3", "bloom", "falcon_alibi", "gpt_oss", "qwen2_moe",
+        "qwen3_moe", "olmo2", "granite", "starcoder2",
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_peft_itself_reads_the_adapter(family: str, tiny: Tiny, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

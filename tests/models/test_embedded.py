@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ModelNotFoundError
-from cushion.models import load_language_model
+from cushion.models import embedded, load_language_model
 from cushion.models.embedded import EMBEDDED, embedded_model
 
 NAME, (DISTRIBUTION, VERSION, FILE) = next(iter(EMBEDDED.items()))
@@ -46,3 +49,21 @@ def test_package_without_the_weights_says_what_to_install(
     with pytest.raises(ModelNotFoundError, match=rf"{DISTRIBUTION} 0.0.1 does not carry {FILE}.*{INSTALL}"):
         embedded_model(NAME, tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+def test_a_model_that_is_converted_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    (tmp_path / FILE).touch()
+    wheel = SimpleNamespace(version=VERSION, files=[Path(FILE)], locate_file=lambda file: tmp_path / file)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: wheel)
+    monkeypatch.setattr(embedded, "FileLock", refuse)
+    folder = tmp_path / "models" / f"{NAME}-{VERSION}"
+    with pytest.raises(OSError, match="Read-only file system"):
+        embedded_model(NAME, folder.parent)
+    folder.mkdir()
+    (folder / "config.json").touch()
+    assert embedded_model(NAME, folder.parent) == folder

@@ -232,7 +232,13 @@ def test_a_map_that_is_none_is_refused(value: Any) -> None:
 # ---- half precision -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text", "bloom", "falcon_alibi"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "mixtral", "gemma3_text", "bloom", "falcon_alibi", "gpt_oss", "qwen2_moe", "qwen3_moe", "granite",
+        "starcoder2",
+    ],
+)  # fmt: skip
 def test_half_precision_weights_have_statistics_of_32_bits(family: str) -> None:
     half, full = (
         load_language_model(ModelConfig(path=f"tiny:{family}", dtype=dtype), PathsConfig())
@@ -256,7 +262,13 @@ def test_half_precision_weights_have_statistics_of_32_bits(family: str) -> None:
     assert {values.dtype for quantizer in quantizers for values in quantizer.parameters} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "mixtral", "gemma2", "gpt_neox", "gpt_oss", "qwen2_moe", "qwen3_moe", "granite", "starcoder2",
+        "gemma3_text",
+    ],
+)  # fmt: skip
 def test_everything_runs_in_half_precision(family: str) -> None:
     lm = load_language_model(ModelConfig(path=f"tiny:{family}", dtype="bfloat16"), PathsConfig())
     numbers = everything(lm)

@@ -122,7 +122,7 @@ def test_attention_is_that_of_a_cache_filled_token_by_token(
     assert not torch.allclose(exact, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "granite"])
+@pytest.mark.parametrize("family", ["llama", "opt", "granite", "qwen2_moe", "qwen3_moe", "olmo2"])
 def test_a_text_in_pieces_gives_what_it_gives_at_once(tiny: Tiny, family: str) -> None:
     lm = tiny(family)
     prefix = Prefix.from_tokens(lm.model, [17, 42, 99])
