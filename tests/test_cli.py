@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -40,6 +41,13 @@ class Outcome:
 def arguments(text_file: Path) -> list[str]:
     """The overrides of a run that takes a second."""
     return ["model=tiny", "data=file", f"data.path={text_file}", "search=none", *SMALL]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_look_through() -> None:
+    """The command looks for garbage after every failed run: not in all that other tests have imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -128,6 +136,7 @@ def test_the_command_works_as_a_program_from_any_folder_without_a_home(tmp_path:
     command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments, "search.tau=0.25"]
     source = str(Path(cli.__file__).resolve().parent.parent)
     places = {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]), "HOME": "/proc/none"}
+    places["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # or it looks for fonts anew, which takes seconds
     environment = {**os.environ, **places}
 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

@@ -352,6 +352,7 @@ def test_the_page_says_of_the_options_what_the_code_does() -> None:
                     "several": "granularity",
                     "rotate": "rotation|kv_cache",
                     "cache": "kv",
+                    "shift": "smoothing_search",
                 }
                 refused = next((key for word, key in words.items() if word in verdict), "no reason that is known")
                 reason = "narrow_range=false" if "with" in verdict else refused
