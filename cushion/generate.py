@@ -195,7 +195,7 @@ def stream(
             generate(model, tokens, sampling, TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True))
 
 
-_ELSEWHERE = "copy the run's folder to another place and name that as RUN"
+_ELSEWHERE = "if it is in the run's outputs, copy the run's folder and the cache to another place and name that as RUN"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cushion.code import package_version
 from cushion.config import RunConfig, to_dict
+from cushion.errors import ConfigError
 from cushion.evaluation.local_tasks import local_task_files
 from cushion.evaluation.tasks import own_task_files
 from cushion.hashing import digest
@@ -28,7 +30,13 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     model's commit, packages that ship weights or text), the device, and size and time of the files that the user names
     as text or as model. `device_kind` (`cpu` or `cuda`) asks for the folder on a machine with another device than
     this one's.
+
+    Raises:
+        ConfigError: a folder that is read with everything in it is written to by the run, so that what it reads would
+            be another thing at its end.
+
     """
+    _check_folders(config)
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"], identity["objective"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
@@ -43,6 +51,29 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     output = Path(config.paths.output_dir).expanduser()
     return output / config.experiment / config.model.label / _row(config) / digest(identity, 12)
+
+
+def _check_folders(config: RunConfig) -> None:
+    paths = config.paths
+    read = {f"data.{name}.path": one.path for name, one in config.data.purposes().items() if one.source == "file"}
+    if config.data.path is not None and config.data.path in read.values():
+        read = {key: path for key, path in read.items() if path != config.data.path} | {"data.path": config.data.path}
+    writes = {"paths.output_dir": paths.output_dir, "paths.cache_dir": str(paths.cache)}
+    if config.model.path.startswith("embedded:"):
+        writes["paths.model_dir"] = paths.model_dir
+    for key, path in {**read, "eval.include_path": config.eval.include_path}.items():
+        folder = None if path is None else Path(os.path.realpath(Path(path).expanduser()))
+        for place, written in writes.items():
+            below = Path(os.path.realpath(Path(written).expanduser()))
+            if folder is None or not folder.is_dir() or not below.is_relative_to(folder):
+                continue
+            is_hidden = any(part.startswith(".") for part in below.relative_to(folder).parts)
+            if is_hidden and key != "eval.include_path":  # of texts, hidden files are not read
+                continue
+            raise ConfigError(
+                f"{key}={path!r} is read with everything in it, and the run writes to {written} ({place}), which is "
+                f"in it: name a folder that holds nothing else, or another {place}"
+            )
 
 
 def run_name(config: RunConfig) -> str:

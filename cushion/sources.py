@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import importlib.metadata
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Iterator
@@ -37,17 +38,17 @@ def locate(
         return f"{_EMBEDDED_PACKAGE}:{_EMBEDDED_FILE}", _read_embedded
     if corpus.source == "file":
         path = Path(corpus.path or "").expanduser()
-        return str(path.resolve()), lambda: read_documents(path, corpus.text_field, render)
+        return os.path.realpath(path), lambda: read_documents(path, corpus.text_field, render)
     if paths.data_dir is not None:
         root = Path(paths.data_dir).expanduser()
         if not root.is_dir():
             raise DataError(f"paths.data_dir={paths.data_dir!r} is not a folder: check the path")
         if corpus.source == "c4":
             path = root / "c4" / "c4.utf8"
-            return str(path.resolve()), lambda: read_lines(path)
+            return os.path.realpath(path), lambda: read_lines(path)
         names = {"train": "train.head.rows.jsonl", "test": "test.rows.jsonl", "validation": "validation.rows.jsonl"}
         path = root / "wikitext2_raw" / names[corpus.split]
-        return str(path.resolve()), lambda: wikitext_articles(read_documents(path, "text"), "\n\n")
+        return os.path.realpath(path), lambda: wikitext_articles(read_documents(path, "text"), "\n\n")
     if corpus.source == "c4":
         return f"hub:allenai/c4/en/{corpus.split}", lambda: _read_hub("allenai/c4", "en", corpus.split, HUB_DOCUMENTS)
     name, subset = "Salesforce/wikitext", "wikitext-2-raw-v1"

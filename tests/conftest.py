@@ -80,7 +80,7 @@ def no_wait_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_hydra() -> Iterator[None]:
-    """Hydra reads every file, override and command line once: composing is a fifth of the suite."""
+    """Hydra reads the text of every file and override once: composing is a fifth of the suite."""
     from quick_hydra import install
 
     with pytest.MonkeyPatch.context() as patch:

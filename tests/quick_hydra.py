@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import _utils, base, grammar_parser
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Have YAML files, overrides, interpolations and whole command lines read once."""
-    documents, rules, trees, composed = dict[str, Any](), dict[Any, Any](), dict[Any, Any](), dict[str, Any]()
+    """Have YAML texts, overrides and interpolations read once."""
+    documents, rules, trees = dict[str, Any](), dict[Any, Any](), dict[Any, Any]()
     load, parse_rule, parse = yaml.load, OverridesParser.parse_rule, grammar_parser.parse
-    compose, loader = ConfigLoaderImpl.load_configuration, _utils.get_yaml_loader()
+    loader = _utils.get_yaml_loader()
 
     def load_once(stream: Any, Loader: Any) -> Any:  # noqa: N803 - as `yaml.load` has it
         if Loader is not loader:
@@ -43,17 +42,9 @@ def install(patch: pytest.MonkeyPatch) -> None:
     def share_sources(self: CachingConfigRepository, delegate: Any) -> None:
         self.delegate, self.cache = copy.copy(delegate), {}  # what it sets anew it does not share
 
-    def compose_once(self: ConfigLoaderImpl, *given: Any, **options: Any) -> Any:
-        places = [(path.provider, path.path) for path in self.config_search_path.get_path()]
-        asked = repr((places, given, sorted(options.items())))
-        if asked not in composed:
-            composed[asked] = compose(self, *given, **options)
-        return copy.deepcopy(composed[asked])
-
     patch.setattr(_utils, "get_yaml_loader", lambda: loader)
     patch.setattr(yaml, "load", load_once)
     patch.setattr(OverridesParser, "parse_rule", parse_rule_once)
     for module in (base, _utils, grammar_parser):
         patch.setattr(module, "parse", parse_once)
     patch.setattr(CachingConfigRepository, "__init__", share_sources)
-    patch.setattr(ConfigLoaderImpl, "load_configuration", compose_once)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -21,7 +20,6 @@ from cushion.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    PathsConfig,
     RunConfig,
     SearchConfig,
     SearchRound,
@@ -220,22 +218,3 @@ def test_an_option_of_a_group_is_named_by_text(word: str, message: str) -> None:
 def test_what_is_text_or_no_group_is_left_to_hydra() -> None:
     words = ["seed=1", "experiment='123'", "model=tiny,hub", "search={name: x}", "--multirun", "search=[", "=", "/=1"]
     check_words(words, config_folder())
-
-
-@pytest.mark.parametrize(("place", "written"), [(".", "paths.output_dir"), ("texts", "paths.cache_dir")])
-def test_no_folder_that_a_run_reads_whole_may_hold_what_it_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, written: str
-) -> None:
-    (tmp_path / "texts").mkdir()
-    monkeypatch.chdir(tmp_path)
-    paths = PathsConfig(cache_dir="texts/cache")
-    own = CorpusConfig("file", path=place)
-    for key, made in {
-        "data.tuning.path": {"data": DataConfig(tuning=own)},
-        "data.path": {"data": DataConfig("file", own, own, own, own, path=place)},
-        "eval.include_path": {"eval": EvalConfig(include_path=place)},
-    }.items():
-        message = rf"^{re.escape(key)}='{re.escape(place)}' is read with .* writes to \S+ \({written}\)"
-        with pytest.raises(ConfigError, match=message):
-            RunConfig(paths=paths, **made)
-    RunConfig(paths=replace(paths, cache_dir="elsewhere"), data=DataConfig(tuning=CorpusConfig("file", path="texts")))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -136,15 +135,21 @@ def test_the_command_works_as_a_program_from_any_folder_without_a_home(tmp_path:
     command = [sys.executable, "-c", "from cushion.cli import main; main()", *arguments, "search.tau=0.25"]
     source = str(Path(cli.__file__).resolve().parent.parent)
     places = {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")]), "HOME": "/proc/none"}
-    places["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # or it looks for fonts anew, which takes seconds
     environment = {**os.environ, **places}
 
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    path = Path(done.stdout.splitlines()[-1])
+    def program() -> Outcome:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    done = program()
+    assert done.code == 0, done.err
+    path = Path(done.out.splitlines()[-1])
     assert path.is_file()
     assert tmp_path in path.parents
-    assert "WARNING: search.tau=0.25 has no effect with search.method=none" in done.stderr
+    assert "WARNING: search.tau=0.25 has no effect with search.method=none" in done.err
+    command[-1] = "search.tau=2"
+    line = one_error(program())
+    assert line == "cushion: error: search.tau=2.0 is not allowed: above 0, at most 1"
 
 
 # ---- a user's mistakes --------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from composing import composed
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
@@ -117,6 +119,8 @@ def test_every_option_composes_and_brings_its_values(files: list[Path]) -> None:
         if group in ("quantizer", "search") and not needed(file):
             own = getattr(config, group)
             assert own == from_plain(type(own), values)
+        if len(files) > 1:  # none of the others has to be there for it to have an effect
+            assert options_without_effect(replace(composed(), **{group: getattr(config, group)})) == []
     assert options_without_effect(config) == []
 
 
@@ -165,6 +169,14 @@ def test_every_experiment_composes_by_the_command_in_its_head(file: Path) -> Non
     assert options_without_effect(config) == []
 
 
+def test_no_experiment_says_by_key_what_the_command_line_chooses_by_option() -> None:
+    """`search=none` would leave a `search.method` of the experiment's own file as it is."""
+    for file in EXPERIMENTS:
+        own = OmegaConf.to_container(OmegaConf.load(CONF / file))
+        for group in {option.parent.name for option in OPTIONS} & set(own):
+            assert not {"name", "method"} & set(own[group]), (file, group)
+
+
 @pytest.mark.parametrize("name", ["main", "cushioncache_table1", "smollm2/cushioncache_table1", "ablation_tau"])
 def test_the_command_line_wins_over_an_experiment(name: str) -> None:
     """Alone, that sweeps, that starts from another one, and that sets keys of the groups."""
@@ -208,3 +220,14 @@ def test_a_share_of_records_and_the_largest_batch_can_be_given_as_lm_eval_has_th
 def test_rounds_can_be_given_on_the_command_line() -> None:
     rounds = composed("search.rounds=[{depth: 0.2, tokens: 8, keep: 500}, {keep: 3, text: start}]").search.rounds
     assert rounds == [SearchRound(0.2, 8, 500, "spikes"), SearchRound(1.0, 8, 3, "start")]
+
+
+def test_a_file_that_has_changed_is_read_as_it_is_now(tmp_path: Path) -> None:
+    """The suite reads the same text once; that must not hide a change."""
+    found = []
+    for value in (1, 2):
+        (tmp_path / "own.yaml").write_text(f"value: {value}\nagain: ${{value}}\n")
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            found.append(compose("own").again)
+    assert found == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 from cushion import moving_names, pipeline
-from cushion.config import CorpusConfig, DataConfig, ModelConfig, RunConfig
+from cushion.config import CorpusConfig, DataConfig, EvalConfig, ModelConfig, PathsConfig, RunConfig
+from cushion.errors import ConfigError, DataError
 from cushion.moving_names import commit_on_hub, resolved
+from cushion.text_files import read_documents
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +74,48 @@ def test_packages_that_ship_or_read_what_a_run_uses_are_named_and_no_others(
     before = pipeline.run_folder(RunConfig(), "cpu")
     monkeypatch.setattr(moving_names, "version", lambda package: "another")
     assert pipeline.run_folder(RunConfig(), "cpu") != before
+
+
+TEXTS = CorpusConfig("file", path="texts")
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "config"),
+    [
+        ("data.tuning.path", "paths.output_dir", RunConfig(data=DataConfig(tuning=CorpusConfig("file", path=".")))),
+        ("data.path", "paths.cache_dir", RunConfig(data=DataConfig("file", TEXTS, TEXTS, TEXTS, TEXTS, path="texts"),
+                                                   paths=PathsConfig(cache_dir="texts/cache"))),
+        ("eval.include_path", "paths.output_dir", RunConfig(eval=EvalConfig(include_path="texts"),
+                                                            paths=PathsConfig("texts/.out"))),
+        ("data.search.path", "paths.model_dir", RunConfig(data=DataConfig(search=TEXTS),
+                                                          paths=PathsConfig(model_dir="texts/models"))),
+    ],
+)  # fmt: skip
+def test_no_folder_that_a_run_reads_whole_may_hold_what_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str, config: RunConfig
+) -> None:
+    """Or the run would have another folder at its end than at its start."""
+    (tmp_path / "texts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}='.*' is read with .* writes to \S+ \({place}\)"):
+        pipeline.run_folder(config, "cpu")
+
+
+@pytest.mark.parametrize("paths", [PathsConfig("out"), PathsConfig("texts/.out"), PathsConfig("texts/linked")])
+def test_what_is_beside_texts_or_not_read_of_them_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paths: PathsConfig
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts" / "linked").symlink_to("../elsewhere")
+    monkeypatch.chdir(tmp_path)
+    pipeline.run_folder(RunConfig(data=DataConfig(search=TEXTS), paths=paths), "cpu")
+
+
+def test_a_link_to_itself_is_left_to_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    monkeypatch.chdir(tmp_path)
+    loop = RunConfig(data=DataConfig(search=CorpusConfig("file", path="loop.txt")), paths=PathsConfig("loop.txt"))
+    with pytest.raises(DataError, match=r"no data file loop\.txt"):
+        list(read_documents(Path(loop.data.search.path or ""), "text"))
+    pipeline.run_folder(loop, "cpu")

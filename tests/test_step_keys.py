@@ -84,7 +84,7 @@ def runs(text: Path, folder: Path) -> list[RunConfig]:
     everything.eval = EvalConfig(
         block_length=32, blocks=2, activation_blocks=2, controls=False, limit=2, tasks=["tiny_generation"],
         sparsity_texts=1, sparsity_ppl=50.0, spike_texts=1,
-        include_path=own_tasks(folder),
+        include_path=own_tasks(folder / "tasks"),
     )  # fmt: skip
     found = [everything]
     for method in ("qfep", "prefixquant"):

@@ -141,7 +141,6 @@ class RunConfig:
                 "choose a search that finds one, for example search=greedy_pruned, or tuning=none"
             )
         self._check_tuning()
-        self._check_folders()
         self.reconstruction.check(self.quantizer)
         if "replicas" in method.reads and self.search.replicas != 1 and self.model.device_map is not None:
             replicas = "null" if self.search.replicas is None else self.search.replicas
@@ -149,21 +148,6 @@ class RunConfig:
                 f"search.replicas={replicas} puts a copy of the model on each GPU, and model.device_map="
                 f"{self.model.device_map!r} places the model otherwise: use search.replicas=1, or model.device_map=null"
             )
-
-    def _check_folders(self) -> None:
-        """Refuse a folder that is read with all that is in it, and that the run itself writes to."""
-        read = {f"data.{name}.path": one.path for name, one in self.data.purposes().items() if one.source == "file"}
-        if self.data.path is not None and self.data.path in read.values():
-            read = {key: path for key, path in read.items() if path != self.data.path} | {"data.path": self.data.path}
-        writes = {"paths.output_dir": Path(self.paths.output_dir).expanduser(), "paths.cache_dir": self.paths.cache}
-        for key, path in {**read, "eval.include_path": self.eval.include_path}.items():
-            folder = None if path is None else Path(path).expanduser().resolve()
-            for place, written in writes.items():
-                if folder is not None and folder.is_dir() and written.resolve().is_relative_to(folder):
-                    raise ConfigError(
-                        f"{key}={path!r} is read with everything in it, and the run writes to {written} ({place}), "
-                        f"which is in it: name a folder that holds nothing else, or another {place}"
-                    )
 
     def _check_tuning(self) -> None:
         """Refuse a tuning whose ranges or loss need a quantizer that is not there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,5 +70,5 @@ class ModelConfig:
         """A short name that is safe as a folder name: the last part of `path`."""
         last = self.path.removeprefix("embedded:").rstrip("/").replace("\\", "/").split("/")[-1]
         if not last.strip("."):  # `.`, `..` and the root: what the folder is called
-            last = Path(self.path).resolve().name or "model"
+            last = Path(os.path.realpath(self.path)).name or "model"
         return "".join(c if c.isalnum() or c in "._-" else "_" for c in last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -118,7 +119,7 @@ def local_task(manager: Any, name: str, local: LocalSet, root: Path, config: Eva
     path = root / local.folder / dict(local.files)[asked]
     task = _stock(manager, overrides, name, records, asked, path, lines[asked])
     _check_records(task, path, lines[asked])
-    origin = ", ".join(str((root / local.folder / file).resolve()) for _, file in local.files)
+    origin = ", ".join(os.path.realpath(root / local.folder / file) for _, file in local.files)
     return LocalTask(task, origin, processed)
 
 

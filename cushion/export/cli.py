@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 import cushion
 from cushion import system_errors
 from cushion.errors import CushionError
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from cushion.export.hub import push  # only where it is asked for
 
             print(push(given.folder.expanduser().resolve(), given.push))
-    except (CushionError, OSError) as error:
+    except (CushionError, OSError, SafetensorError) as error:
         system_errors.end("cushion-export", error, "name another RUN or DIR")
 
 

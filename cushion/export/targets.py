@@ -5,6 +5,7 @@ Cushion's own are in `cushion/export/built_in`; a user's package adds its own th
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def export(run: FinishedRun, name: str, folder: Path) -> list[Path]:
     """
     target = EXPORTERS[name]
     target.check(run)
-    folder = folder.expanduser().resolve()
+    folder = Path(os.path.realpath(folder.expanduser()))
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ArtifactError(f"DIR={str(folder)!r} is there already and is not an empty folder: name a new one")

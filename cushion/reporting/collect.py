@@ -109,7 +109,9 @@ def _files(folders: Iterable[Path]) -> list[Path]:
             raise ArtifactError(
                 f"there is no folder {folder}: name the folder of results (paths.output_dir of the runs)"
             )
-        inside = {path.resolve() for path in folder.rglob(FILE_NAME) if not is_aside(path.relative_to(folder))}
+        inside = {
+            Path(os.path.realpath(path)) for path in folder.rglob(FILE_NAME) if not is_aside(path.relative_to(folder))
+        }
         if not inside:
             raise ArtifactError(
                 f"{folder} holds no {FILE_NAME}: run an experiment first, for example cushion experiment=main, "

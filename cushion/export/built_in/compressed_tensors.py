@@ -100,7 +100,7 @@ def _check(run: FinishedRun) -> None:
 
     check_run(run)
     if find_spec("compressed_tensors") is None:
-        raise ConfigError(f"--to={TARGET} needs the package compressed-tensors: pip install 'cushion-quant[export]'")
+        raise ConfigError(f"--to={TARGET} needs the package compressed-tensors: pip install compressed-tensors")
 
 
 register(
