@@ -17,7 +17,7 @@ installs:
 
 quick_said:
 	@echo "SmolLM2-135M on English text, on this machine alone: measures full precision and W8A8, each without a prefix and behind one"
-	@echo "token, over 16 blocks of 512 tokens. A minute or two on 2 free CPU cores. make run searches the prefix, and tunes it."
+	@echo "token, over 4 blocks of 512 tokens. A minute or two on 2 free CPU cores. make run searches the prefix, and tunes it."
 
 said:
 	@echo "SmolLM2-135M on English text, on this machine alone: searches a prefix among all 49,152 tokens, tunes it in 60 steps, and"

@@ -22,6 +22,8 @@ from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
 from cushion import cli, preparation, start
+from cushion.config import TrackingConfig
+from cushion.events import Event
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
 from cushion.schema import LOGGED
@@ -238,6 +240,7 @@ def test_a_mistake_ends_with_one_line_that_names_it(
     line = one_error(cushion(*(a for a in arguments if a.split("=")[0] not in replaced), *overrides))
     assert named in line
     assert way_out in line
+    assert not Path("here").exists(), "of a folder that is not used none is made"
 
 
 def test_a_file_that_nobody_named_is_asked_for(cushion: Callable[..., Outcome]) -> None:
@@ -350,9 +353,29 @@ def test_an_interrupted_run_ends_with_one_line_and_its_own_status(
 # ---- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_over_quantizers_completes_every_run(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+def test_a_sweep_over_quantizers_completes_every_run_and_wandb_is_told_what_was_swept(
+    cushion: Callable[..., Outcome], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[list[str], str]] = []
+
+    class Recorder:
+        """In place of W&B's tracker: what a run of a sweep gives it, and what stood on the screen last by then."""
+
+        def __init__(self, _: TrackingConfig, swept: list[str]) -> None:
+            begun.append((swept, sys.stdout.getvalue().splitlines()[-1]))  # type: ignore[attr-defined]
+
+        def __call__(self, _: Event) -> None: ...
+
+        catch_up = close = lambda *_, **__: None
+
+    monkeypatch.setattr("cushion.tracking.WandbTracker", Recorder)
+    arguments = [argument for argument in arguments if argument != "tracking=none"]
     outcome = cushion("-m", *arguments, "quantizer=per_tensor_dynamic,smoothquant_o1")
     assert outcome.code == 0
+    assert begun == [
+        (["quantizer=per_tensor_dynamic"], "[1/2] quantizer=per_tensor_dynamic"),
+        (["quantizer=smoothquant_o1"], "[2/2] quantizer=smoothquant_o1"),
+    ], "a heading stands before its run"
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert {result["config"]["quantizer"]["name"] for result in results} == {"per_tensor_dynamic", "smoothquant_o1"}
     assert {result["status"] for result in results} == {"completed"}
