@@ -17,7 +17,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 import yaml
+from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
@@ -404,6 +406,28 @@ def test_a_sweep_says_once_that_an_option_has_no_effect(
     ]
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert [len(result["warnings"]) for result in results] == [1] * 4, "the result keeps its own warnings"
+
+
+def test_a_sweeper_that_chooses_its_runs_on_the_way_says_as_much(
+    cushion: Callable[..., Outcome],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name, known = "hydra_plugins.here.ChoosingSweeper", Plugins.instance().class_name_to_class
+    usual = known[f"{basic_sweeper.__name__}.BasicSweeper"]
+    choosing = type("ChoosingSweeper", (usual,), {"__module__": __name__})  # nothing is known of its runs before
+    monkeypatch.setattr(sys.modules[__name__], "ChoosingSweeper", choosing, raising=False)
+    monkeypatch.setitem(known, name, choosing)
+    outcome = cushion("-m", *arguments, f"hydra.sweeper._target_={name}", "search.tau=0.25", "seed=0,1")
+    assert outcome.code == 0
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert said == ["search.tau=0.25 has no effect with search.method=none"]
+    lines = outcome.out.splitlines()
+    assert [line for line in lines if line.startswith("[")] == ["[1] seed=0", "[2] seed=1"]
+    closing = lines[lines.index("the last row of each run: per_tensor_static W8A8") :]
+    assert [line.split()[:2] for line in closing[2:6]] == [["run", "seed"], ["---", "----"], ["1", "0"], ["2", "1"]]
+    assert closing[-1] == "2 runs: 2 completed"
 
 
 def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(
