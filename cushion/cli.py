@@ -170,13 +170,17 @@ def _hydra_main(config: DictConfig) -> str | float:
 
 def _of_sweep(sweep: sweeps.Sweep, config: RunConfig, overrides: list[str]) -> Path:
     """Do one run of a sweep, and say which it is; beside others at work, once more above its table."""
+    from cushion import pipeline
     from cushion.config_warnings import options_without_effect
 
     hydra_config = HydraConfig.get()
     heading = sweep.heading(hydra_config.job.num, overrides)
     print(f"\n{heading}" if hydra_config.job.num else heading, flush=True)
     alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
-    with sweeps.said_before(options_without_effect(config) if sweep.runs is not None else []):
+    said = options_without_effect(config)
+    if sweep.runs is None:
+        said = sweeps.chosen(overrides, pipeline.run_folder(config), said)
+    with sweeps.said_before(said):
         return execute(config, overrides, "" if alone else heading, sweep.of(overrides))
 
 

@@ -56,7 +56,10 @@ class _Planned:
 
 
 _planned: list[_Planned] = []
-"""The runs of the sweep that this process began."""
+"""The runs of the sweep that this process began; where its sweeper chooses them on the way, those so far."""
+
+_said: set[str] = set()
+"""What runs of a sweep have been warned of, where its sweeper chooses them on the way."""
 
 
 def begin(sweep: Sweep, jobs: Sequence[list[str]] = (), folders: Sequence[list[Path]] = ()) -> None:
@@ -77,6 +80,15 @@ def end() -> None:
     """The sweep is over."""
     os.environ.pop(_VARIABLE, None)
     _planned.clear()
+    _said.clear()
+
+
+def chosen(overrides: list[str], folder: Path, warnings: Sequence[str]) -> list[str]:
+    """A sweeper has chosen the next run: that of a folder. Returns those of its warnings that a run before it had."""
+    _planned.append(_Planned(overrides, [folder]))
+    before = [message for message in warnings if message in _said]
+    _said.update(warnings)
+    return before
 
 
 def current() -> Sweep | None:

@@ -226,7 +226,7 @@ def figure(rows: list[dict[str, Any]], whole: int, path: Path) -> None:
     for row, marker in zip(shown, itertools.cycle("osD^vPX*"), strict=False):
         axes.scatter(row["token_forwards"], row["ratio_to_best"], s=70, alpha=0.7, marker=marker, label=named(row))
     axes.axvline(whole, linestyle="--", color="grey", label="exhaustive (all tokens, counted)")
-    axes.set(xscale="log", xlabel="token-forwards", ylabel="L_q over the lowest found")
+    axes.set(xscale="log", xlabel="token-forwards (log)", ylabel="L_q over the lowest found")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     pyplot.savefig(path, dpi=150)

@@ -16,11 +16,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from tiny_run import overflow_in_half_precision, saved_model
 from transformers import LlamaForCausalLM
 
 from cushion import cli, preparation, start
+from cushion.config import TrackingConfig
+from cushion.events import Event
 from cushion.reporting import figures
 from cushion.results import FILE_NAME
 from cushion.schema import LOGGED
@@ -243,6 +247,7 @@ def test_a_mistake_ends_with_one_line_that_names_it(
     line = one_error(cushion(*(a for a in arguments if a.split("=")[0] not in replaced), *overrides))
     assert named in line
     assert way_out in line
+    assert not Path("here").exists(), "of a folder that is not used none is made"
 
 
 def test_a_file_that_nobody_named_is_asked_for(cushion: Callable[..., Outcome]) -> None:
@@ -355,9 +360,29 @@ def test_an_interrupted_run_ends_with_one_line_and_its_own_status(
 # ---- sweeps -------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_over_quantizers_completes_every_run(cushion: Callable[..., Outcome], arguments: list[str]) -> None:
+def test_a_sweep_over_quantizers_completes_every_run_and_wandb_is_told_what_was_swept(
+    cushion: Callable[..., Outcome], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[list[str], str]] = []
+
+    class Recorder:
+        """In place of W&B's tracker: what a run of a sweep gives it, and what stood on the screen last by then."""
+
+        def __init__(self, _: TrackingConfig, swept: list[str]) -> None:
+            begun.append((swept, sys.stdout.getvalue().splitlines()[-1]))  # type: ignore[attr-defined]
+
+        def __call__(self, _: Event) -> None: ...
+
+        catch_up = close = lambda *_, **__: None
+
+    monkeypatch.setattr("cushion.tracking.WandbTracker", Recorder)
+    arguments = [argument for argument in arguments if argument != "tracking=none"]
     outcome = cushion("-m", *arguments, "quantizer=per_tensor_dynamic,smoothquant_o1")
     assert outcome.code == 0
+    assert begun == [
+        (["quantizer=per_tensor_dynamic"], "[1/2] quantizer=per_tensor_dynamic"),
+        (["quantizer=smoothquant_o1"], "[2/2] quantizer=smoothquant_o1"),
+    ], "a heading stands before its run"
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert {result["config"]["quantizer"]["name"] for result in results} == {"per_tensor_dynamic", "smoothquant_o1"}
     assert {result["status"] for result in results} == {"completed"}
@@ -386,6 +411,28 @@ def test_a_sweep_says_once_that_an_option_has_no_effect(
     ]
     results = [json.loads(path.read_text()) for path in Path("outputs").rglob(FILE_NAME)]
     assert [len(result["warnings"]) for result in results] == [1] * 4, "the result keeps its own warnings"
+
+
+def test_a_sweeper_that_chooses_its_runs_on_the_way_says_as_much(
+    cushion: Callable[..., Outcome],
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name, known = "hydra_plugins.here.ChoosingSweeper", Plugins.instance().class_name_to_class
+    usual = known[f"{basic_sweeper.__name__}.BasicSweeper"]
+    choosing = type("ChoosingSweeper", (usual,), {"__module__": __name__})  # nothing is known of its runs before
+    monkeypatch.setattr(sys.modules[__name__], "ChoosingSweeper", choosing, raising=False)
+    monkeypatch.setitem(known, name, choosing)
+    outcome = cushion("-m", *arguments, f"hydra.sweeper._target_={name}", "search.tau=0.25", "seed=0,1")
+    assert outcome.code == 0
+    said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
+    assert said == ["search.tau=0.25 has no effect with search.method=none"]
+    lines = outcome.out.splitlines()
+    assert [line for line in lines if line.startswith("[")] == ["[1] seed=0", "[2] seed=1"]
+    closing = lines[lines.index("the last row of each run: per_tensor_static W8A8") :]
+    assert [line.split()[:2] for line in closing[2:6]] == [["run", "seed"], ["---", "----"], ["1", "0"], ["2", "1"]]
+    assert closing[-1] == "2 runs: 2 completed"
 
 
 def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(

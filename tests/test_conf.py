@@ -184,6 +184,19 @@ def test_the_command_line_wins_over_an_experiment(name: str) -> None:
     assert (config.tuning.method, config.search.method, config.seed) == ("none", "none", 7)
 
 
+def test_the_first_experiments_need_no_network_and_little_time() -> None:
+    """`smoke` has every step, on a random model; `quick` the effect of one token on a real one."""
+    smoke, quick = composed("experiment=smoke"), composed("experiment=quick")
+    for config in (smoke, quick):
+        assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}
+        assert (config.quantizer.name, config.tracking.backend, config.eval.tasks) == ("per_tensor_static", "none", [])
+    assert (smoke.model.path, smoke.search.method, smoke.tuning.method) == ("tiny:llama", "greedy", "prefix")
+    assert smoke.search.candidates * smoke.search.max_length <= 64 and smoke.tuning.steps <= 6
+    assert smoke.eval.blocks * smoke.eval.block_length <= 256
+    assert (quick.model.path, quick.search.method, quick.search.tokens) == ("embedded:smollm2-135m", "tokens", " ")
+    assert quick.tuning.method == "none" and quick.eval.blocks * quick.eval.block_length <= 2048
+
+
 def test_the_default_is_the_embedded_model_and_the_embedded_text() -> None:
     config = composed()
     assert config.model.path.startswith("embedded:")

@@ -110,6 +110,21 @@ def test_the_tutorial_runs_on_the_random_model(
     assert len(names["prefix"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("target", "time"),
+    [("quick", "a minute or two"), ("run", "about 7 minutes on 2 CPU cores with AVX512 and AMX")],
+)
+def test_make_says_first_what_it_does_and_how_long_as_the_readme_does(target: str, time: str) -> None:
+    (line,) = re.findall(rf"^make {target} .*$", page("README.md"), re.MULTILINE)
+    assert time in line
+    makefile = page("Makefile")
+    (said,) = re.findall(rf"^{target}: installs (\w+) \$\(STAMP\)", makefile, re.MULTILINE)  # in this order
+    recipes = dict(re.findall(r"^(\w+):\n((?:\t.*\n)+)", makefile, re.MULTILINE))
+    words = " ".join(re.findall(r'^\t@echo "(.*)"$', recipes[said], re.MULTILINE)).replace("free ", "")
+    assert time.lower() in words.lower()
+    assert "the time is that of the download" in recipes["installs"]
+
+
 def test_the_readme_is_short() -> None:
     assert len(page("README.md").splitlines()) <= 120
 

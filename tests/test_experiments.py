@@ -19,8 +19,9 @@ from cushion.flat import flatten
 from cushion.reporting.published import PublishedTable, load_published, published_folder, published_names
 from cushion.reporting.published_notes import differences
 
-FILES = sorted((config_folder() / "experiment").glob("*.yaml"))
-CUT = sorted((config_folder() / "experiment" / "smollm2").glob("*.yaml"))
+EXPERIMENTS = config_folder() / "experiment"
+FILES = sorted(EXPERIMENTS.glob("*.yaml"))
+CUT = sorted((EXPERIMENTS / "smollm2").glob("*.yaml"))
 SWEEPS = [path for path in FILES if OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params")]
 
 
@@ -63,16 +64,48 @@ def test_every_value_of_a_sweep_is_valid_and_makes_another_run(path: Path) -> No
         assert len({repr(getattr(part, "name", part)) for part in parts}) == len(values) > 1, key
 
 
+def commands_in(path: Path) -> list[str]:
+    """The commands in the head of an experiment, by their overrides."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix("#   cushion ") for line in lines if line.startswith("#   cushion ")]
+
+
+def without_a_network(path: Path, tasks: list[str], perplexity: bool = True) -> str:
+    """The command of an experiment on the embedded model that takes nothing from the hub.
+
+    What its files set of single corpora stands beside `data=embedded`, and tasks are left out.
+    """
+    files = [path.parent.parent / path.name, path] if path in CUT else [path]
+    alone = [purpose for file in files for purpose in OmegaConf.load(file).get("data", {})]
+    words = [f"experiment={path.relative_to(EXPERIMENTS).with_suffix('')}", "data=embedded"]
+    words += [f"data.{purpose}.source=embedded" for purpose in alone]
+    words += [] if perplexity else ["eval.perplexity=true"]
+    return " ".join([*words, *(["eval.tasks=[]"] if tasks else [])])
+
+
 def test_the_command_for_the_embedded_model_works() -> None:
-    commands = [
-        (path.stem, line.removeprefix("#   cushion "))
-        for path in FILES
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.startswith("#   cushion ")
-    ]
+    commands = [command for path in FILES for command in commands_in(path)]
+    plain = {without_a_network(path, []) for path in FILES}
     assert commands
-    for name, command in commands:
-        assert composed(*command.split()).model.path == "embedded:smollm2-135m", (name, command)
+    own = EXPERIMENTS / "smollm2"
+    commands += [*commands_in(own / "quarot_w4a4kv4.yaml"), *commands_in(own / "cushioncache_table2.yaml")]
+    for command in commands:
+        if command in plain:  # it only names another group
+            continue
+        config = composed(*command.split())
+        assert config.model.path == "embedded:smollm2-135m", command
+        if "data=" in command:
+            assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}, command
+            assert config.eval.perplexity and not config.eval.tasks, command
+        else:
+            assert "model=" not in command, "on the embedded model without its text"
+
+
+def test_a_grid_on_the_embedded_model_says_how_it_needs_no_network() -> None:
+    grids = [path for path in FILES if path.stem.endswith("_grid") or path.stem == "formats"]
+    assert len(grids) == 5
+    for path in grids:
+        assert commands_in(path)[-1] == without_a_network(path, []), path.stem
 
 
 @pytest.mark.parametrize("path", CUT, ids=lambda path: path.stem)
@@ -85,6 +118,7 @@ def test_the_cut_of_an_experiment_differs_from_it_in_model_search_tuning_and_eva
     assert cut.eval.perplexity or cut.eval.tasks
     assert (cut.search.method, cut.tuning.method) == (whole.search.method, whole.tuning.method)
     assert cut.eval.block_length == 512
+    assert commands_in(path) == [without_a_network(path, cut.eval.tasks, cut.eval.perplexity)]
 
 
 def test_the_cut_of_an_experiment_sweeps_over_the_same_with_one_model() -> None:
@@ -160,7 +194,6 @@ def test_the_accuracy_of_qfem_is_the_mean_over_the_published_tasks() -> None:
 UNREACHABLE = {"spinquant", "smoothquant_qfem"}
 """Methods of published tables that no run of the experiment is, as the table's notes say."""
 
-EXPERIMENTS = config_folder() / "experiment"
 NAMED = published_names(published_folder())
 WITH_EXPERIMENT = [name for name in NAMED if (EXPERIMENTS / f"{name}.yaml").is_file()]
 
@@ -204,7 +237,7 @@ def runs_of(name: str) -> list[RunConfig]:
 def test_an_experiment_is_the_published_setting_and_its_cut_names_what_is_not(name: str) -> None:
     assert differing(name, *runs_of(name)) == NOT_AS_PUBLISHED.get(name, set())
     lines = (EXPERIMENTS / "smollm2" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    named = " ".join(line for line in lines if line.startswith("# "))
+    named = " ".join(line for line in lines if line.startswith("# ") and not line.startswith("#   cushion "))
     assert set(re.findall(r"(\w+(?:\.\w+)+)=", named)) == differing(name, composed(f"experiment=smollm2/{name}"))
 
 

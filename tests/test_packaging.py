@@ -71,7 +71,13 @@ def test_nobody_is_told_to_install_the_other_project_that_is_called_cushion_on_p
     assert not name.search("pip install cushion-quant")
     with zipfile.ZipFile(wheel) as archive:
         told = [file for file in archive.namelist() if name.search(archive.read(file).decode("utf-8", "ignore"))]
-    pages = [*ROOT.glob("*.*"), ROOT / "Makefile", *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").iterdir()]
+    pages = [
+        *ROOT.glob("*.*"),
+        ROOT / "Makefile",
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "docs/tutorial.ipynb",
+        *(ROOT / "scripts").iterdir(),
+    ]
     assert told + [path for path in pages if path.is_file() and name.search(path.read_text(encoding="utf-8"))] == []
     assert wheel.name.startswith("cushion_quant-")
 

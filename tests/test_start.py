@@ -131,6 +131,20 @@ def test_every_command_says_its_version(
     assert capsys.readouterr().out == f"{command} {cushion.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [(["rerun", "result.json"], "cushion.rerun"), (["seed=1", "rerun"], "cushion.cli"), ([], "cushion.cli")],
+)
+def test_rerun_is_a_command_of_its_own_in_the_first_place(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], module: str
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["cushion", *words])
+    monkeypatch.setattr(start, "_run", lambda name, module, _: started.extend((name, module)))
+    start.main()
+    assert started == ["cushion", module]
+
+
 def test_the_package_is_a_command_too_and_its_help_says_what_it_is(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "cushion", "--help"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from drawing import assert_nothing_is_cut_off
 from matplotlib import pyplot
-from matplotlib.text import Text
 
 from cushion.reporting.figures import (
     FIGURES,
@@ -19,7 +19,7 @@ from cushion.reporting.figures import (
     figures_of,
     qfem_tradeoff,
 )
-from cushion.reporting.sizes import WIDTHS
+from cushion.reporting.plots import search_trajectory, tuning_loss
 
 KEYS = ("top1", "top2", "top3", "top10_percent", "median")
 
@@ -68,6 +68,7 @@ def test_every_prefix_has_a_panel_with_its_curves(tmp_path: Path, monkeypatch: p
         for axis, curve in zip(figure.axes, curves.values(), strict=True):
             assert [list(line.get_ydata()) for line in axis.get_lines()] == [curve[key] for key in KEYS]
             assert axis.get_yscale() == "log"
+        assert [axis.get_ylabel() for axis in figure.axes] == ["magnitude at block input (log)", "", ""]
         legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["top-1", "top-2", "top-3", "top 10 %", "median"]
         limits = {axis.get_ylim() for axis in figure.axes}
@@ -117,10 +118,21 @@ def test_attention_has_a_map_of_its_own_for_every_prefix(tmp_path: Path, monkeyp
         pyplot.close(figure)
 
 
+OF_A_REPORT: dict[str, Any] = {"search_trajectory": search_trajectory, "tuning_loss": tuning_loss}
+"""The figures of one run that a report alone draws."""
+
+
 @pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("name", "stages", "width"),
-    [*((name, 3, width) for name in FIGURES for width in (None, "column")), ("activation_curves", 1, None)],
+    [
+        *((name, 3, width) for name in FIGURES for width in (None, "column")),
+        *((name, 1, None) for name in ("activation_curves", "activation_map", "attention_maps")),
+        *((name, 1, "column") for name in ("activation_map", "attention_maps")),
+        ("activation_map", 3, "page"),
+        ("search_trajectory", 1, "column"),
+        ("tuning_loss", 1, "column"),
+    ],
 )
 def test_nothing_in_a_figure_is_cut_off_and_for_a_paper_its_text_has_one_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stages: int, width: str | None
@@ -139,18 +151,20 @@ def test_nothing_in_a_figure_is_cut_off_and_for_a_paper_its_text_has_one_size(
     record["activations"]["spikes"] = {
         "stages": {name: {"cosines": [None, 1.0, 0.9, 1.0, None], "others": [0.5] * 5} for name in names}
     }
+    step = {"objective_before": 12345.678, "objective_after": 9.0, "token": "a token of some length", "token_id": 1}
+    record["search"] = {
+        "objective": "quantization_error",
+        "steps": [{**step, "step": place, "accepted": not place} for place in range(3)],
+    }
+    losses = [{"step": place, "loss": 12345.678 - place, "held_out_loss": 3.0} for place in range(60)]
+    record["tuning"] = {"steps": losses, "initial_loss": 3.0, "best_step": 30}
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
-        FIGURES[name](record, tmp_path / "drawn.png", width=width)
+        {**FIGURES, **OF_A_REPORT}[name](record, tmp_path / "drawn.png", width=width)
     figure = pyplot.gcf()
     try:
-        figure.draw_without_rendering()  # lays it out
-        drawn, whole = figure.get_tightbbox(), figure.bbox_inches
-        assert whole.xmin <= drawn.xmin and drawn.xmax <= whole.xmax
-        assert whole.ymin <= drawn.ymin and drawn.ymax <= whole.ymax
-        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text() and text.get_visible()}
-        if width is not None:
-            assert (whole.width, sizes) == (WIDTHS[width], {8.0})
+        assert_nothing_is_cut_off(figure, width)
+        if width is not None and name in FIGURES:
             assert len([axis for axis in figure.axes if axis.get_title()]) >= stages
     finally:
         pyplot.close(figure)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import assert_nothing_is_cut_off
 from matplotlib import pyplot
 from records import failed, record, row, write
 
@@ -64,12 +65,14 @@ def test_the_figure_shows_them_and_a_report_has_it(tmp_path: Path, monkeypatch: 
         drawn = {str(one.get_label()): [float(x) for x in one.lines[0].get_xdata()] for one in axis.containers}
         assert drawn == {"no prefix": [5.0, 2.0], "tuned prefix": [1.5, 1.25]}
         assert axis.get_xscale() == "log" and axis.get_xlabel().endswith("(log)")
-        figure.draw_without_rendering()
+        assert_nothing_is_cut_off(figure, "column")
         boxes = [one.get_window_extent() for one in (*figure.legends, axis.xaxis.label)]
-        assert not boxes[0].overlaps(boxes[1]) and all(figure.bbox.containsx(box.x0) for box in boxes)
+        assert not boxes[0].overlaps(boxes[1])
     finally:
         pyplot.close(figure)
-    figures = [drawing.path for drawing in draw_all(collect([tmp_path]), tmp_path / "figures")]
+    drawings = draw_all(collect([tmp_path]), tmp_path / "figures")
+    assert [f"{found.title} (logarithmic axis), model" in one.title for one in drawings].count(True) == 1
+    figures = [drawing.path for drawing in drawings]
     names = [path.name for path in figures]
     assert not [path for path in figures if b"/Type3" in path.with_suffix(".pdf").read_bytes()]
     assert sum(name.startswith("ratios-") for name in names) == 1

@@ -121,13 +121,24 @@ def _compile(document: Path) -> None:
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own(tmp_path: Path) -> None:
-    write(tmp_path / "results", everything(), record(experiment="provenance"))
+def test_a_published_table_and_its_runs_have_labels_and_ids_of_their_own_and_figures_beside_them(
+    tmp_path: Path,
+) -> None:
+    rows = [row("quantized", 20.0), row("quantized_tuned", 10.0)]
+    other = record(experiment="provenance", rows=rows, tuning={"steps": [{"step": 0, "loss": 7.0}]})
+    write(tmp_path / "results", everything(), other)
     written = write_report([tmp_path / "results"], tmp_path / "report")
     labels = re.findall(r"\\label\{(.*?)\}", (tmp_path / "report" / "report.tex").read_text(encoding="utf-8"))
     assert labels == ["tab:cushioncache-table1", "tab:runs-cushioncache-table1", "tab:runs-provenance"]
-    ids = Page(written[0].read_text(encoding="utf-8")).ids
+    text = written[0].read_text(encoding="utf-8")
+    ids = Page(text).ids
     assert len(ids) == len(set(ids))
+    page = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    for whole, second in ((text, 'id="table-runs-provenance"'), (page, "\n### Runs of provenance")):
+        beside = [re.findall(r"Tuning loss, model; (\w+)", part)[0] for part in whole.split(second)]
+        assert [name.removesuffix("_table1") for name in beside] == ["cushioncache", "provenance"]
+        assert "Tuning loss, model; provenance" not in whole.partition(second)[0]
+    assert re.findall(r'<td class="[^"]*\bbest\b[^"]*"[^>]*>([\d.]+)', text) == ["10.00"]
     assert {"table-cushioncache_table1", "table-runs-cushioncache_table1", "table-provenance"} <= set(ids)
     names = {path.relative_to(tmp_path / "report").as_posix() for path in written}
     assert {"published/cushioncache_table1.csv", "runs/cushioncache_table1.csv", "runs/provenance.csv"} <= names
@@ -155,10 +166,14 @@ def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path
 def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:
     other = everything(1)
     other["tuning"]["steps"][0]["loss"] = 7.0
+    of_map = other["activations"]["map"]["values"]
+    of_map["none"] = [[1.001 * value for value in line] for line in of_map["none"]]
     drawings = draw_all(collect([write(tmp_path / "results", everything(), other)]), tmp_path / "figures")
-    by_kind = {}
+    by_kind, captions = {}, {}
     for drawing in drawings:
-        by_kind.setdefault(drawing.path.name.partition("-")[0], []).append(drawing.runs)
+        kind = drawing.path.name.partition("-")[0]
+        by_kind.setdefault(kind, []).append(drawing.runs)
+        captions[kind] = drawing.caption
     assert by_kind == {
         "map": [(1, 2)],
         "activations": [(1, 2)],
@@ -166,6 +181,17 @@ def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -
         "search": [(1, 2)],
         "tuning": [(1,), (2,)],
         "qfem": [(1, 2)],
+    }
+    nearly = "drawn for run 1, from which the others differ by less than 1 % of the scale"
+    assert [kind for kind, caption in captions.items() if nearly in caption] == ["map"]
+    scales = {kind: re.findall(r" \((logarithmic [^)]*)\), model", caption) for kind, caption in captions.items()}
+    assert scales == {
+        "map": ["logarithmic colours"],
+        "activations": ["logarithmic axis"],
+        "attention": [],
+        "search": ["logarithmic axis"],
+        "tuning": [],
+        "qfem": ["logarithmic axes"],
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import assert_nothing_is_cut_off
 from matplotlib import pyplot
 from records import failed, record, row, write
 
@@ -35,17 +36,21 @@ def found_in(folder: Path, *records: dict[str, Any]) -> list[Tradeoff]:
     return list(tradeoffs(list(enumerate(collect([write(folder, *records)]), start=1))))
 
 
-def lines(tradeoff: Tradeoff, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[list[Any], list[Any]]]:
+def lines(
+    tradeoff: Tradeoff, folder: Path, monkeypatch: pytest.MonkeyPatch, width: str | None = None
+) -> dict[str, tuple[list[Any], list[Any]]]:
     """What is drawn: by label x and y of every point, and (x, low, high) of every bar.
 
     Also the scales, as '', and (text, x, y) of what is written at points, as 'texts' with their places beside.
     """
     with monkeypatch.context() as patch:
         patch.setattr("cushion.reporting.figures.pyplot.close", lambda _figure: None)
-        path = draw_tradeoff(tradeoff, folder / "drawn.png", 50)
+        path = draw_tradeoff(tradeoff, folder / "drawn.png", 50, width)
     assert path.read_bytes().startswith(b"\x89PNG")
     figure = pyplot.gcf()
     try:
+        if width is not None:
+            assert_nothing_is_cut_off(figure, width)
         (axis,) = figure.axes
         drawn = {"": ([axis.get_xscale()], [axis.get_yscale()])}
         if axis.texts:
@@ -61,6 +66,7 @@ def lines(tradeoff: Tradeoff, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pyplot.close(figure)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_points_drawn_are_those_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = failed("no text", seed=2, experiment="ablation_tau", **{"search.tau": 0.5})
     (only,) = found_in(tmp_path, *tau_runs(), broken)
@@ -87,12 +93,14 @@ def test_a_row_whose_quantizer_learned_is_not_drawn(tmp_path: Path, learned: str
     assert {stage for stage, _ in only.series} == {"none", "found"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_one_seed_has_no_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (only,) = found_in(tmp_path, *(one for one in tau_runs() if one["config"]["seed"] == 0))
     assert lines(only, tmp_path, monkeypatch)["found prefix"] == ([(0.25, 30.0), (0.5, 20.0), (0.9, 12.0)], [])
     assert {point.seeds for points in only.series.values() for point in points} == {""}
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("values", "scale"),
     [((1, 4, 16, 64), "log"), ((0, 0.001, 0.01, 1), "linear"), ((1, 2, 30), "linear"), ((1, 2, 31), "log")],
@@ -164,6 +172,7 @@ def test_a_run_that_quantizes_nothing_is_drawn_by_its_full_precision_rows(tmp_pa
     }
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_searches_are_compared_by_their_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"greedy_pruned": (1000.0, 3000.0), "greedy_exhaustive": (9e5, 9e5)}
     records = [
@@ -180,8 +189,10 @@ def test_searches_are_compared_by_their_cost(tmp_path: Path, monkeypatch: pytest
     assert [(point.x, point.perplexity, point.label) for point in points] == [
         (2000.0, 10.5, "greedy_pruned"), (9e5, 20.5, "greedy_exhaustive")]  # fmt: skip
     assert points[0].x_deviation == pytest.approx(statistics.stdev(costs["greedy_pruned"]))
-    drawn = lines(only, tmp_path, monkeypatch)
+    drawn = lines(only, tmp_path, monkeypatch, "column")
     assert drawn["tuned prefix"][0] == [(2000.0, 5.25), (9e5, 10.25)]
+    assert drawn["texts"] == (["greedy_pruned", "greedy_exhaustive"] * 2, [
+        (2000.0, 10.5), (9e5, 20.5), (2000.0, 5.25), (9e5, 10.25)])  # fmt: skip
     assert drawn[""] == (["log"], ["linear"])
 
 
