@@ -156,6 +156,8 @@ def _hydra_main(config: DictConfig) -> str | float:
         with _full_disk_is_no_fault_of_logging(), _place():  # likewise
             sweep = sweeps.current() if HydraConfig.get().mode == RunMode.MULTIRUN else None
             overrides = list(HydraConfig.get().overrides.task)
+            if sweep is not None and sweep.runs is None:
+                sweeps.chosen(overrides)
             run = to_run_config(config)
             path = execute(run, overrides) if sweep is None else _of_sweep(sweep, run, overrides)
             return _returned(path, run.objective)
@@ -179,7 +181,7 @@ def _of_sweep(sweep: sweeps.Sweep, config: RunConfig, overrides: list[str]) -> P
     alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
     said = options_without_effect(config)
     if sweep.runs is None:
-        said = sweeps.chosen(overrides, pipeline.run_folder(config), said)
+        said = sweeps.placed(pipeline.run_folder(config), said)
     with sweeps.said_before(said):
         return execute(config, overrides, "" if alone else heading, sweep.of(overrides))
 

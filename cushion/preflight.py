@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cushion.config import RunConfig
 from cushion.errors import ConfigError, CushionError
 from cushion.hashing import digest
+from cushion.places import check_apart
 from cushion.registry import SEARCH_METHODS
 from cushion.start import interrupt_with_care
 from cushion.sweeps import Sweep, begin, warn_once, which
@@ -132,6 +133,7 @@ def _composed(config: DictConfig, jobs: list[list[str]]) -> list[RunConfig]:
                 del composed["hydra"]
             configs.append(to_run_config(composed))
             _check_device(configs[-1])
+            check_apart(configs[-1])
             _check_replicas(configs[-1], config)
         except (CushionError, HydraException, OmegaConfBaseException) as error:
             refused.setdefault(one_line(error), []).append(number)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cushion.code import package_version
 from cushion.config import RunConfig, to_dict
-from cushion.errors import ConfigError
 from cushion.evaluation.local_tasks import local_task_files
 from cushion.evaluation.tasks import own_task_files
 from cushion.hashing import digest
 from cushion.moving_names import resolved
+from cushion.places import check_apart
 from cushion.preparation import choose_device
 from cushion.registry import PLUGINS
 from cushion.sources import local_files
@@ -36,7 +35,7 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
             be another thing at its end.
 
     """
-    _check_folders(config)
+    check_apart(config)
     identity = to_dict(config)
     del identity["tracking"], identity["experiment"], identity["objective"]
     identity["paths"] = {"data_dir": config.paths.data_dir}
@@ -51,29 +50,6 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     output = Path(config.paths.output_dir).expanduser()
     return output / config.experiment / config.model.label / _row(config) / digest(identity, 12)
-
-
-def _check_folders(config: RunConfig) -> None:
-    paths = config.paths
-    read = {f"data.{name}.path": one.path for name, one in config.data.purposes().items() if one.source == "file"}
-    if config.data.path is not None and config.data.path in read.values():
-        read = {key: path for key, path in read.items() if path != config.data.path} | {"data.path": config.data.path}
-    writes = {"paths.output_dir": paths.output_dir, "paths.cache_dir": str(paths.cache)}
-    if config.model.path.startswith("embedded:"):
-        writes["paths.model_dir"] = paths.model_dir
-    for key, path in {**read, "eval.include_path": config.eval.include_path}.items():
-        folder = None if path is None else Path(os.path.realpath(Path(path).expanduser()))
-        for place, written in writes.items():
-            below = Path(os.path.realpath(Path(written).expanduser()))
-            if folder is None or not folder.is_dir() or not below.is_relative_to(folder):
-                continue
-            is_hidden = any(part.startswith(".") for part in below.relative_to(folder).parts)
-            if is_hidden and key != "eval.include_path":  # of texts, hidden files are not read
-                continue
-            raise ConfigError(
-                f"{key}={path!r} is read with everything in it, and the run writes to {written} ({place}), which is "
-                f"in it: name a folder that holds nothing else, or another {place}"
-            )
 
 
 def run_name(config: RunConfig) -> str:

@@ -83,9 +83,14 @@ def end() -> None:
     _said.clear()
 
 
-def chosen(overrides: list[str], folder: Path, warnings: Sequence[str]) -> list[str]:
-    """A sweeper has chosen the next run: that of a folder. Returns those of its warnings that a run before it had."""
-    _planned.append(_Planned(overrides, [folder]))
+def chosen(overrides: list[str]) -> None:
+    """A sweeper has chosen the next run."""
+    _planned.append(_Planned(overrides, []))
+
+
+def placed(folder: Path, warnings: Sequence[str]) -> list[str]:
+    """The run that was chosen last has this folder. Returns those of its warnings that a run before it had."""
+    _planned[-1].folders.append(folder)
     before = [message for message in warnings if message in _said]
     _said.update(warnings)
     return before
@@ -169,7 +174,12 @@ def closing() -> str | None:
 
 
 def _outcome(folders: Sequence[Path]) -> dict[str, Any]:
-    """The newest result of a run; of one that has none, or a damaged one, a record that says so."""
+    """The newest result of a run; of one that has none, or a damaged one, a record that says so.
+
+    A run that was refused before it had a folder has failed.
+    """
+    if not folders:
+        return {"status": "failed"}
     there = [path for path in (folder / FILE_NAME for folder in folders) if path.is_file()]
     if not there:
         return {"status": "no result"}

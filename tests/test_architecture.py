@@ -21,7 +21,7 @@ RANKS = (
     {"quantization/parts"},
     {"quantization/quantizer"},
     {"config"},
-    {"sources", "moving_names"},
+    {"sources", "moving_names", "places"},
     {"models"},
     {"data", "chats", "prefix", "step"},
     {"blockwise", "held_out"},

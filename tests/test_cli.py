@@ -424,15 +424,16 @@ def test_a_sweeper_that_chooses_its_runs_on_the_way_says_as_much(
     choosing = type("ChoosingSweeper", (usual,), {"__module__": __name__})  # nothing is known of its runs before
     monkeypatch.setattr(sys.modules[__name__], "ChoosingSweeper", choosing, raising=False)
     monkeypatch.setitem(known, name, choosing)
-    outcome = cushion("-m", *arguments, f"hydra.sweeper._target_={name}", "search.tau=0.25", "seed=0,1")
-    assert outcome.code == 0
+    outcome = cushion("-m", *arguments, f"hydra.sweeper._target_={name}", "search.tau=0.25", "seed=0,-1,1")
+    assert outcome.code == 1
     said = [record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()]
     assert said == ["search.tau=0.25 has no effect with search.method=none"]
     lines = outcome.out.splitlines()
-    assert [line for line in lines if line.startswith("[")] == ["[1] seed=0", "[2] seed=1"]
+    assert [line for line in lines if line.startswith("[")] == ["[1] seed=0", "[3] seed=1"]
     closing = lines[lines.index("the last row of each run: per_tensor_static W8A8") :]
-    assert [line.split()[:2] for line in closing[2:6]] == [["run", "seed"], ["---", "----"], ["1", "0"], ["2", "1"]]
-    assert closing[-1] == "2 runs: 2 completed"
+    assert [line.split()[:2] for line in closing[4:7]] == [["1", "0"], ["2", "-1"], ["3", "1"]]
+    assert (closing[2].split()[:2], "failed" in closing[5]) == (["run", "seed"], True)
+    assert closing[-1] == "3 runs: 2 completed, 1 failed"
 
 
 def test_a_sweep_goes_on_after_a_failed_run_and_ends_with_status_1(

@@ -97,6 +97,8 @@ def test_the_command_for_the_embedded_model_works() -> None:
         if "data=" in command:
             assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}, command
             assert config.eval.perplexity and not config.eval.tasks, command
+            asked = config.quantizer.calibration
+            assert asked.samples * asked.length <= 50_000, f"{command}: a tenth of the text is for calibration"
         else:
             assert "model=" not in command, "on the embedded model without its text"
 
@@ -105,7 +107,9 @@ def test_a_grid_on_the_embedded_model_says_how_it_needs_no_network() -> None:
     grids = [path for path in FILES if path.stem.endswith("_grid") or path.stem == "formats"]
     assert len(grids) == 5
     for path in grids:
-        assert commands_in(path)[-1] == without_a_network(path, []), path.stem
+        config = composed(*commands_in(path)[-1].split())
+        assert {corpus.source for corpus in config.data.purposes().values()} == {"embedded"}, path.stem
+        assert commands_in(path)[-1] == without_a_network(path, config.eval.tasks), path.stem
 
 
 @pytest.mark.parametrize("path", CUT, ids=lambda path: path.stem)

@@ -39,6 +39,7 @@ def only_planned(monkeypatch: pytest.MonkeyPatch) -> None:
         (["bos=never,alway"], "1 of the 2 runs", "did you mean 'always'?", "run 2: bos=alway"),
         (["quantizer=none,per_tensor_sttic"], "1 of the 2 runs", "mean 'per_tensor_static'?", "run 2: quantizer="),
         (["tuning=none,short"], "1 of the 2 runs", "tuning=short has no prefix to tune", "run 2: tuning=short"),
+        (["eval.include_path=null,."], "1 of the 2 runs", "='.' is read with", "run 2: eval.include_path=."),
         (["device=cpu,gpu"], "1 of the 2 runs", "device='gpu' is not supported", "run 2: device=gpu"),
     ],
 )  # fmt: skip
