@@ -86,7 +86,13 @@ def unknown_keys(config: DictConfig, above: str = "") -> Iterator[tuple[str, lis
             yield from unknown_keys(below, f"{above}{name}.")
 
 
-def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "", swept: Sequence[str] = ()) -> Path:
+def execute(
+    config: RunConfig,
+    overrides: Sequence[str] = (),
+    heading: str = "",
+    swept: Sequence[str] = (),
+    folder: Path | None = None,
+) -> Path:
     """Do one run with progress bars and the configured tracker, print its table, return the path of result.json.
 
     Args:
@@ -94,6 +100,7 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
         overrides: what was asked for, as Hydra has it.
         heading: what is printed above the table.
         swept: the overrides that tell the run from the others of its sweep.
+        folder: the run's, where the caller has asked for it already.
 
     """
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
@@ -110,7 +117,7 @@ def execute(config: RunConfig, overrides: Sequence[str] = (), heading: str = "",
         if isinstance(event, RunFinished):
             draw_figures(event.result, event.folder)
 
-    folder = pipeline.run_folder(config)
+    folder = folder or pipeline.run_folder(config)
     tracker = WandbTracker(config.tracking, swept) if config.tracking.backend == "wandb" else None
     with ExitStack() as stack:
         stack.enter_context(start.interruptible())
@@ -179,11 +186,11 @@ def _of_sweep(sweep: sweeps.Sweep, config: RunConfig, overrides: list[str]) -> P
     heading = sweep.heading(hydra_config.job.num, overrides)
     print(f"\n{heading}" if hydra_config.job.num else heading, flush=True)
     alone = hydra_config.launcher._target_.endswith(".BasicLauncher")
-    said = options_without_effect(config)
+    said, folder = options_without_effect(config), pipeline.run_folder(config)
     if sweep.runs is None:
-        said = sweeps.placed(pipeline.run_folder(config), said)
+        said = sweeps.placed(folder, said)
     with sweeps.said_before(said):
-        return execute(config, overrides, "" if alone else heading, sweep.of(overrides))
+        return execute(config, overrides, "" if alone else heading, sweep.of(overrides), folder)
 
 
 def _returned(path: Path, objective: str | None) -> str | float:

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 import cushion
 from cushion import system_errors
-from cushion.errors import ConfigError, CushionError, did_you_mean
+from cushion.errors import ConfigError, did_you_mean
 from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
 from cushion.progress import ProgressBars
@@ -210,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = FinishedRun.read(folder)
         rows = [FULL_PRECISION] * given.beside + [find_row(run, name) for name in given.row or [None]]
         stream(run, rows, prompt, given.chat, sampling, given.device)
-    except (CushionError, OSError, SafetensorError) as error:
+    except system_errors.MENDABLE as error:
         system_errors.end("cushion-generate", error, _ELSEWHERE)
 
 

@@ -6,7 +6,12 @@ import errno
 import sys
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 from cushion.errors import CushionError
+
+MENDABLE = (CushionError, OSError, SafetensorError)
+"""What may end a command by something that its user can mend: what `end` is given."""
 
 _NO_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG,

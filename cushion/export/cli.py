@@ -6,11 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 import cushion
 from cushion import system_errors
-from cushion.errors import CushionError
 from cushion.export.finished import FinishedRun
 from cushion.export.targets import EXPORTERS, export
 
@@ -43,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from cushion.export.hub import push  # only where it is asked for
 
             print(push(given.folder.expanduser().resolve(), given.push))
-    except (CushionError, OSError, SafetensorError) as error:
+    except system_errors.MENDABLE as error:
         system_errors.end("cushion-export", error, "name another RUN or DIR")
 
 

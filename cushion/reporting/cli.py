@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cushion
 from cushion import system_errors
-from cushion.errors import ArtifactError, CushionError, did_you_mean
+from cushion.errors import ArtifactError, did_you_mean
 from cushion.reporting.collect import Run, collect
 from cushion.reporting.frame import frame_of
 from cushion.reporting.grid import Table, comma_separated, escape_markdown, folded, latex, markdown
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         written = write_report(given.folders, given.output, given.experiment, given.title, given.width)
-    except (CushionError, OSError) as error:
+    except system_errors.MENDABLE as error:
         system_errors.end("cushion-report", error, "name another DIR")
     print(written[0].resolve())
 

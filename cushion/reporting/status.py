@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import cushion
 from cushion import system_errors
-from cushion.errors import ArtifactError, CushionError
+from cushion.errors import ArtifactError
 from cushion.integrity import is_aside
 from cushion.reporting.collect import FILE_NAME, Run, read_result
 from cushion.schema import LOG, LOGGED
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         states = watch(given.folder, given.every, given.quiet) if given.watch else survey(given.folder)
-    except (CushionError, OSError) as error:
+    except system_errors.MENDABLE as error:
         system_errors.end("cushion-status", error, "name another DIR")
     if not given.watch:
         print(_shown(states, given.quiet))
