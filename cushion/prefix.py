@@ -30,6 +30,8 @@ from cushion.hashing import tensor_digest
 from cushion.models.architectures import ARCHITECTURES, cache_shape, find_architecture
 
 FORMAT = "cushion-prefix-1"
+ASSISTED = ("prompt_lookup_num_tokens", "assistant_model")
+"""The options of `generate` that make it assisted generation."""
 
 
 class PrefixCache(DynamicCache):

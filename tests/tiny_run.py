@@ -85,13 +85,16 @@ def without_seconds(value: Any) -> Any:
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
-_LLAMA = "transformers.models.llama.modeling_llama"
+_IMPORTED = [
+    "cushion.pipeline", "cushion.cli", "cushion.reporting.cli", "cushion.config_reads",
+    "transformers.models.llama.modeling_llama", "pytest",
+]  # fmt: skip
 
 
 def processes() -> ForkServerContext:
     """Real processes that share one start-up: Cushion is imported once, and every process is forked from there."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cushion.pipeline", "cushion.cli", "cushion.reporting.cli", _LLAMA])
+    context.set_forkserver_preload(_IMPORTED)
     return context
 
 

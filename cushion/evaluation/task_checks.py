@@ -10,7 +10,7 @@ from cushion.errors import ConfigError
 from cushion.evaluation.chat import Chat, chat_of
 from cushion.evaluation.tasks import EvaluationTask, TaskSet
 from cushion.models import LanguageModel
-from cushion.prefix import Prefix, dropped_beyond, keeps_cache
+from cushion.prefix import ASSISTED, Prefix, dropped_beyond, keeps_cache
 
 BATCH_SIZE = 8
 """Requests per forward pass where `eval.task_batch_size` names none and the quantizer allows several."""
@@ -69,9 +69,18 @@ def check_tasks(
         if getattr(one.task, "UNSAFE_CODE", False) or getattr(one.task, "MULTIMODAL", False):
             kind = "runs code that the model writes" if getattr(one.task, "UNSAFE_CODE", False) else "shows images"
             raise ConfigError(f"eval.tasks={name} {kind}, which is not supported: leave it out")
-        if lm.context_length is None or one.task.OUTPUT_TYPE != "generate_until":
+        if one.task.OUTPUT_TYPE != "generate_until":
             continue
         given = one.task.get_config("generation_kwargs") or {}
+        assisted = [key for key in ASSISTED if given.get(key) is not None]
+        if prefix_length and assisted:
+            raise ConfigError(
+                f"eval.tasks={name} asks for assisted generation ({assisted[0]}={given[assisted[0]]!r} in its "
+                "generation_kwargs), whose first pass would run the prefix once more: leave it out there, or use "
+                "search=none"
+            )
+        if lm.context_length is None:
+            continue
         keys = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
         generated = next((int(given[key]) for key in keys if given.get(key) is not None), GENERATED_TOKENS)
         if lm.context_length - prefix_length - generated < 1:

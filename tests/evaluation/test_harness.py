@@ -795,6 +795,18 @@ def test_a_task_on_whose_way_the_library_drops_the_prefix_is_refused_before_it_i
             check_tasks(lm, config, tasks, STATIC, 4)
 
 
+def test_a_task_that_asks_for_assisted_generation_is_refused_behind_a_prefix(
+    tiny: Tiny, tmp_path: Path, include_path: str
+) -> None:
+    lm, task = tiny("llama"), our_task(include_path, tmp_path, "tiny_generation")
+    config, tasks = EvalConfig(tasks=["tiny_generation"]), TaskSet(("tiny_generation",), {"tiny_generation": task}, {})
+    check_tasks(lm, config, tasks, STATIC, 4)
+    task.task.config.generation_kwargs["prompt_lookup_num_tokens"] = 3
+    check_tasks(lm, config, tasks, STATIC, 0)
+    with pytest.raises(ConfigError, match=r"=tiny_generation asks .*\(prompt_lookup_num_tokens=3 in .*search=none"):
+        check_tasks(lm, config, tasks, STATIC, 4)
+
+
 def test_tokens_without_an_embedding_are_named(tiny: Tiny) -> None:
     lm = tiny("llama")
     lm.tokenizer.add_tokens(["<new>"])
