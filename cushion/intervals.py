@@ -13,9 +13,11 @@ measured. A ratio is averaged as a logarithm, so that of several seeds is their 
   var(seed) / S + var(block) / B + var(rest) / (S B) (Brennan, *Generalizability Theory*, 2001, the p x i design). A
   mean square below MS_rest counts as MS_rest. The interval is the t interval with Satterthwaite's degrees of freedom.
   With three seeds that differ it is wide (about two degrees of freedom, 4.3 standard errors). It is about other seeds
-  and other blocks. On simulated data with three seeds it holds the truth in 94 % or more (`tests/test_intervals.py`).
+  and other blocks. On simulated data with three seeds it holds the truth in 92 to 95 % (`tests/test_intervals.py`):
+  least often where seeds add about ten times as much to the variance as blocks do, since the degrees of freedom are
+  estimated too.
 - **Accuracy differences, three seeds or more.** The variance of the mean is s^2 / S, of the S differences, plus the
-  mean of the squared bootstrap errors, with Satterthwaite's degrees of freedom; rather too wide.
+  mean of the squared bootstrap errors, with Satterthwaite's degrees of freedom.
 - **One or two seeds.** The interval is over the blocks (or records) alone, and says nothing of other seeds.
 - Where seeds were not measured on the same blocks, or their blocks predict other numbers of tokens
   (`eval.prefix_in_block=true` with prefixes of different lengths), there is no interval, and the cell holds mean ±

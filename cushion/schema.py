@@ -25,6 +25,8 @@ LOG = "run.log"
 LOGGED = re.compile(r"[\d-]+ (?P<time>[\d:]+),\d+ (?P<level>[A-Z]+) (?P<message>.*)")
 
 SCHEMA_VERSION = 2
+NOT_MEASURED = ("calibration", "search", "tuning")
+"""The purposes of text whose numbers are not in a row."""
 STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")
 """Whose prefix a row has: none, the one that was found or given, or that one tuned."""
 
@@ -32,6 +34,17 @@ STAGES = NO_PREFIX, FOUND, TUNED = ("none", "found", "tuned")
 def is_frozen(row: Mapping[str, Any]) -> bool:
     """Whether a row of a result is of the frozen model: nothing of its quantizer was learned. Older rows all are."""
     return not (row.get("reconstructed", False) or row.get("learned_ranges", False))
+
+
+def measured_with(result: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """What a result's numbers are of: the fingerprint of the model's weights, and the hash of each text measured.
+
+    Seeds are paired only where both agree: the file of a text, or what the name of a model stands for, may have changed
+    between two runs of one configuration. Absent in older results: None, and no texts.
+    """
+    texts = result.get("data") or {}
+    measured = {name: text.get("sha256") for name, text in texts.items() if name not in NOT_MEASURED}
+    return (result.get("model") or {}).get("fingerprint"), measured
 
 
 def way_out(path: Path) -> str:

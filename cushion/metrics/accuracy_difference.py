@@ -16,6 +16,7 @@ from functools import partial
 from cushion.intervals import Interval, over_runs, percentiles, resampled_means, student
 from cushion.metrics.columns import Column, Measured, Metric, Place, Result, Row, Values, parts, register
 from cushion.metrics.tasks import MEAN as ACCURACY_MEAN
+from cushion.schema import measured_with
 
 KEY = "accuracy_difference"
 TITLE = "accuracy less full precision with the same prefix"
@@ -104,8 +105,11 @@ def _mean_of(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def _over_seeds(task: str, rows: Sequence[tuple[Result, Row]]) -> Interval | None:
     """Of rows with their results: the mean of the differences over the seeds; of one the bootstrap's own interval.
 
-    An older result has no p-value of its bootstrap: its interval then has that of a normal error.
+    An older result has no p-value of its bootstrap: its interval then has that of a normal error. None where the
+    weights of the model are not the same.
     """
+    if len({measured_with(result)[0] for result, _ in rows}) > 1:
+        return None
     values = [row["values"].get(_key("", task)) for _, row in rows]
     errors = [row["values"].get(_key("_stderr", task)) for _, row in rows]
     if None in values or None in errors:

@@ -53,6 +53,7 @@ from cushion.metrics.columns import (
     register,
 )
 from cushion.metrics.perplexity import key_of as perplexity_of
+from cushion.schema import measured_with
 
 KEY = "ratio"
 TITLE = "ratio to full precision with the same prefix"
@@ -129,7 +130,13 @@ def _interval(pairs: Sequence[tuple[Losses, Losses]]) -> Interval | None:
 
 
 def _over_seeds(corpus: str, rows: Sequence[tuple[Result, Row]]) -> Interval | None:
-    """Of rows with their results: the geometric mean of the ratios over the seeds."""
+    """Of rows with their results: the geometric mean of the ratios over the seeds.
+
+    None where they were measured on other texts, or with other weights.
+    """
+    first, *others = (measured_with(result) for result, _ in rows)
+    if any(other != first for other in others):
+        return None
     pairs = []
     for result, row in rows:
         evaluation: Mapping[str, Any] = result.get("evaluation") or {}

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+from cushion.hashing import digest
 from cushion.intervals import Interval, holm
 from cushion.metrics.columns import Row
 from cushion.reporting.collect import Run
 from cushion.reporting.grid import NONE, Cell
+from cushion.reporting.lines import contents
 from cushion.reporting.measures import Measure, over_seeds
 
 WITHIN = "within error"
@@ -55,7 +58,8 @@ def measured(measure: Measure, rows: Sequence[tuple[Run, Row]], asked: int) -> C
     if measure.over_seeds is not None and measure.neutral is not None:
         interval = measure.over_seeds(there)
         if interval is not None:
-            return comparison(interval, measure.neutral, measure.format, len(there), asked)
+            cell = comparison(interval, measure.neutral, measure.format, len(there), asked)
+            return replace(cell, compared=digest([there[0][0].model, contents(there)], 16))
     values = [value for run, row in there if (value := measure.read(run, row)) is not None]
     return over_seeds(values, measure.format, measure.error(*there[0]), asked)
 
@@ -66,14 +70,12 @@ def judged(body: Sequence[Sequence[Cell]]) -> tuple[list[list[Cell]], list[str]]
     What stands in several lines, as the row without a prefix does in a sweep over prefixes, is one comparison. A table
     with a single one has nothing to correct: the interval alone says whether it is within its error.
     """
-    distinct = list(
-        dict.fromkeys(
-            _distinct(column, cell) for line in body for column, cell in enumerate(line) if cell.p is not None
-        )
-    )
+    distinct = {
+        _distinct(column, cell): cell.p for line in body for column, cell in enumerate(line) if cell.p is not None
+    }
     if not distinct:
         return [list(line) for line in body], []
-    found = holm([p for *_, p in distinct]) if len(distinct) > 1 else [True]
+    found = holm(list(distinct.values())) if len(distinct) > 1 else [True]
     together = dict(zip(distinct, found, strict=True))
     lines = [
         [
@@ -111,9 +113,9 @@ def mark_best(body: list[list[Cell]], lines: Sequence[int], measures: Sequence[M
                 body[line][column] = replace(body[line][column], best=True)
 
 
-def _distinct(column: int, cell: Cell) -> tuple[int, float | None, float | None, float | None, float]:
-    assert cell.p is not None
-    return column, cell.value, cell.low, cell.high, cell.p
+def _distinct(column: int, cell: Cell) -> tuple[Any, ...]:
+    """What another cell must have to be the same comparison: equal numbers alone may be of another row."""
+    return column, cell.compared, cell.value, cell.low, cell.high, cell.p
 
 
 def _marked(cell: Cell) -> Cell:

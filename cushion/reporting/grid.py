@@ -24,9 +24,9 @@ class Cell:
     `kind` is empty, or `published`, `missing`, `failed`, `conflict`: pages show these apart. What stands behind a value
     in the text is kept as a number too: `error`, the standard error of one seed, or `deviation`, that over several; and
     `seeds` says of how many seeds a cell with lost ones is, `2 of 3`. A comparison has the ends of its interval, `low`
-    and `high`, its p-value, and a `verdict` in words. `best` is written bold. What
-    stands `below` is for a page on a narrow screen: there it takes the place of columns that are left out. `link` is
-    where the text leads to, from the report's own folder.
+    and `high`, its p-value, a `verdict` in words, and a digest of the rows that are `compared`. `best` is written bold.
+    What stands `below` is for a page on a narrow screen: there it takes the place of columns that are left out. `link`
+    is where the text leads to, from the report's own folder.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Cell:
     high: float | None = None
     p: float | None = None
     verdict: str = ""
+    compared: str = ""
     below: str = ""
     best: bool = False
     link: str = ""

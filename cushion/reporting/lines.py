@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cushion.flat import flatten
+from cushion.metrics.columns import Row
 from cushion.reporting.collect import Run
 
 T = TypeVar("T")
@@ -47,11 +48,15 @@ class Line:
 
     def content(self) -> str:
         """What another configuration must have for the line to be one with its own."""
-        rows = [
-            {"seed": run.seed, **row, "values": {key: value for key, value in row["values"].items() if key != _CLOCK}}
-            for run, row in self.same
-        ]
-        return json.dumps([self.model, self.asked, rows], sort_keys=True)
+        return json.dumps([self.model, self.asked, contents(self.same)], sort_keys=True)
+
+
+def contents(rows: Iterable[tuple[Run, Row]]) -> list[dict[str, Any]]:
+    """What the rows of some seeds hold but for the clock: that of the same rows in other runs is equal."""
+    return [
+        {"seed": run.seed, **row, "values": {key: value for key, value in row["values"].items() if key != _CLOCK}}
+        for run, row in rows
+    ]
 
 
 def lines_of(group: Sequence[Run]) -> Iterator[Line]:

@@ -231,9 +231,12 @@ def _figures_of(run: Run) -> Iterator[tuple[str, Any, Draw]]:
     if drawn := activations.get("spikes"):
         yield "spikes", drawn, spike_cosines
     if steps := (record.get("search") or {}).get("steps"):
-        yield "search", [(s["objective_before"], s["objective_after"], s["accepted"]) for s in steps], search_trajectory
+        keys = ("step", "objective_before", "objective_after", "accepted", "token", "token_id")
+        drawn = [[step.get(key) for key in keys] for step in steps]
+        yield "search", [record["search"].get("objective"), drawn], search_trajectory
     if steps := (record.get("tuning") or {}).get("steps"):
-        yield "tuning", [step["loss"] for step in steps], tuning_loss
+        drawn = [[step.get(key) for key in ("step", "loss", "held_out_loss")] for step in steps]
+        yield "tuning", [[record["tuning"].get(key) for key in ("initial_loss", "best_step")], drawn], tuning_loss
     if searches := alpha_searches(record):
         yield "qfem", searches, qfem_tradeoff
 

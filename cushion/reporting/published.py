@@ -45,7 +45,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cushion.config import RunConfig, to_dict
 from cushion.errors import ArtifactError, did_you_mean
+from cushion.flat import flatten
 from cushion.reporting.collect import Run
 from cushion.reporting.comparisons import judged
 from cushion.reporting.grid import NONE, Cell, Table
@@ -57,6 +59,8 @@ from cushion.reporting.status import RunState
 from cushion.schema import NO_PREFIX, STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
+MODEL = "model"
+"""The dimension that every published number has."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
 _KEYS = _NEEDED | {"index", "measure", "corpus", "select", SETTING, "tasks", "titles", "notes"}
 
@@ -187,6 +191,11 @@ def _check(table: PublishedTable, path: Path) -> None:
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise ArtifactError(f"{path}: tasks={tasks!r} is no list of names of tasks, such as [piqa, hellaswag]")
     dimensions = set(table.entries[0].at) if table.entries else set()
+    if MODEL not in dimensions:
+        raise ArtifactError(
+            f"{path}: no value is of a model: name it in a column of {PUBLISHED} (`index: [model, ...]`), or beside "
+            "each of `values` (`{model: llama2_7b}`)"
+        )
     laid_out = [*specification["rows"], *specification["columns"]]
     for dimension in laid_out:
         if dimension not in dimensions:
@@ -201,10 +210,17 @@ def _check(table: PublishedTable, path: Path) -> None:
             raise ArtifactError(
                 f"{path.parent.parent / MODELS} has no model {model!r}, which {path.parent / PUBLISHED} names"
             )
+    allowed = ["stage", "quantized", *flatten(to_dict(RunConfig()), "config")]
     for dimension, selections in specification.get("select", {}).items():
         for key in table.keys(dimension):
             if key not in selections:
                 raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")
+            for name in selections[key]:
+                if name not in allowed:
+                    raise ArtifactError(
+                        f"{path}: select.{dimension}.{key} has no key {name!r}: stage, quantized, or config. and a "
+                        f"key of the configuration{did_you_mean(name, allowed)}"
+                    )
             stage = selections[key].get("stage", NO_PREFIX)
             if stage not in STAGES:
                 raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")

@@ -102,7 +102,8 @@ def _words(row: dict[str, Any], same: Sequence[tuple[Run, dict[str, Any]]], aske
 def varying(runs: Iterable[Run]) -> list[str]:
     """The keys of the configuration that tell an experiment's runs apart, seed and model aside.
 
-    A group's keys that follow from which of its options was chosen are not named beside the option.
+    A group's keys that follow from which of its options was chosen are not named beside the option; the path of a
+    model only where several end in the same word.
     """
     runs = list(runs)
     found: list[str] = []
@@ -113,13 +114,13 @@ def varying(runs: Iterable[Run]) -> list[str]:
         ]
         if group != "model" and len(set(options)) > 1:
             found.append(f"{group}.name")
-        for key in dict.fromkeys(key for flat in flats for key in flat if key not in (f"{group}.name", "model.path")):
+        for key in dict.fromkeys(key for flat in flats for key in flat if key != f"{group}.name"):
             by_option: dict[Any, set[str]] = {}
             for option, flat in zip(options, flats, strict=True):
                 by_option.setdefault(option, set()).add(repr(flat.get(key)))
             if any(len(values) > 1 for values in by_option.values()):
                 found.append(key)
-    return found
+    return [*found, "paths.data_dir"] if len({value_of(run, "paths.data_dir") for run in runs}) > 1 else found
 
 
 def _settings(configurations: Sequence[Run], of_model: Sequence[Run], key: str) -> Cell:

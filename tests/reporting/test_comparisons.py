@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cushion.metrics.columns import Losses, Measured, Values, row_values
 from cushion.reporting.cli import write_report
 from cushion.reporting.collect import collect
 from cushion.reporting.comparisons import DIFFERENT, WITHIN, WITHIN_TOGETHER, comparison, judged
-from cushion.reporting.grid import Cell
+from cushion.reporting.grid import Cell, Table
 from cushion.reporting.published import compare, load_published, published_folder
 from cushion.reporting.runs import experiment_table
 from cushion.reporting.tables import comparison_table, further_tables
@@ -180,6 +181,8 @@ def test_many_comparisons_are_corrected_together_and_each_once() -> None:
     assert first[1].text == "1.10 [1.01, 1.20], within error by Holm" and "Comparisons in this table: 3." in notes[0]
     alone, _ = judged([[weak]])
     assert alone[0][0].verdict == DIFFERENT
+    others = [replace(none, compared=row) for row in ("one", "another", "one")]
+    assert "Comparisons in this table: 2." in judged([[other] for other in others])[1][0], "equal numbers of two rows"
     unlike = cell(0.06, 1.01, 1.2)  # of an older result, whose p-value is not of its interval
     assert judged([[unlike], [unlike]])[0][0][0].verdict == DIFFERENT, "one comparison, in two lines"
     assert judged([[Cell("1.0", value=1.0)]]) == ([[Cell("1.0", value=1.0)]], [])
@@ -221,6 +224,23 @@ def test_seeds_whose_blocks_are_of_different_text_have_no_interval(tmp_path: Pat
         found = table.body[1][table.headings().index(RATIO)]
         assert (found.p is not None) is has_interval
         assert ("±" in found.text) is not has_interval
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_seeds_of_another_text_or_other_weights_have_no_interval_and_it_is_said(tmp_path: Path, what: str) -> None:
+    def table(**changed: dict[str, Any]) -> Table:
+        runs = [planted_run(seed, 1.1) for seed in range(3)]
+        for run in runs:
+            run |= {"data": {"evaluation": {"sha256": "a"}, "search": {"sha256": str(run["config"]["seed"])}}}
+            run |= {"model": {"fingerprint": "b"}}
+        runs[2] |= changed
+        return experiment_table("default", collect([write(tmp_path / str(len(changed)), *runs)]))
+
+    same = table()
+    other = table(**{what: {"data": {"evaluation": {"sha256": "c"}}, "model": {"fingerprint": "c"}}[what]})
+    place, said = same.headings().index(RATIO), {"data": "content of the measured text", "model": "model's weights"}
+    assert same.body[1][place].p is not None and "varies" not in " ".join(same.notes)
+    assert other.body[1][place].p is None and f"the {said[what]} varies" in " ".join(other.notes).lower()
 
 
 # ---- published tables -----------------------------------------------------------------------------------------------

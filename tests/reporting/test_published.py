@@ -133,6 +133,20 @@ def test_seeds_are_averaged_and_configurations_that_disagree_are_not(tmp_path: P
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "none") == "conflict: 9.00 or 12.00"
 
 
+def test_seeds_of_several_configurations_are_not_averaged(tmp_path: Path) -> None:
+    def seeds(folder: str, **rates: float) -> str:
+        runs = [
+            record(model=LLAMA2, seed=int(name[1]), rows=[row("quantized", 9.0 + 2 * int(name[1]))], **PAPER,
+                   **{"tuning.learning_rate": rate})
+            for name, rate in rates.items()
+        ]  # fmt: skip
+        table = ours(tmp_path / folder, "cushioncache_table1", *runs)
+        return cell(table, "LLaMA2-7B ours", "Per-tensor static", "none")
+
+    assert seeds("apart", s0a=0.01, s1a=0.1) == "conflict: 9.00 or 11.00, seeds of several configurations"
+    assert seeds("one has all", s0a=0.01, s1a=0.01, s0b=0.1) == "10.00 ± 1.41"
+
+
 def test_lost_seeds_show_in_the_cell(tmp_path: Path) -> None:
     done = [record(model=LLAMA2, seed=seed, rows=[row("quantized", 9.0 + 2 * seed)], **PAPER) for seed in (0, 1)]
     table = ours(tmp_path / "failed", "cushioncache_table1", *done, failed("x", model=LLAMA2, seed=2, **PAPER))
@@ -308,6 +322,8 @@ MISTAKES = {
     "unselected scheme": ("table.yaml", "    fp16: {quantized: false}\n", "", r"does not say what 'fp16' is"),
     "unknown model": ("../models.yaml", "llama2_7b:", "llama:", r"models\.yaml has no model 'llama2_7b'"),
     "unknown setting": ("table.yaml", "  search.tau:", "  search.tua:", r"names 'search\.tua', which no .* 'sea"),
+    "unknown key of a row": ("table.yaml", "fp16: {quantized:", "fp16: {quantised:", r"fp16 has no key 'quantised'"),
+    "no model": ("table.yaml", "model: ", "modell: ", r"table\.yaml: no value is of a model: name it in a column of"),
     "no YAML": ("table.yaml", "rows: [", "rows: [[", r"table\.yaml cannot be read"),
 }  # fmt: skip
 

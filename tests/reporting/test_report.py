@@ -164,23 +164,24 @@ def test_columns_stay_in_view_and_numbers_with_an_error_sort_as_numbers(tmp_path
 
 @pytest.mark.usefixtures("blank_figures")
 def test_what_runs_share_is_drawn_once_and_named_with_its_runs(tmp_path: Path) -> None:
-    other = everything(1)
+    other, kept = everything(1), everything(2)
+    kept["tuning"]["best_step"] = None
     other["tuning"]["steps"][0]["loss"] = 7.0
     of_map = other["activations"]["map"]["values"]
     of_map["none"] = [[1.001 * value for value in line] for line in of_map["none"]]
-    drawings = draw_all(collect([write(tmp_path / "results", everything(), other)]), tmp_path / "figures")
+    drawings = draw_all(collect([write(tmp_path / "results", everything(), other, kept)]), tmp_path / "figures")
     by_kind, captions = {}, {}
     for drawing in drawings:
         kind = drawing.path.name.partition("-")[0]
         by_kind.setdefault(kind, []).append(drawing.runs)
         captions[kind] = drawing.caption
     assert by_kind == {
-        "map": [(1, 2)],
-        "activations": [(1, 2)],
-        "attention": [(1, 2)],
-        "search": [(1, 2)],
-        "tuning": [(1,), (2,)],
-        "qfem": [(1, 2)],
+        "map": [(1, 2, 3)],
+        "activations": [(1, 2, 3)],
+        "attention": [(1, 2, 3)],
+        "search": [(1, 2, 3)],
+        "tuning": [(1,), (2,), (3,)],
+        "qfem": [(1, 2, 3)],
     }
     nearly = "drawn for run 1, from which the others differ by less than 1 % of the scale"
     assert [kind for kind, caption in captions.items() if nearly in caption] == ["map"]

@@ -48,6 +48,18 @@ def test_runs_that_differ_in_bos_or_execution_alone_are_told_apart(tmp_path: Pat
         assert column(experiment_table("default", runs), key.removeprefix("config.")) == list(values)
 
 
+def test_models_of_one_name_and_folders_of_data_are_told_apart(tmp_path: Path) -> None:
+    for key, values in {"model.path": ("a/final", "b/final"), "paths.data_dir": ("a", "b")}.items():
+        records = []
+        for value in values:
+            records.append(record())
+            group, name = key.split(".")
+            records[-1]["config"].setdefault(group, {})[name] = value
+        runs = collect([write(tmp_path / key, *records)])
+        assert varying(runs) == [key]
+        assert column(experiment_table("default", runs), key) == list(values)
+
+
 def test_what_follows_from_the_option_is_not_named_beside_it(tmp_path: Path) -> None:
     records = [record(quantizer="w8"), record(quantizer="w4", **{"quantizer.weights": {"bits": 4}})]
     assert varying(collect([write(tmp_path, *records)])) == ["quantizer.name"]
