@@ -129,7 +129,7 @@ def execute(
         if tracker is not None:
             listeners.append(tracker)
         try:
-            result = done or pipeline.run(config, listeners, folder)
+            result = pipeline.run(config, listeners, folder)
             record = asdict(result)
             draw_figures(record, folder)  # a run that was killed between its result and its figures
             if tracker is not None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from cushion.activations import MagnitudeCurve
@@ -20,6 +21,7 @@ from cushion.ceilings import Ceiling, Ceilings
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
+from cushion.evaluation.latency_step import machine, warn_of_another_machine
 from cushion.evaluation.task_checks import task_batch_size
 from cushion.evaluation.task_scores import mean_accuracy, shares_of
 from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished, RunStarted
@@ -54,6 +56,7 @@ def run(config: RunConfig, listeners: Sequence[Listener] = (), folder: Path | No
     folder = folder or run_folder(config)
     done = finished_result(folder)
     if done is not None:
+        warn_of_another_machine(done.environment)
         return done
     make_folder(folder)
     with FileLock(folder / ".lock"):
@@ -67,6 +70,8 @@ def _run_locked(config: RunConfig, folder: Path, listeners: Sequence[Listener]) 
 
     device = choose_device(config)
     result = RunResult("failed", to_dict(config), {**environment(device), "seed": config.seed})
+    if config.eval.latency.is_on:
+        result.environment["machine"] = machine(torch.device(device))
     started = time.perf_counter()
     is_started = False
     try:

@@ -325,6 +325,7 @@ def environment(device: str) -> dict[str, Any]:
     | `git` | `{commit, dirty}` of the checkout that Cushion runs from; null for an installed package |
     | `device` | `cpu`, `cuda`, ... |
     | `seed` | the seed |
+    | `machine` | only with `eval.latency`: host, processor or GPU, instructions, threads and torch that it was measured with |
     """  # noqa: E501
     return {
         "cushion": cushion.__version__,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from cushion.metrics.latency import latency_values, memory_values, size_name
 from cushion.prefix import Prefix
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.step import Context, Step, compute
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,26 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def warn_of_another_machine(environment: Mapping[str, Any]) -> None:
+    """Warn where the latency of a finished result was measured on another machine than this one.
+
+    Args:
+        environment: that of the result; without `machine` nothing was timed, or by an older version.
+
+    """
+    there = environment.get("machine")
+    if there is None:
+        return
+    here = machine(torch.device(str(environment["device"])))
+    other = [f"{key} {there.get(key)!r}, here {value!r}" for key, value in here.items() if there.get(key) != value]
+    if other:
+        logger.warning(
+            "the latency of this finished run was measured on another machine (%s): to measure it on this one, give "
+            "another paths.output_dir",
+            "; ".join(other),
+        )
 
 
 def measure(row: RowContext) -> Values:

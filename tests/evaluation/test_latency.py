@@ -23,6 +23,7 @@ from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError
 from cushion.evaluation import latency
 from cushion.evaluation.latency import Timing, Variant, check_latency, prompts, rounds, timed, weight_bytes
+from cushion.evaluation.latency_step import machine, warn_of_another_machine
 from cushion.execution.int8 import Int8Linear
 from cushion.metrics.columns import Place, columns
 from cushion.metrics.latency import latency_values
@@ -144,7 +145,9 @@ def test_keys_without_batch_sizes_have_no_effect_and_say_so() -> None:
     assert "eval.latency.repeats=5 has no effect with eval.latency.batch_sizes=[]" in options_without_effect(config)
 
 
-def test_a_run_has_the_latency_of_every_row_in_tables_and_only_if_asked(text_file: Path, tmp_path: Path) -> None:
+def test_a_run_has_the_latency_of_every_row_in_tables_and_only_if_asked(
+    text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = small_config(text_file, tmp_path)
     config.quantizer, config.search = DYNAMIC, SearchConfig("newline", method="newline")
     plain = pipeline.run(config)
@@ -168,6 +171,10 @@ def test_a_run_has_the_latency_of_every_row_in_tables_and_only_if_asked(text_fil
     keys = {column.key for column in columns(record["rows"], Place.TRACKER_ROW)}
     assert {"time_to_first_token/2x5", "weight_memory"} <= keys
     assert "peak_memory/1x5" not in keys
+    caplog.clear()
+    assert pipeline.run(replace(config, eval=asked)) == result and not caplog.messages
+    warn_of_another_machine({**result.environment, "machine": {**machine(torch.device("cpu")), "threads": 64}})
+    assert "measured on another machine (threads 64, here 1): to measure it on this one" in caplog.text
 
 
 def test_prompts_are_the_same_for_every_variant(tiny: Tiny) -> None:
