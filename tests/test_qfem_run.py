@@ -17,6 +17,7 @@ from tiny_run import processes, saved_model, small_config, tuning_config, withou
 
 from cushion import pipeline
 from cushion.config import ActivationConfig, CalibrationConfig, QFeMConfig, QuantizerConfig, RunConfig, SearchConfig
+from cushion.errors import ConfigError
 from cushion.events import Event, Progress
 from cushion.models import load_language_model
 from cushion.prefix import Prefix
@@ -229,3 +230,9 @@ def test_a_damaged_step_is_made_again_and_changes_nothing(
     (pipeline.run_folder(config) / FILE_NAME).unlink()
     assert outcome(pipeline.run(config)) == sound
     assert f"{path.parent} was changed after it was made ({step}.json)" in caplog.text
+
+
+def test_a_search_of_alpha_needs_scales_of_tokens_to_compare_with() -> None:
+    activations = ActivationConfig(4, "per_block", "static", format="nvfp4")
+    with pytest.raises(ConfigError, match=r"qfem\.search=true compares .*activations\.format=nvfp4 does .*qfem\.alpha"):
+        QuantizerConfig(activations=activations, qfem=QFeMConfig(search=True))

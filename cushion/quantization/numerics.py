@@ -16,7 +16,7 @@ For N bits, a range [min, max], scale s and offset z:
 | symmetric, `levels: full` | max(abs(min), abs(max)) / (2^(N-1) - 1) | 0 | -(2^(N-1) - 1) to 2^(N-1) - 1 |
 | asymmetric, `levels: full` | (max - min) / (2^N - 1) | min | 0 to 2^N - 1 |
 | symmetric, `levels: paper` | (max(max, 0) - min(min, 0)) / (2^(N-1) - 1) | 0 | -(2^(N-1) - 1) to 2^(N-1) - 1 |
-| asymmetric, `levels: paper` | (max - min) / (2^(N-1) - 1) | min | 0 to 2^N - 1 |
+| asymmetric, `levels: paper` | (max - min) / (2^(N-1) - 1) | min | 0 to 2^(N-1) - 1 |
 
 - The paper prints (max - min) / (2^(N-1) - 1) for both, the last two rows: 127 steps where our default `full` has
   255. The symmetric range is widened to contain 0.

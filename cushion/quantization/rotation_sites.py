@@ -13,7 +13,7 @@ is computed for R = I and R = H: of the weights that the site touches (two for v
 of the cache, as far as the quantizer rounds them. H is taken where it is strictly smaller, so where nothing is
 rounded nothing is rotated. The errors of all sites are in `sites.json` of the cached step `rotation_sites`. Ours: the
 terms are summed as they stand, as in the paper; weights are rounded to nearest also where GPTQ rounds them later;
-activations with static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but
+static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but
 set; inputs that QFeM keeps count as rounded.
 """
 
@@ -101,7 +101,10 @@ class SiteErrors(InputObserver):
     def _of_cache(self, *versions: Tensor) -> Tensor:
         """The squared errors of several versions of what is cached."""
         own = self._work.config.kv_cache
-        return self._of_flow(grid_of(self._work.config, own), own, *versions)
+        grid, heads = grid_of(self._work.config, own), [versions]
+        if own.granularity == "per_head":
+            heads = list(zip(*(version.unbind(1) for version in versions), strict=True))
+        return torch.stack([self._of_flow(grid, own, *of) for of in heads]).sum(0)
 
     def _of_flow(self, grid: Grid, own: ActivationConfig | KvCacheConfig, *versions: Tensor) -> Tensor:
         """The squared errors of several versions of what flows through the model, rounded as its part `own` does."""
@@ -130,7 +133,8 @@ class SiteErrors(InputObserver):
         update = cache.update
 
         def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-            versions = value_states, self._rotate(value_states)
+            rounded = value_states[:, :, self._work.config.kv_cache.protect :]
+            versions = rounded, self._rotate(rounded)
             self._add(values_site(layer_idx), self._of_cache(*versions))
             return update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -215,6 +215,8 @@ def test_outliers_are_refused_where_something_was_fixed_before_them() -> None:
         QuantizerConfig(weights=W4, compensation=own)
     with pytest.raises(ConfigError, match=r"outliers=4 takes channels out of .* quantizer.weights.method=gptq"):
         QuantizerConfig(weights=replace(W4, method="gptq"), activations=TOKEN, compensation=own)
+    with pytest.raises(ConfigError, match=r"outliers=4 rounds what it leaves .*estimator=output .*: use minmax or mse"):
+        QuantizerConfig(weights=replace(W4, estimator="output"), activations=TOKEN, compensation=own)
 
 
 def test_a_scheme_names_the_branch_and_idle_options_are_told() -> None:

@@ -137,6 +137,27 @@ def test_the_errors_recomputed(tiny: Tiny) -> None:
     assert len(found) == 2 * len(lm.blocks)
 
 
+@torch.no_grad()
+def test_cached_values_are_judged_by_the_scales_that_the_run_has(tiny: Tiny) -> None:
+    """Static scales of heads, without the positions that are protected; one scale for all heads says otherwise."""
+    lm, transform, seen = tiny("llama"), HadamardTransform(), list[Tensor]()
+    lm.blocks[1].self_attn.v_proj.weight[:8] *= 30
+    bits = {"weights": WeightConfig(None), "activations": ActivationConfig(None), "input_rotation": "none"}
+    config = adaptive(**bits, kv_cache=KvCacheConfig(3, "per_head", range="static", protect=2))
+    found = errors_of(lm, config, Prefix.empty())["values of layer 1"]
+    for text in TEXTS:
+        cache: Any = Prefix.empty().cache(lm.model)
+        lm.body(text[None], past_key_values=cache, use_cache=True)
+        seen.append(cache.layers[1].values[:, :, 2:])
+    versions, grid = (seen, [transform(one) for one in seen]), Grid(3, False)
+    by_head = [sum(rounding(head.flatten(), grid) for one in of for head in one[0]) / len(TEXTS) for of in versions]
+    assert found == pytest.approx(by_head, rel=1e-3)
+    together = [sum(rounding(one.flatten(), grid) for one in of) / len(TEXTS) for of in versions]
+    assert together != pytest.approx(by_head, rel=0.1)
+    with pytest.raises(ConfigError, match=r"rotation_sites=adaptive compares .*layout=kivi has groups .*sites=all"):
+        adaptive(kv_cache=KvCacheConfig(4, layout="kivi"))
+
+
 def test_a_site_is_rotated_only_where_that_lowers_its_error(tiny: Tiny) -> None:
     """Weights that lie on the grid already lose nothing unless they are rotated; those with an outlier column gain."""
     lm = tiny("llama")

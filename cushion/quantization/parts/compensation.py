@@ -100,6 +100,11 @@ class Compensation(Part):
                 f"{key} takes channels out of the weights before they are rounded, which "
                 f"quantizer.weights.method={quantizer.weights.method} does not see: use rtn, or outliers=0"
             )
+        if own.outliers and quantizer.weights.estimator == "output":
+            raise ConfigError(
+                f"{key} rounds what it leaves of the weights anew, without the clipping that "
+                "quantizer.weights.estimator=output fitted to the whole ones: use minmax or mse, or outliers=0"
+            )
         if own.outliers and quantizer.activations.bits is not None and quantizer.activations.range == "static":
             raise ConfigError(
                 f"{key} changes the inputs whose static ranges were measured before: use "

@@ -10,8 +10,8 @@ from cushion.errors import ConfigError
 from cushion.quantization.formats.registry import check_format
 from cushion.quantization.parts.base import NOTHING, Needed, Quantizer
 from cushion.quantization.parts.grids import DynamicGrid, check_clip_ratio, width
-from cushion.quantization.parts.head_rotation import rotates_keys
-from cushion.quantization.parts.registry import register
+from cushion.quantization.parts.head_rotation import rotates_keys, rotates_values
+from cushion.quantization.parts.registry import PARTS, register
 
 GRANULARITIES = {"dynamic": ("per_token", "per_tensor", "per_block"), "static": ("per_tensor", "per_head")}
 """Of the scales of keys and values, by where their ranges come from."""
@@ -147,7 +147,16 @@ class KvCache(DynamicGrid):
     keys = ("granularity", "symmetric", "range", "format", "layout", "group_size", "residual", "protect", "clip_ratio")
 
     def check(self, quantizer: Quantizer) -> None:
-        """KIVI's layout stands alone inside of attention: which keys a query sees rounded depends on the query."""
+        """KIVI's layout stands alone inside of attention: which keys a query sees rounded depends on the query.
+
+        And a choice of rotated sites does not know its groups.
+        """
+        if self._is_kivi(quantizer) and rotates_values(quantizer) and PARTS["rotation_sites"].is_on(quantizer):
+            raise ConfigError(
+                "quantizer.rotation_sites=adaptive compares errors of values with a scale per token, and "
+                "quantizer.kv_cache.layout=kivi has groups of its own: use quantizer.rotation_sites=all, or "
+                "quantizer.kv_cache.layout=token"
+            )
         if self._is_kivi(quantizer) and quantizer.attention.bits is not None:
             raise ConfigError(
                 f"quantizer.attention.bits={quantizer.attention.bits} cannot be used with quantizer.kv_cache.layout="

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cushion.checks import at_least, require, without_effect
+from cushion.errors import ConfigError
 from cushion.quantization.parts.base import NOTHING, Needed, Part, Quantizer
 from cushion.quantization.parts.registry import register
 
@@ -78,7 +79,12 @@ class QFeM(Part):
         return replace(quantizer, qfem=QFeMConfig())
 
     def check(self, quantizer: Quantizer) -> None:
-        """There are as many calibration texts as it reads."""
+        """There are as many calibration texts as it reads, and scales per token to compare with."""
+        if quantizer.qfem.search and quantizer.activations.granularity == "per_block":
+            raise ConfigError(
+                "quantizer.qfem.search=true compares with one scale for each token, which quantizer.activations.format="
+                f"{quantizer.activations.format} does not have: give quantizer.qfem.alpha, with search=false"
+            )
         texts, samples = quantizer.qfem.texts, quantizer.calibration.samples
         reason = f"there are quantizer.calibration.samples={samples} calibration texts"
         require(texts is None or texts <= samples, "quantizer.qfem.texts", texts, reason)
