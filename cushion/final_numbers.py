@@ -62,7 +62,8 @@ def returned(path: Path, objective: str | None) -> str | float:
     }
     if objective in numbers:
         return numbers[objective]
-    own = [key for key in numbers if key in result.metrics] or list(numbers)
+    rows = {row.name for row in result.rows}
+    own = [key for key in numbers if key.rpartition("/")[2] not in rows]
     near = did_you_mean(objective, numbers)
     raise ConfigError(
         f"objective={objective!r} is not a number that this run measured (one that is not finite counts as not "

@@ -31,6 +31,9 @@ RECONSTRUCTED = "reconstructed.safetensors"
 SAMPLES = "samples"
 """The folder of lm-eval's records of every sample."""
 
+FIGURES_FOLDER = "figures"
+"""The folder of a run's figures, which are drawn from its result wherever they are missing."""
+
 OF_A_RUN = (f"{PREFIX}.json", f"{PREFIX}.safetensors", LEARNED, RECONSTRUCTED, SAMPLES)
 """The files and folders that a run leaves beside its result.json, if it has them."""
 
@@ -78,6 +81,14 @@ def misfit(record: dict[str, Any], folder: Path) -> str | None:
     seal = record[INTEGRITY]
     if seal.get("run") != folder.name:
         return f"is the result of another run ({seal.get('run')})"
+    return changed_files(record, folder)
+
+
+def changed_files(record: dict[str, Any], folder: Path) -> str | None:
+    """Likewise of the files beside the result alone, wherever the folder was moved to."""
+    if INTEGRITY not in record:
+        return None
+    seal = record[INTEGRITY]
     try:
         found, kept = _files(folder), seal["files"]
         differing = sorted(name for name in found.keys() | kept.keys() if found.get(name) != kept.get(name))

@@ -20,7 +20,7 @@ from typing import Any
 import cushion
 from cushion.artifacts import read_json, write_json
 from cushion.errors import ArtifactError
-from cushion.integrity import OF_A_RUN, SAMPLES, SET_ASIDE, misfit, sealed
+from cushion.integrity import FIGURES_FOLDER, OF_A_RUN, SAMPLES, SET_ASIDE, misfit, sealed
 from cushion.metrics.columns import parts
 from cushion.schema import FILE_NAME as FILE_NAME
 from cushion.schema import SCHEMA_VERSION as SCHEMA_VERSION
@@ -288,7 +288,7 @@ def make_room(folder: Path) -> RunResult | None:
         return result
     place = folder / SET_ASIDE / str(time.time_ns())
     place.mkdir(parents=True)
-    for name in names:
+    for name in (*names, FIGURES_FOLDER):
         if os.path.lexists(folder / name):
             (folder / name).rename(place / name)
     logger.warning("%s: it was moved to %s, and the run is done again", reason, place)

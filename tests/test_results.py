@@ -127,7 +127,7 @@ def test_what_does_not_fit_a_result_is_named_and_set_aside(
     assert make_room(run) is None
     (message,) = caplog.messages
     assert re.search(rf"{FILE_NAME}.* {reason}.* it was moved to .*set_aside.*, and the run is done again", message)
-    assert {path.name for path in run.iterdir()} == {".lock", "figures", "set_aside"}, "what others made stays"
+    assert {path.name for path in run.iterdir()} == {".lock", "set_aside"}, "figures of it go with it"
     assert make_room(run) is None
     assert caplog.messages == [message], "nothing is left that does not fit"
 

@@ -41,6 +41,8 @@ def test_a_run_gives_back_the_number_that_the_objective_names(text_file: Path, t
     assert returned(path, "ratio/text") == last.values["ratio/text"]
     assert returned(path, "perplexity/text/full_precision") == first.values["perplexity/text"]
     assert returned(path, None) == str(path)
+    with pytest.raises(ConfigError, match=r"it has (?!.*/quantized).*ratio/text, .*, and those of each row"):
+        returned(path, "nothing")
     with pytest.raises(ConfigError, match=r"objective='ratio/txt' .* did you mean 'ratio/text'"):
         returned(path, "ratio/txt")
     with pytest.raises(ConfigError, match=r"'ratio/text/full_precision' is not a number that this run measured"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cushion.errors import ArtifactError, ConfigError
+from cushion.integrity import changed_files
 from cushion.schema import FILE_NAME, PREFIX, current
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class FinishedRun:
         """Read a run's folder.
 
         Raises:
-            ArtifactError: it holds no result, a damaged one, or that of a run that failed.
+            ArtifactError: it holds no result, a damaged one, that of a run that failed, or other files than it left.
             ConfigError: `--base-model` names neither a model of the hub nor a folder, or `--push` no repository.
 
         """
@@ -47,11 +48,14 @@ class FinishedRun:
         if not path.is_file():
             raise ArtifactError(f"RUN={str(folder)!r} holds no {FILE_NAME}: name the folder of a finished run")
         try:
-            record = current(json.loads(path.read_text(encoding="utf-8")), path)
+            content = json.loads(path.read_text(encoding="utf-8"))
+            record = current(content, path)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder} and run again") from error
         if record["status"] != "completed":
             raise ArtifactError(f"RUN={str(folder)!r} has status={record['status']}: run it again, then export it")
+        if reason := changed_files(content, folder):
+            raise ArtifactError(f"{path} {reason}: run it again, which computes anew what does not fit")
         if named_base_model is not None and not (_is_hub_id(named_base_model) or Path(named_base_model).is_dir()):
             raise ConfigError(
                 f"--base-model={named_base_model!r} is neither the id of a model on the hub nor a folder: "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,27 @@ def export(run: FinishedRun, name: str, folder: Path) -> list[Path]:
     target = EXPORTERS[name]
     target.check(run)
     folder = Path(os.path.realpath(folder.expanduser()))
-    try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ArtifactError(f"DIR={str(folder)!r} is there already and is not an empty folder: name a new one")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as temporary:
+    with ExitStack() as stack:
+        with _writing(folder):
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise ArtifactError(f"DIR={str(folder)!r} is there already and is not an empty folder: name a new one")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-"))
             under_way = Path(temporary) / folder.name  # a card may name the folder it is in
             under_way.mkdir()
-            write: Any = located(target.write)
-            write(run, under_way)
+        write: Any = located(target.write)
+        write(run, under_way)  # also reads and writes the run's cache: its errors are not of DIR
+        with _writing(folder):
             under_way.replace(folder)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Where an error of the file system is one of DIR."""
+    try:
+        yield
     except OSError as error:
         raise ArtifactError(
             f"DIR={str(folder)!r} cannot be written ({error}): name a folder that you may write to"
         ) from error
-    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -18,6 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from cushion.integrity import FIGURES_FOLDER
 from cushion.reporting.sizes import every_so_many, legend_columns, panels, set_label, set_text, title, whole_numbers
 from cushion.schema import NO_PREFIX
 
@@ -42,7 +43,7 @@ def figures_of(result: dict[str, Any], folder: Path) -> dict[str, Path]:
     names += ["activation_ratios"] if result["activations"].get("sparsity") else []
     names += ["spike_cosines"] if result["activations"].get("spikes") else []
     names += ["qfem_tradeoff"] if alpha_searches(result) else []
-    return {name: folder / "figures" / f"{name}.png" for name in names}
+    return {name: folder / FIGURES_FOLDER / f"{name}.png" for name in names}
 
 
 def draw_figures(result: dict[str, Any], folder: Path) -> None:
