@@ -134,8 +134,8 @@ class SiteErrors(InputObserver):
 
         def watched(key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             rounded = value_states[:, :, self._work.config.kv_cache.protect :]
-            versions = rounded, self._rotate(rounded)
-            self._add(values_site(layer_idx), self._of_cache(*versions))
+            if rounded.shape[2]:  # a text may be protected as a whole
+                self._add(values_site(layer_idx), self._of_cache(rounded, self._rotate(rounded)))
             return update(key_states, value_states, layer_idx, *args, **kwargs)
 
         setattr(cache, "update", watched)  # noqa: B010  # a method of this object alone, which lives for one text

@@ -59,6 +59,8 @@ from cushion.reporting.status import RunState
 from cushion.schema import NO_PREFIX, STAGES
 
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
+_OPEN = ("config.quantizer.plugins.", "config.quantizer.activations.estimator_options.", "config.data.further.")
+"""Groups of the configuration whose keys are a run's own."""
 MODEL = "model"
 """The dimension that every published number has."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
@@ -216,7 +218,7 @@ def _check(table: PublishedTable, path: Path) -> None:
             if key not in selections:
                 raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")
             for name in selections[key]:
-                if name not in allowed:
+                if name not in allowed and not name.startswith(_OPEN):
                     raise ArtifactError(
                         f"{path}: select.{dimension}.{key} has no key {name!r}: stage, quantized, or config. and a "
                         f"key of the configuration{did_you_mean(name, allowed)}"

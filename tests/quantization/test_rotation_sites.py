@@ -154,6 +154,8 @@ def test_cached_values_are_judged_by_the_scales_that_the_run_has(tiny: Tiny) -> 
     assert found == pytest.approx(by_head, rel=1e-3)
     together = [sum(rounding(one.flatten(), grid) for one in of) / len(TEXTS) for of in versions]
     assert together != pytest.approx(by_head, rel=0.1)
+    whole = replace(config, kv_cache=KvCacheConfig(3, "per_tensor", protect=TEXTS.shape[1], range="static"))
+    assert errors_of(lm, whole, Prefix.empty())["values of layer 1"] == (0.0, 0.0), "nothing is rounded"
     with pytest.raises(ConfigError, match=r"rotation_sites=adaptive compares .*layout=kivi has groups .*sites=all"):
         adaptive(kv_cache=KvCacheConfig(4, layout="kivi"))
 

@@ -336,6 +336,12 @@ def test_a_damaged_table_is_named_with_file_and_column(damaged: Path, mistake: s
         load_published(damaged, "cushioncache_table1")
 
 
+def test_rows_may_be_selected_by_keys_that_only_some_runs_have(damaged: Path) -> None:
+    key = "config.quantizer.activations.estimator_options.percentile: 99.9"
+    edit(damaged / "cushioncache_table1" / "table.yaml", "fp16: {quantized:", f"fp16: {{{key}, quantized:")
+    assert load_published(damaged, "cushioncache_table1")
+
+
 def test_an_unknown_table_is_named_with_those_there_are() -> None:
     with pytest.raises(ArtifactError, match="did you mean 'cushioncache_table1'"):
         load_published(FOLDER, "cushioncache_tabel1")
