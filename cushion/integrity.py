@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,14 @@ def misfit(record: dict[str, Any], folder: Path) -> str | None:
     return changed_files(record, folder)
 
 
-def changed_files(record: dict[str, Any], folder: Path) -> str | None:
-    """Likewise of the files beside the result alone, wherever the folder was moved to."""
+def changed_files(record: dict[str, Any], folder: Path, names: Sequence[str] = OF_A_RUN) -> str | None:
+    """Likewise of the files beside the result alone, those of some names, wherever the folder was moved to."""
     if INTEGRITY not in record:
         return None
     seal = record[INTEGRITY]
     try:
-        found, kept = _files(folder), seal["files"]
+        found = _files(folder, names)
+        kept = {name: kept for name, kept in seal["files"].items() if name.partition("/")[0] in names}
         differing = sorted(name for name in found.keys() | kept.keys() if found.get(name) != kept.get(name))
     except (OSError, KeyError, AttributeError, RuntimeError) as error:
         return f"cannot be compared with the files beside it ({type(error).__name__}: {error})"
@@ -101,18 +102,18 @@ def _content(record: dict[str, Any]) -> str:
     return digest(json.loads(json.dumps(record)))
 
 
-def _files(folder: Path) -> dict[str, str]:
+def _files(folder: Path, names: Sequence[str] = OF_A_RUN) -> dict[str, str]:
     """By path below the folder the SHA-256 of every file of the run in it.
 
     Raises:
         OSError: one cannot be read, or is not a file.
 
     """
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in _paths(folder)}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in _paths(folder, names)}
 
 
-def _paths(folder: Path) -> Iterator[Path]:
-    for name in OF_A_RUN:
+def _paths(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    for name in names:
         path = folder / name
         if name == SAMPLES and path.is_dir():
             yield from (inner for inner in sorted(path.rglob("*")) if not inner.is_dir())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cushion.errors import ArtifactError, ConfigError
-from cushion.integrity import changed_files
+from cushion.integrity import OF_A_RUN, SAMPLES, changed_files
 from cushion.schema import FILE_NAME, PREFIX, current
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class FinishedRun:
             raise ArtifactError(f"{path} is damaged ({error}): delete the folder {folder} and run again") from error
         if record["status"] != "completed":
             raise ArtifactError(f"RUN={str(folder)!r} has status={record['status']}: run it again, then export it")
-        if reason := changed_files(content, folder):
+        if reason := changed_files(content, folder, [name for name in OF_A_RUN if name != SAMPLES]):
             raise ArtifactError(f"{path} {reason}: run it again, which computes anew what does not fit")
         if named_base_model is not None and not (_is_hub_id(named_base_model) or Path(named_base_model).is_dir()):
             raise ConfigError(
