@@ -57,13 +57,12 @@ def returned(path: Path, objective: str | None) -> str | float:
     if objective is None:
         return str(path)
     result = RunResult.read(path)
-    numbers = {
-        key: float(value) for key, value in final_numbers(asdict(result)).items() if isinstance(value, int | float)
-    }
+    record = asdict(result)
+    numbers = {key: float(value) for key, value in final_numbers(record).items() if isinstance(value, int | float)}
     if objective in numbers:
         return numbers[objective]
-    rows = {row.name for row in result.rows}
-    own = [key for key in numbers if key.rpartition("/")[2] not in rows]
+    of_rows = numbers_of_rows(record["rows"])
+    own = [key for key in numbers if key not in of_rows]
     near = did_you_mean(objective, numbers)
     raise ConfigError(
         f"objective={objective!r} is not a number that this run measured (one that is not finite counts as not "

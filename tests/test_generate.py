@@ -177,6 +177,21 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert "is not a result of schema version 1 or 2" in refused(capsys, tmp_path / "run", "x")
 
 
+@pytest.mark.parametrize("name", ["learned.safetensors", "reconstructed.safetensors"])
+def test_what_was_learned_is_read_only_as_the_run_left_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(folder, run)
+    (run / "samples").mkdir()
+    (run / "samples" / "another.jsonl").touch()
+    FinishedRun.read(run)  # neither the folder's name nor the samples matter
+    shutil.copy(run / ({"learned.safetensors", "reconstructed.safetensors"} - {name}).pop(), run / name)
+    line = refused(capsys, run, "x", "--row", "quantized")
+    way_out = "run it again, which computes anew what does not fit"
+    assert line == f"{run / 'result.json'} does not fit what lies beside it ({name}): {way_out}"
+
+
 @pytest.mark.parametrize(
     ("number", "told"),
     [(errno.ENOLCK, "files cannot be locked (No locks"), (errno.EROFS, "x: Read-only"), (errno.ENOSPC, "[Errno 28]")],

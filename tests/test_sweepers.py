@@ -26,7 +26,7 @@ from cushion import cli, pipeline
 from cushion.errors import ConfigError
 from cushion.final_numbers import returned
 from cushion.reporting import figures
-from cushion.results import FILE_NAME
+from cushion.results import FILE_NAME, Row, RunResult
 
 Command = Callable[..., Outcome]
 DOCS = Path(__file__).parent.parent / "docs" / "reports.md"
@@ -47,6 +47,15 @@ def test_a_run_gives_back_the_number_that_the_objective_names(text_file: Path, t
         returned(path, "ratio/txt")
     with pytest.raises(ConfigError, match=r"'ratio/text/full_precision' is not a number that this run measured"):
         returned(path, "ratio/text/full_precision")
+
+
+def test_the_message_for_a_wrong_objective_lists_every_name_that_is_accepted(tmp_path: Path) -> None:
+    values: dict[str, float | None] = {"perplexity/quantized": 9.0, "accuracy/mean": 0.5}  # a corpus named like a row
+    rows = [Row("quantized", "W8A8", "", True, "none", values)]
+    path = RunResult("completed", {}, {}, metrics=values, rows=rows).write(tmp_path)
+    assert (returned(path, "perplexity/quantized"), returned(path, "accuracy_mean")) == (9.0, 0.5)
+    with pytest.raises(ConfigError, match=r": it has perplexity/quantized, accuracy_mean, and those of each row"):
+        returned(path, "nothing")
 
 
 def test_hydra_gets_the_number_also_of_a_finished_run(
