@@ -109,8 +109,7 @@ def execute(
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table, further_tables
-    from cushion.results import FILE_NAME, finished_result
-    from cushion.schema import PREFIX
+    from cushion.schema import FILE_NAME, PREFIX
     from cushion.tracking import TRACKING_FILE, WandbTracker, noted
 
     def draw(event: Event) -> None:
@@ -122,14 +121,14 @@ def execute(
     with ExitStack() as stack:
         stack.enter_context(start.interruptible())
         listeners: list[Listener] = [stack.enter_context(ProgressBars())]
-        done = finished_result(folder)
+        done = pipeline.finished(folder)
         if done is None:
             listeners.append(stack.enter_context(kept(folder, config, overrides)))
         listeners.append(draw)  # figures are drawn before the tracker looks for them
         if tracker is not None:
             listeners.append(tracker)
         try:
-            result = pipeline.run(config, listeners, folder)
+            result = done or pipeline.run(config, listeners, folder)
             record = asdict(result)
             draw_figures(record, folder)  # a run that was killed between its result and its figures
             if tracker is not None:

@@ -85,13 +85,13 @@ def misfit(record: dict[str, Any], folder: Path) -> str | None:
 
 
 def changed_files(record: dict[str, Any], folder: Path, names: Sequence[str] = OF_A_RUN) -> str | None:
-    """Likewise of the files beside the result alone, those of some names, wherever the folder was moved to."""
+    """Why the files of some names beside a sealed result are not those it left there, wherever its folder is now."""
     if INTEGRITY not in record:
         return None
     seal = record[INTEGRITY]
     try:
         found = _files(folder, names)
-        kept = {name: kept for name, kept in seal["files"].items() if name.partition("/")[0] in names}
+        kept = {name: of for name, of in seal["files"].items() if name.partition("/")[0] in names}
         differing = sorted(name for name in found.keys() | kept.keys() if found.get(name) != kept.get(name))
     except (OSError, KeyError, AttributeError, RuntimeError) as error:
         return f"cannot be compared with the files beside it ({type(error).__name__}: {error})"

@@ -133,8 +133,8 @@ def over_runs(values: Sequence[float], errors: Sequence[float]) -> Interval:
     """The mean of values of several seeds that were each measured on the same records with a standard error.
 
     With three seeds or more its variance is taken as s^2 / S + mean(error^2): the first holds the seeds, the second
-    the records. What is of a seed and of a record at once is in both, so the interval is rather too wide than too
-    narrow. With fewer seeds it is mean(error^2) alone, as if all seeds erred on the same records.
+    the records. What is of a seed and of a record at once is in both, so the variance is rather too large than too
+    small. With fewer seeds it is mean(error^2) alone, as if all seeds erred on the same records.
     """
     import numpy
 

@@ -21,7 +21,7 @@ from cushion.ceilings import Ceiling, Ceilings
 from cushion.config import QuantizerConfig, RunConfig, to_dict
 from cushion.config_warnings import options_without_effect
 from cushion.evaluation.attention import ATTENTION_TOKENS
-from cushion.evaluation.latency_step import machine, warn_of_another_machine
+from cushion.evaluation.latency_step import machine
 from cushion.evaluation.task_checks import task_batch_size
 from cushion.evaluation.task_scores import mean_accuracy, shares_of
 from cushion.events import Event, Listener, RowMeasured, RunFailed, RunFinished, RunStarted
@@ -29,8 +29,9 @@ from cushion.metrics.columns import Measured, Place, columns, row_values
 from cushion.prefix import Prefix
 from cushion.preparation import Prepared, choose_device, evaluation_name, prepare
 from cushion.quantization.learned import Learned
-from cushion.results import Row, RunResult, environment, finished_result, make_folder, make_room
+from cushion.results import Row, RunResult, environment, make_folder, make_room
 from cushion.row import row_label
+from cushion.run_folder import finished as finished
 from cushion.run_folder import run_folder as run_folder
 from cushion.run_folder import run_name as run_name
 from cushion.run_warnings import found_warnings, preparation_warnings, qfem_warnings, truncation_warning
@@ -54,9 +55,8 @@ def run(config: RunConfig, listeners: Sequence[Listener] = (), folder: Path | No
         CushionError: something the user can mend; result.json then has `status: failed` and the message.
     """
     folder = folder or run_folder(config)
-    done = finished_result(folder)
+    done = finished(folder)
     if done is not None:
-        warn_of_another_machine(done.environment)
         return done
     make_folder(folder)
     with FileLock(folder / ".lock"):

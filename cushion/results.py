@@ -288,7 +288,7 @@ def make_room(folder: Path) -> RunResult | None:
         return result
     place = folder / SET_ASIDE / str(time.time_ns())
     place.mkdir(parents=True)
-    for name in (*names, FIGURES_FOLDER):
+    for name in (FIGURES_FOLDER, *names):  # the figures first: killed here, the rest still does not fit
         if os.path.lexists(folder / name):
             (folder / name).rename(place / name)
     logger.warning("%s: it was moved to %s, and the run is done again", reason, place)

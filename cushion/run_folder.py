@@ -8,6 +8,7 @@ from typing import Any
 
 from cushion.code import package_version
 from cushion.config import RunConfig, to_dict
+from cushion.evaluation.latency_step import warn_of_another_machine
 from cushion.evaluation.local_tasks import local_task_files
 from cushion.evaluation.tasks import own_task_files
 from cushion.hashing import digest
@@ -15,6 +16,7 @@ from cushion.moving_names import resolved
 from cushion.places import check_apart
 from cushion.preparation import choose_device
 from cushion.registry import PLUGINS
+from cushion.results import RunResult, finished_result
 from cushion.sources import local_files
 from cushion.step import runtime
 
@@ -50,6 +52,14 @@ def run_folder(config: RunConfig, device_kind: str | None = None) -> Path:
     identity["inputs"] = [_file_identity(path) for path in _local_inputs(config)]
     output = Path(config.paths.output_dir).expanduser()
     return output / config.experiment / config.model.label / _row(config) / digest(identity, 12)
+
+
+def finished(folder: Path) -> RunResult | None:
+    """The result of a run that is done already, else None; with a warning if its latency is of another machine."""
+    done = finished_result(folder)
+    if done is not None:
+        warn_of_another_machine(done.environment)
+    return done
 
 
 def run_name(config: RunConfig) -> str:

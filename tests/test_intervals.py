@@ -95,7 +95,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(what: str) -> None:
         held += low <= 0.3 <= high
         low, high = ends(over_blocks([values.mean(0).tolist()]))
         blocks_alone += low <= 0.3 <= high
-    assert held / TRIALS > 0.91
+    assert held / TRIALS > (0.91 if what == "seeds ten times" else 0.92)
     assert what != "seeds" or blocks_alone / TRIALS < 0.5, "without their variance most would miss it"
 
 

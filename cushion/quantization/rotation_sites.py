@@ -13,8 +13,8 @@ is computed for R = I and R = H: of the weights that the site touches (two for v
 of the cache, as far as the quantizer rounds them. H is taken where it is strictly smaller, so where nothing is
 rounded nothing is rotated. The errors of all sites are in `sites.json` of the cached step `rotation_sites`. Ours: the
 terms are summed as they stand, as in the paper; weights are rounded to nearest also where GPTQ rounds them later;
-static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but
-set; inputs that QFeM keeps count as rounded.
+static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but set; inputs that
+QFeM keeps count as rounded.
 """
 
 from __future__ import annotations

@@ -61,8 +61,6 @@ from cushion.schema import NO_PREFIX, STAGES
 PUBLISHED, SPECIFICATION, MODELS = "published.csv", "table.yaml", "models.yaml"
 _OPEN = ("config.quantizer.plugins.", "config.quantizer.activations.estimator_options.", "config.data.further.")
 """Groups of the configuration whose keys are a run's own."""
-MODEL = "model"
-"""The dimension that every published number has."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
 _KEYS = _NEEDED | {"index", "measure", "corpus", "select", SETTING, "tasks", "titles", "notes"}
 
@@ -193,7 +191,7 @@ def _check(table: PublishedTable, path: Path) -> None:
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise ArtifactError(f"{path}: tasks={tasks!r} is no list of names of tasks, such as [piqa, hellaswag]")
     dimensions = set(table.entries[0].at) if table.entries else set()
-    if MODEL not in dimensions:
+    if "model" not in dimensions:
         raise ArtifactError(
             f"{path}: no value is of a model: name it in a column of {PUBLISHED} (`index: [model, ...]`), or beside "
             "each of `values` (`{model: llama2_7b}`)"
@@ -212,8 +210,13 @@ def _check(table: PublishedTable, path: Path) -> None:
             raise ArtifactError(
                 f"{path.parent.parent / MODELS} has no model {model!r}, which {path.parent / PUBLISHED} names"
             )
+    _check_select(table, path)
+
+
+def _check_select(table: PublishedTable, path: Path) -> None:
+    """It says of every published value what it is among runs, by keys that there are."""
     allowed = ["stage", "quantized", *flatten(to_dict(RunConfig()), "config")]
-    for dimension, selections in specification.get("select", {}).items():
+    for dimension, selections in table.specification.get("select", {}).items():
         for key in table.keys(dimension):
             if key not in selections:
                 raise ArtifactError(f"{path}: select.{dimension} does not say what {key!r} is among runs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,27 +84,30 @@ def ours(
         return Cell("not measured", kind="missing"), Cell(NONE)
     for found in by_seed.values():
         values = [value for value, _, _ in found]
-        if max(values) - min(values) > SAME * max(abs(value) for value in values):
-            different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
-            return Cell(f"conflict: {different}", kind="conflict"), Cell(NONE)
-    if not _one_configuration(by_seed):
-        values = [value for found in by_seed.values() for value, _, _ in found]
-        different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
-        return Cell(f"conflict: {different}, seeds of several configurations", kind="conflict"), Cell(NONE)
+        if not _agree(values):
+            return _conflict(measure, values), Cell(NONE)
+    values = [value for found in by_seed.values() for value, _, _ in found]
+    if not (_is_of_one_configuration(by_seed.values()) or _agree(values)):
+        return _conflict(measure, values, ", seeds of several configurations"), Cell(NONE)
     errors = [measure.error(run, row) for found in by_seed.values() for _, run, row in found]
     error = next((error for error in errors if error is not None), None)
     cell = over_seeds([found[0][0] for found in by_seed.values()], measure.format, error, seeds)
     return cell, _compared(measure, at["measure"], [found[0][1:] for found in by_seed.values()], seeds, seen)
 
 
-def _one_configuration(by_seed: Mapping[int, Sequence[tuple[float, Run, Row]]]) -> bool:
-    """Whether the numbers of all seeds are of one configuration, or of several that measure the same.
+def _agree(values: Sequence[float]) -> bool:
+    """Whether numbers that several runs measured count as one."""
+    return max(values) - min(values) <= SAME * max(abs(value) for value in values)
 
-    Several do where one has every seed (within a seed all agree, as was checked before), or where all numbers agree.
-    """
-    values = [value for found in by_seed.values() for value, _, _ in found]
-    shared = set.intersection(*({run.identity("seed") for _, run, _ in found} for found in by_seed.values()))
-    return bool(shared) or max(values) - min(values) <= SAME * max(abs(value) for value in values)
+
+def _conflict(measure: Measure, values: Sequence[float], why: str = "") -> Cell:
+    different = " or ".join(dict.fromkeys(measure.format(value) for value in values))
+    return Cell(f"conflict: {different}{why}", kind="conflict")
+
+
+def _is_of_one_configuration(by_seed: Iterable[Sequence[tuple[float, Run, Row]]]) -> bool:
+    """Whether some configuration has a number for every seed; others that have one too agree with it within a seed."""
+    return bool(set.intersection(*({run.identity("seed") for _, run, _ in found} for found in by_seed)))
 
 
 def _rows(runs: Sequence[Run], wanted: Mapping[str, Any]) -> list[tuple[Run, Row]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cushion.registry import SEARCH_METHODS
 from cushion.reporting.collect import Run
+from cushion.reporting.lines import grouped
 from cushion.schema import measured_with
 
 Config = dict[str, Any]
@@ -23,7 +24,12 @@ def shared_settings(runs: Sequence[Run], numbers: Mapping[Path, int]) -> list[st
     """
     read_off = {title: [read(run.config) for run in runs] for title, read in _SETTINGS.items()}
     read_off["BOS before every text"] = [_bos(run) for run in runs]
-    parts = [f"{title} varies" for title, of in _PROVENANCE.items() if _varies(runs, of)]
+    configurations = grouped((run for run in runs if run.completed), lambda run: run.identity("seed"))
+    parts = [
+        f"{title} varies"
+        for title, of in _PROVENANCE.items()
+        if any(of(run) != of(same[0]) for same in configurations for run in same)
+    ]
     for title, texts in read_off.items():
         if found := dict.fromkeys(text for text in texts if text is not None):
             parts.append(f"{title} {next(iter(found)) if len(found) == 1 else 'varies'}")
@@ -52,22 +58,13 @@ def numbered(runs: Iterable[Run]) -> dict[Path, int]:
     return {run.path: number for number, run in enumerate(runs, start=1)}
 
 
-def _varies(runs: Sequence[Run], of: Callable[[Run], Any]) -> bool:
-    """Whether completed runs of one configuration but for the seed differ in something that is no option."""
-    found: dict[str, list[Any]] = {}
-    for run in runs:
-        if run.completed:
-            found.setdefault(run.identity("seed"), []).append(of(run))
-    return any(value != values[0] for values in found.values() for value in values)
-
-
 _PROVENANCE: dict[str, Callable[[Run], Any]] = {
     "the content of the measured text": lambda run: measured_with(run.record)[1],
     "the model's weights": lambda run: measured_with(run.record)[0],
     "the kind of device": lambda run: run.record["environment"].get("device"),
     "the commit of the code": lambda run: (run.record["environment"].get("git") or {}).get("commit"),
 }
-"""By title: what of a run is not in its configuration and may make the numbers of its seeds unlike."""
+"""By title: what is not in a run's configuration. Seeds that differ in it may have unlike numbers for that."""
 
 
 def _part(config: Config, group: str) -> Config:
