@@ -36,6 +36,7 @@ from cushion.export.schemes import TARGET, Scheme, scheme_of
 from cushion.models import LanguageModel
 from cushion.quantization.fitted import FittedQuantizer, rounded
 from cushion.quantization.formats.floats import E4M3, round_to_float
+from cushion.quantization.formats.nvfp4 import tensor_scale
 from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 
@@ -95,7 +96,7 @@ class Gathering(Execution):
     """Plain linears with the dequantized weights, and beside them what compressed-tensors has to know of each."""
 
     def __init__(self) -> None:
-        self.scales: dict[nn.Module, Tensor] = {}
+        self.weights: dict[nn.Module, QuantizedWeight] = {}  # without their codes
         self.inputs: dict[nn.Module, ActivationQuantizer | None] = {}
 
     def linear(
@@ -108,7 +109,7 @@ class Gathering(Execution):
         placed.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         if bias is not None:
             placed.bias = nn.Parameter(bias, requires_grad=False)
-        self.scales[placed], self.inputs[placed] = weight.scale, activation
+        self.weights[placed], self.inputs[placed] = replace(weight, codes=torch.empty(0)), activation
         return placed
 
 
@@ -125,7 +126,7 @@ def save(lm: LanguageModel, fitted: FittedQuantizer, scheme: Scheme, folder: Pat
         kept = [name for name, linear in placed.items() if scheme.inputs and gathering.inputs[linear] is None]
         _apply(lm.model, scheme, list(placed), kept)
         for linear in placed.values():
-            _copy_scales(cast(nn.Linear, linear), gathering.scales[linear], gathering.inputs[linear])
+            _copy_scales(cast(nn.Linear, linear), gathering.weights[linear], gathering.inputs[linear])
         compressor = ModelCompressor.from_pretrained_model(lm.model)
         compressor.compress_model(lm.model)
         compressor.remove_decompression_hook(lm.model)
@@ -158,12 +159,13 @@ def _group(targets: list[str], weights: dict[str, Any], inputs: dict[str, Any] |
     return QuantizationScheme(targets=targets, **arguments, **{"weights": QuantizationArgs(**weights)})
 
 
-def _copy_scales(linear: nn.Linear, scale: Tensor, activation: ActivationQuantizer | None) -> None:
+def _copy_scales(linear: nn.Linear, weight: QuantizedWeight, activation: ActivationQuantizer | None) -> None:
     """The run's scales and zero point in the parameters that compressed-tensors has made for them."""
-    own = cast(Tensor, linear.weight_scale)
+    own, scale = cast(Tensor, linear.weight_scale), weight.scale
     scales = scale.flatten(1) if scale.dim() == 3 else scale  # (out, groups, 1), (out, 1) or (1, 1)
-    if hasattr(linear, "weight_global_scale"):  # NVFP4, whose largest block has the scale 448
-        whole = scale.amax() / E4M3.largest
+    if hasattr(linear, "weight_global_scale"):  # NVFP4
+        assert weight.whole is not None
+        whole = tensor_scale(weight.whole)
         cast(Tensor, linear.weight_global_scale).fill_(1 / whole)
         scales = round_to_float(scales / whole, E4M3.exponent, E4M3.mantissa, E4M3.largest)
     own.copy_(scales.reshape(-1) if own.dim() == 1 else scales.expand(own.shape))

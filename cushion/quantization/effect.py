@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,16 @@ class Work:
     shifts: dict[str, Tensor] = field(default_factory=dict)
     fits: Mapping[str, dict[str, Tensor]] = field(default_factory=dict)
     input_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def weight_of(self, name: str, linear: nn.Module) -> Tensor:
+        """The weight of the linear `name` before it is quantized, (out_features, in_features): its own, or learned.
+
+        Where a divisor of the input was learned, the columns of the weight are multiplied with it.
+        """
+        weight = cast(Tensor, linear.weight).detach()
+        learned, divisor = self.learned.weights.get(name), self.learned.divisors.get(name)
+        weight = weight if learned is None else learned.to(weight)
+        return weight if divisor is None else (weight.float() * divisor.to(weight.device)).to(weight.dtype)
 
     def ranges_of(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of every channel of the input of the linear `name`, each (in_features,).
@@ -113,6 +123,8 @@ class Site:
         bias: (out_features,) or None.
         activation: the quantizer of its input; None leaves the input in full precision.
         divisor: (in_features,): what its input is divided by before that; None for nothing.
+        fused: by full name, the other linears that servers compute as one with it: query, key and value, or gate and up
+            of one expert. Their weights share what there is one of for a tensor.
 
     """
 
@@ -122,6 +134,7 @@ class Site:
     bias: Tensor | None
     activation: ActivationQuantizer | None = None
     divisor: Tensor | None = None
+    fused: Mapping[str, nn.Linear] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

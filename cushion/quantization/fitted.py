@@ -257,21 +257,32 @@ def rounded(
 
 
 def sites(work: Work, block: int | None = None) -> Iterator[Site]:
-    """The targeted linears of one block, or of all of them, with their weights: their own, or learned.
-
-    Where a divisor of the input was learned, the columns of the weight are multiplied with it.
-    """
+    """The targeted linears of one block, or of all of them, with their weights: their own, or learned."""
     within = f"{work.lm.architecture.blocks}." + ("" if block is None else f"{block}.")
-    for name, linear in work.lm.linears(work.config.targets).items():
+    linears = work.lm.linears(work.config.targets)
+    together = _fused(work.lm, linears)
+    for name, linear in linears.items():
         if name.startswith(within):
-            weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-            learned = work.learned.weights.get(name)
-            weight = weight if learned is None else learned.to(weight)
-            divisor = work.learned.divisors.get(name)
+            bias, divisor = None if linear.bias is None else linear.bias.detach(), work.learned.divisors.get(name)
             if divisor is not None:
-                divisor = divisor.to(weight.device)
-                weight = (weight.float() * divisor).to(weight.dtype)
-            yield Site(name, linear, weight, bias, divisor=divisor)
+                divisor = divisor.to(linear.weight.device)
+            fused = {other: one for other, one in together.get(name, {}).items() if other != name}
+            yield Site(name, linear, work.weight_of(name, linear), bias, divisor=divisor, fused=fused)
+
+
+def _fused(lm: LanguageModel, linears: Mapping[str, nn.Linear]) -> dict[str, dict[str, nn.Linear]]:
+    """For each of some linears, those of them that read the same norm and lie in the same module.
+
+    A linear that reads no norm, as all do in families whose norms stand behind the linears, is not in it.
+    """
+    found: dict[str, dict[str, nn.Linear]] = {}
+    for index in range(len(lm.blocks)):
+        for _, readers in lm.norm_readers(index):
+            modules: dict[str, dict[str, nn.Linear]] = {}
+            for name in linears.keys() & readers.keys():
+                found[name] = modules.setdefault(name.rpartition(".")[0], {})
+                found[name][name] = linears[name]
+    return found
 
 
 def _divided(_module: nn.Module, inputs: tuple[Tensor], divisor: Tensor) -> Tensor:

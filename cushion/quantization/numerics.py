@@ -195,6 +195,7 @@ class QuantizedWeight:
         offset: as `scale`; None on a symmetric grid.
         shape: (out_features, in_features).
         dtype: of the weight that was quantized.
+        whole: the largest magnitude that the scale of the whole tensor is made for, a scalar, in formats that have one.
 
     """
 
@@ -203,6 +204,7 @@ class QuantizedWeight:
     offset: Tensor | None
     shape: torch.Size
     dtype: torch.dtype
+    whole: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, a new tensor of `shape` and `dtype`: what `fake_quantize` gives."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.quantization.effect import Effect, Site, Work
+from cushion.quantization.formats.blocks import BlockGrid, quantize_weight_in_blocks
 from cushion.quantization.formats.registry import FORMATS
 from cushion.quantization.numerics import Grid, min_max, quantize_weight
 from cushion.quantization.quantizer import QuantizerConfig
@@ -68,14 +69,17 @@ class _Weights(Effect):
 
     def at(self, work: Work, site: Site) -> None:
         """Codes and scales in place of the weight."""
-        weights, grid = work.config.weights, weight_grid(work.config)
+        config, grid = work.config.weights, weight_grid(work.config)
         assert isinstance(site.weight, Tensor), "quantized twice"
-        ranges = mse_ranges if weights.estimator == "mse" else min_max
+        if isinstance(grid, BlockGrid):
+            weights = [site.weight, *(work.weight_of(*other) for other in site.fused.items())]
+            largest = [weight.abs().amax().float().to(site.weight.device) for weight in weights]
+            site.weight = quantize_weight_in_blocks(site.weight, grid, torch.stack(largest).amax())
+            return
+        ranges = mse_ranges if config.estimator == "mse" else min_max
         if site.name in work.learned.shares:
             ranges = _Kept(work.learned.shares[site.name])
-        block = FORMATS[weights.format].block
-        granularity, size = ("per_group", block) if block is not None else (weights.granularity, weights.group_size)
-        site.weight = quantize_weight(site.weight, grid, granularity, size, ranges)
+        site.weight = quantize_weight(site.weight, grid, config.granularity, config.group_size, ranges)
 
 
 WEIGHTS = _Weights()

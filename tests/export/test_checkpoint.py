@@ -54,7 +54,7 @@ from cushion.models import LanguageModel
 from cushion.preparation import prepare
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.formats.floats import round_to_float
-from cushion.quantization.numerics import Grid
+from cushion.quantization.numerics import Grid, QuantizedWeight
 from cushion.quantization.rotation import rotated
 from cushion.steps import Steps
 
@@ -287,6 +287,12 @@ def test_the_files_hold_codes_and_the_scales_of_the_run(written: Written) -> Non
     assert rotated["tie_word_embeddings"] is False and "lm_head.weight" in load_file(
         written.folder / "rotated" / "model.safetensors"
     )
+    blocks = load_file(written.folder / "nvfp4" / "model.safetensors")
+    for part, names in {"self_attn": ("q", "k", "v"), "mlp": ("gate", "up")}.items():  # one, as servers read them
+        places = [f"model.layers.0.{part}.{name}_proj.weight" for name in names]
+        whole = torch.stack([written.lm.model.get_parameter(place).abs().max() for place in places]).max()
+        for place in places:
+            torch.testing.assert_close(1 / blocks[f"{place}_global_scale"], (whole / 448 / 6)[None])
 
 
 NARROW, FULL = static(narrow_range=True), ActivationConfig(bits=None)
@@ -488,7 +494,11 @@ def test_a_checkpoint_with_other_logits_is_not_written(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = checkpoint._copy_scales
-    monkeypatch.setattr(checkpoint, "_copy_scales", lambda linear, scale, own: copy(linear, scale * 1.01, own))
+
+    def worse(weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, scale=weight.scale * 1.01)
+
+    monkeypatch.setattr(checkpoint, "_copy_scales", lambda linear, weight, own: copy(linear, worse(weight), own))
     with pytest.raises(ArtifactError, match=r"gives other logits than the simulation, by up to [\d.e-]+, where"):
         export(FinishedRun.read(runs["plain"]), "compressed-tensors", tmp_path / "made")
     assert list(tmp_path.iterdir()) == []

@@ -169,6 +169,34 @@ def test_linears_compute_with_rounded_weights_and_inputs(tiny: Tiny, name: str) 
     assert not torch.allclose(found, linear(seen[0]), rtol=1e-3)
 
 
+AS_ONE = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt", "olmo2"])
+def test_linears_that_servers_compute_as_one_have_one_tensor_scale(tiny: Tiny, family: str) -> None:
+    lm, grid = tiny(family), grid_of("nvfp4")
+    with torch.no_grad():
+        for number, linear in enumerate(lm.linears().values()):  # each has another largest weight
+            linear.weight[0, 0] = 5.0 + number / 8
+    weights = {name: linear.weight.detach() for name, linear in lm.linears().items()}
+    groups = dict[tuple[str, int], list[str]]()
+    for number, name in enumerate(weights):
+        parent, _, leaf = name.rpartition(".")
+        kind = next((index for index, leaves in enumerate(AS_ONE) if leaf in leaves and family != "olmo2"), 10 + number)
+        groups.setdefault((parent, kind), []).append(name)
+    with quantized(lm, under(weights=weights_in("nvfp4"))):
+        for names in groups.values():
+            whole = torch.stack([weights[name].abs().max() for name in names]).max()
+            for name in names:
+                found = lm.model.get_submodule(name).weight
+                assert torch.equal(found, fake_quantize_blocks(weights[name], grid, whole))
+                own = fake_quantize_blocks(weights[name], grid)
+                assert torch.equal(found, own) == (weights[name].abs().max() == whole)
+    assert {len(names) for names in groups.values()} == {"llama": {1, 2, 3}, "mixtral": {1, 2, 3}, "opt": {1, 3}}.get(
+        family, {1}
+    )
+
+
 @pytest.mark.parametrize("name", ["fp8_e4m3", "mxfp8", "nvfp4"])
 def test_gradients_pass_rounding(name: str) -> None:
     values = tensors()["plain"][:4].clone().requires_grad_()

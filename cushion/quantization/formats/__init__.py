@@ -21,8 +21,9 @@ With max(abs block) = f 2^E, 1 <= f < 2, and emax the exponent of T, `quantizer.
 | `ceil` | E - emax, and 1 more for f > 1 | |
 | `rceil` | ceil(log2(max(abs block) / T)) | default of `mxfp8`; the smallest scale that clips nothing |
 
-NVFP4: t = max(abs X) / (448 * 6) and b = E4M3(max(abs block) / 6 / t), at most 448. t is that of a weight, or of an
-input: dynamic over the whole batch, or from its static range. Every linear has its own t.
+NVFP4: t = max(abs X) / (448 * 6) and b = E4M3(max(abs block) / 6 / t), at most 448. t is that of an
+input, dynamic over the whole batch or from its static range, or of the weights that servers compute as one: query, key
+and value, or gate and up of one expert, where they read a norm; all other weights have their own.
 
 - Blocks lie along the inputs of a linear, and must divide them; in the cache along a head's channels, in attention
   along the dimension that a product sums over. The positions of a prefix are in no block.

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from cushion.quantization.formats.floats import FloatGrid
 from cushion.quantization.linear import ActivationQuantizer
-from cushion.quantization.numerics import Grid, fake_quantize
+from cushion.quantization.numerics import Grid, QuantizedWeight, fake_quantize, quantize
 
 
 class BlockGrid(FloatGrid):
@@ -72,6 +72,21 @@ def fake_quantize_blocks(values: Tensor, grid: BlockGrid, whole: Tensor | None =
     scale = grid.scales(largest, largest.amax() if whole is None else whole)
     quantized = fake_quantize(blocks, scale, torch.zeros_like(scale), grid).flatten(-2)
     return quantized if quantized.shape == values.shape else quantized[..., : values.shape[-1]].contiguous()
+
+
+def quantize_weight_in_blocks(weight: Tensor, grid: BlockGrid, whole: Tensor) -> QuantizedWeight:
+    """Quantize the weight of a linear layer in blocks of neighbouring inputs.
+
+    Args:
+        weight: (out_features, in_features); the blocks divide the inputs.
+        grid: the format.
+        whole: the largest magnitude that a tensor scale is made for, a scalar.
+
+    """
+    blocks = in_blocks(weight, grid.block)
+    scale = grid.scales(largest_of(blocks), whole)
+    codes = quantize(blocks, scale, torch.zeros_like(scale), grid)
+    return QuantizedWeight(codes, scale, None, weight.shape, weight.dtype, whole)
 
 
 class BlockQuantizer(ActivationQuantizer):
