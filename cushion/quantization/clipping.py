@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cushion.quantization.effect import Effect, Site, Turn, Work
 from cushion.quantization.numerics import Grid, fake_quantize, quantize_weight
-from cushion.quantization.weights import weight_grid
+from cushion.quantization.weights import KeptShare, weight_grid
 
 SHARES = tuple(1 - number / 20 for number in range(10))
 """Of the largest magnitude of a group: 1 to 0.55, as in the authors' code."""
@@ -32,8 +32,8 @@ def is_clipped(name: str) -> bool:
     return not any(word in name.rpartition(".")[2] for word in QUERIES_AND_KEYS)
 
 
-def clipped_limits(groups: Tensor, products: Tensor, grid: Grid) -> Tensor:
-    """The largest magnitude that each group of weights keeps.
+def clipped_shares(groups: Tensor, products: Tensor, grid: Grid) -> Tensor:
+    """The share of its range that each group of weights keeps.
 
     Args:
         groups: the weight, (out_features, groups, size).
@@ -45,21 +45,20 @@ def clipped_limits(groups: Tensor, products: Tensor, grid: Grid) -> Tensor:
 
     """
     weight = groups.float()
-    largest = weight.abs().amax(2, keepdim=True)
-    best, least = largest, torch.full_like(largest, torch.inf)
+    low, high = weight.aminmax(dim=2, keepdim=True)
+    best, least = torch.ones_like(high), torch.full_like(high, torch.inf)
     for share in SHARES:
-        limit = largest * share
-        lost = fake_quantize(weight, *grid.parameters(-limit, limit), grid) - weight
+        lost = fake_quantize(weight, *grid.parameters(low * share, high * share), grid) - weight
         weighted = torch.bmm(lost.transpose(0, 1), products).transpose(0, 1)
         error = (weighted * lost).sum(2, keepdim=True)
         better = error < least
-        best, least = torch.where(better, limit, best), torch.where(better, error, least)
+        best, least = torch.where(better, share, best), torch.where(better, error, least)
     return best
 
 
 class _Clipping(Effect):
     def fit(self, turn: Turn) -> dict[str, Tensor]:
-        """The limits of the block's linears, by full name. An expert that no token reaches is left out."""
+        """The shares of the block's linears, by full name. An expert that no token reaches is left out."""
         weights, products = turn.work.config.weights, dict[str, Tensor]()
         for name, values in turn.linear_inputs(full_precision=True):
             if is_clipped(name):
@@ -71,20 +70,17 @@ class _Clipping(Effect):
         for name, product in products.items():
             weight = turn.sites[name].linear.weight.detach()
             groups = weight.unflatten(1, (len(product), -1))
-            found[name] = clipped_limits(groups, product, weight_grid(turn.work.config))
+            found[name] = clipped_shares(groups, product, weight_grid(turn.work.config))
         return found
 
     def at(self, work: Work, site: Site) -> None:
         """Codes in the ranges that were found, in place of those in the range of all values."""
         if not is_clipped(site.name):
             return
-        weights, limit = work.config.weights, work.fit_of("clipping", site.name).to(site.linear.weight.device)
+        weights, share = work.config.weights, work.fit_of("clipping", site.name)
+        ranges = KeptShare(share[:, 0] if weights.granularity == "per_channel" else share)
         weight = site.linear.weight.detach()
-        if weights.granularity == "per_channel":
-            limit = limit[:, 0]
-        site.weight = quantize_weight(
-            weight, weight_grid(work.config), weights.granularity, weights.group_size, lambda *_: (-limit, limit)
-        )
+        site.weight = quantize_weight(weight, weight_grid(work.config), weights.granularity, weights.group_size, ranges)
 
 
 CLIPPING = _Clipping()

@@ -137,7 +137,7 @@ class _Block:
 
 
 def clipped_weight(weight: Tensor, dims: tuple[int, ...], share: Tensor | None, grid: Grid) -> Tensor:
-    """The weight on the grid whose range is a share of its largest magnitude, differentiable in both.
+    """The weight on the grid whose range is a share of its own, differentiable in both.
 
     Args:
         weight: (out_features, in_features), or (out_features, groups, size).
@@ -150,8 +150,8 @@ def clipped_weight(weight: Tensor, dims: tuple[int, ...], share: Tensor | None, 
 
     """
     values = weight.float()
-    limit = values.abs().amax(dims, keepdim=True) * (1.0 if share is None else share)
-    scale, _ = grid.parameters(-limit, limit)
+    kept = 1.0 if share is None else share
+    scale, _ = grid.parameters(values.amin(dims, keepdim=True) * kept, values.amax(dims, keepdim=True) * kept)
     units = (values / scale).clamp(*grid.bounds)
     return straight_through(units, grid.rounded(units.detach().clone())) * scale
 

@@ -43,15 +43,16 @@ def _undivided(lm: LanguageModel, config: QuantizerConfig, size: int) -> tuple[s
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Ranges that keep a share of the largest magnitude, of the shape that ranges have; computed in float32."""
+class KeptShare:
+    """Ranges that keep a share of both of their ends, of the shape that ranges have; computed in float32."""
 
     share: Tensor
 
     def __call__(self, values: Tensor, dims: tuple[int, ...], grid: Grid) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum that are kept, as `numerics.Ranges` has it."""
         low, high = min_max(values, dims, grid)
-        limit = torch.maximum(high, -low) * self.share.to(high.device)
-        return -limit, limit
+        share = self.share.to(high.device)
+        return low * share, high * share
 
 
 class _Weights(Effect):
@@ -78,7 +79,7 @@ class _Weights(Effect):
             return
         ranges = mse_ranges if config.estimator == "mse" else min_max
         if site.name in work.learned.shares:
-            ranges = _Kept(work.learned.shares[site.name])
+            ranges = KeptShare(work.learned.shares[site.name])
         site.weight = quantize_weight(site.weight, grid, config.granularity, config.group_size, ranges)
 
 

@@ -1,4 +1,4 @@
-"""The results under some folders, read from result.json alone: one `Run` for each configuration, the newest one."""
+"""The results under some folders, from result.json alone: one `Run` for each configuration, completed if any is."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ class Run:
 def collect(folders: Iterable[Path]) -> list[Run]:
     """Every result under the folders, in the order of their paths.
 
-    Of several results of one configuration (made by different versions of the code, say), the one written last counts.
+    Of several results of one configuration (made by different versions of the code, say), the completed one
+    counts, and of several the one written last.
 
     Raises:
         ArtifactError: a folder is not there, holds no result, or a result.json is damaged.
@@ -97,8 +98,8 @@ def collect(folders: Iterable[Path]) -> list[Run]:
         if other is None:
             newest[run.identity()] = run
             continue
-        later, earlier = (run, other) if path.stat().st_mtime >= other.path.stat().st_mtime else (other, run)
-        newest[run.identity()] = Run(later.path, later.record, later.superseded + earlier.superseded + 1)
+        kept = max(other, run, key=lambda one: (one.completed, one.path.stat().st_mtime))
+        newest[run.identity()] = Run(kept.path, kept.record, run.superseded + other.superseded + 1)
     return sorted(newest.values(), key=lambda run: str(run.path))
 
 

@@ -36,7 +36,7 @@ def load_results(*folders: str | PathLike[str], settings: Sequence[str] | None =
         `row` (its name), `label`, `stage`, `prefix`, `quantized`; `measure`, the key of the number, for example
         `perplexity/wikitext2`; `value`, in the unit of result.json (an accuracy is a fraction of one); `stderr`, its
         standard error; `low` and `high`, the ends of its 95 % interval; `result`, the path of the file. What was not
-        measured is NaN. Of several results of one configuration the newest counts.
+        measured is NaN. Of several results of one configuration the newest completed one counts.
 
     Raises:
         ArtifactError: a folder is not there or holds no result, or a result is damaged.

@@ -152,7 +152,7 @@ def provenance_table(runs: Sequence[Run], folder: Path) -> Table:
         commit = "installed package" if not git else git["commit"][:10] + (", changed" if git["dirty"] else "")
         status = "completed" if run.completed else f"failed: {run.error}"
         if run.superseded:
-            status += f" ({run.superseded} older of this configuration left out)"
+            status += f" ({run.superseded} other of this configuration left out)"
         versions = [
             str(environment.get("cushion", "?")),
             *(str(packages.get(p) or "?") for p in ("torch", "transformers")),

@@ -23,13 +23,21 @@ def test_results_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
     assert {run.model for run in runs} == {"model"}
 
 
-def test_of_one_configuration_the_result_written_last_counts(tmp_path: Path) -> None:
-    write(tmp_path, failed("older"), record(), failed("oldest"))
-    for name, time in (("run00", 200), ("run01", 300), ("run02", 100)):
+def test_of_one_configuration_the_completed_result_written_last_counts(tmp_path: Path) -> None:
+    write(tmp_path, failed("older"), record(), record(), failed("newest"))
+    for name, time in (("run00", 100), ("run01", 300), ("run02", 200), ("run03", 400)):
         os.utime(tmp_path / name / "result.json", (time, time))
     (run,) = collect([tmp_path])
     assert run.completed
-    assert run.superseded == 2
+    assert (run.path.parent.name, run.superseded) == ("run01", 3)
+
+
+def test_of_failed_results_alone_the_one_written_last_counts(tmp_path: Path) -> None:
+    write(tmp_path, failed("later"), failed("earlier"))
+    for name, time in (("run00", 200), ("run01", 100)):
+        os.utime(tmp_path / name / "result.json", (time, time))
+    (run,) = collect([tmp_path])
+    assert (run.error, run.superseded) == ("DataError: later", 1)
 
 
 def test_places_and_tracking_make_no_other_configuration_and_a_seed_does(tmp_path: Path) -> None:

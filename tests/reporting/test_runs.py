@@ -190,4 +190,4 @@ def test_provenance_says_version_git_state_cost_and_what_was_left_out(tmp_path: 
     assert column(table, "search seconds") == ["-", "34"]
     assert column(table, "search token-forwards") == ["-", "88855"]
     assert column(table, "tuning seconds") == ["-", "56"]
-    assert "1 older" in column(table, "status")[0]
+    assert "1 other" in column(table, "status")[0]
