@@ -261,8 +261,8 @@ def main() -> None:
     """Entry point of the command `cushion`."""
     _set_up()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on instead of printing them; they are printed below
-    register_schema()
     try:
+        register_schema()
         with _full_disk_is_no_fault_of_logging():
             check_words(sys.argv[1:], config_folder())
             try:

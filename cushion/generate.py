@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 FULL_PRECISION = {"name": "full_precision", "label": "full precision", "stage": NO_PREFIX, "quantized": False}
 """The row that every run can be asked for, measured or not."""
+
+SMALLEST_TEMPERATURE = 1e-4
+"""Below it, logits over the temperature can be too large for a floating-point number."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
             raise ConfigError(f"--max-new-tokens={self.new_tokens} is not allowed: it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
+        if not (self.temperature == 0 or SMALLEST_TEMPERATURE <= self.temperature < math.inf):
             raise ConfigError(
-                f"--temperature={self.temperature} is not allowed: 0 for the most probable token, or a positive number"
+                f"--temperature={self.temperature} is not allowed: 0 for the most probable token, or a number from "
+                f"{SMALLEST_TEMPERATURE} on"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed={self.seed} is not allowed: it must be from 0 to 2^63 - 1")
 
 
 def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streamer: Any = None) -> list[int]:
@@ -64,7 +71,7 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
     Args:
         model: with its prefix and quantizer; on leaving, the model is as it was before.
         tokens: token ids of the text without the prefix, (1, tokens), at least one.
-        sampling: how they are chosen. Nothing of the model's own choice (top-k, penalties) is used.
+        sampling: how they are chosen. Of the model's own settings only the tokens that end a text are used.
         streamer: is given each token as it comes, as transformers' `generate` does.
 
     Raises:
@@ -79,7 +86,7 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     torch.manual_seed(sampling.seed)
-    with model, prefix.kept(lm.model), torch.no_grad():
+    with model, prefix.kept(lm.model), _plain_settings(lm), torch.no_grad():
         model.put_on()
         inputs = prefix.prepend({"input_ids": tokens.to(lm.device)})
         generator: Any = lm.model
@@ -88,13 +95,25 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
             **choice,
             past_key_values=prefix.cache(lm.model),
             max_new_tokens=sampling.new_tokens,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=lm.tokenizer.eos_token_id,  # nothing is padded: transformers warns without one
             streamer=streamer,
         )
     new: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return new
+
+
+@contextmanager
+def _plain_settings(lm: LanguageModel) -> Iterator[None]:
+    """Within the block, of the model's settings of generation only the tokens that end a text hold."""
+    from transformers import GenerationConfig
+
+    model: Any = lm.model
+    own = model.generation_config
+    padding = lm.tokenizer.eos_token_id  # nothing is padded: transformers warns without one
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=padding)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def check_room(lm: LanguageModel, prefix: Prefix, tokens: Tensor, sampling: Sampling) -> None:
@@ -204,12 +223,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sampling = Sampling(given.max_new_tokens, given.temperature, given.seed)
         folder = given.run.parent if given.run.name == FILE_NAME else given.run
-        prompt = sys.stdin.read().removesuffix("\n") if given.prompt == "-" else given.prompt
+        prompt = _prompt(given.prompt)
         run = FinishedRun.read(folder)
         rows = [FULL_PRECISION] * given.beside + [find_row(run, name) for name in given.row or [None]]
         stream(run, rows, prompt, given.chat, sampling, given.device)
     except system_errors.MENDABLE as error:
         system_errors.end("cushion-generate", error, _ELSEWHERE)
+
+
+def _prompt(given: str) -> str:
+    """The text of PROMPT, which `-` reads from standard input.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+
+    """
+    try:
+        text = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        text.encode()
+    except UnicodeError as error:
+        raise ConfigError(f"PROMPT is not UTF-8 text ({error}): iconv -t UTF-8 makes it such") from error
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:

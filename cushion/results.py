@@ -125,7 +125,7 @@ class RunResult:
     | `documents`, `characters` | what this purpose got |
     | `duplicates_dropped` | documents dropped because an earlier purpose has them |
     | `sha256` | of the documents joined with blank lines |
-    | `held_out` | of `tuning`, where there is one: `split` is `document`, or `position` where one document had to be cut in two; `documents`, from how many the held-out texts come (null with `position`) |
+    | `held_out` | of `tuning`, where there is one: `split` is `document`, or `position` where there were too few documents to hold any out; `documents`, from how many the held-out texts come (null with `position`) |
     """  # noqa: E501
     evaluation: dict[str, Any] = field(default_factory=dict)
     """`evaluation`:

@@ -21,15 +21,15 @@ def preparation_warnings(config: RunConfig, prepared: Prepared) -> list[str]:
 
 
 def found_warnings(config: RunConfig, lm: LanguageModel, prefix: Prefix | None) -> list[str]:
-    """What a reader should know of the prefix that was found: whether a BOS at its end stands twice."""
-    if prefix is None or prefix.token_ids[-1:] != (lm.bos_token_id,):
+    """What a reader should know of the prefix that was found: whether a BOS in it stands twice."""
+    if prefix is None or lm.bos_token_id not in prefix.token_ids:
         return []
     if begins_with_bos(lm, config.bos):
         return [
-            "the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
+            "the prefix holds BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
         ]
     if config.eval.tasks and writes_bos(lm, config.eval):
-        return ["the prefix ends in BOS and the chat template begins with BOS, so it stands twice in every task"]
+        return ["the prefix holds BOS and the chat template begins with BOS, so it stands twice in every task"]
     return []
 
 

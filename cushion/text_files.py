@@ -175,7 +175,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file, without their ends, unpacked where its name ends in `.gz`.
+    """The lines of a UTF-8 file, without their ends and a byte-order mark, unpacked where its name ends in `.gz`.
 
     Raises:
         DataError: the file is missing, or is no such text.
@@ -185,9 +185,9 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"no data file {path}: check the path")
     try:
         if path.suffix.lower() == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8", newline=None) as file:
+            with gzip.open(path, "rt", encoding="utf-8-sig", newline=None) as file:
                 return file.read().split("\n")
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
     except (OSError, EOFError, zlib.error) as error:

@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
@@ -157,6 +158,8 @@ class WandbTracker:
 
         self._place = event.folder / TRACKING_FILE
         mode = self._config.mode if self._config.mode != "auto" else choose_mode()
+        if mode == "disabled":  # there is no run, and none is noted
+            return
         before, of_agent = noted(self._place), agents_run()
         self._id = of_agent or before.get("id") or secrets.token_hex(8)
         kept = list(event.folder.glob(f"wandb/offline-run-*-{self._id}*"))  # W&B adds "-1" within a second
@@ -339,20 +342,44 @@ def _comparison(rows: list[dict[str, Any]]) -> Any:
 def choose_mode(reachable: Callable[[str, int], bool] | None = None) -> str:
     """`online` when there is a key and the server answers, else `offline`; W&B's own setting of the mode wins.
 
+    That is `WANDB_MODE`, or what `wandb offline` and `wandb disabled` write. Server and key are those that W&B finds.
+
     Args:
         reachable: whether a host answers on a port; for tests.
 
     """
-    chosen = os.environ.get("WANDB_MODE")
-    if chosen in ("online", "offline", "disabled"):
-        return chosen
+    if os.environ.get("WANDB_MODE") in ("online", "run"):
+        return "online"
     import wandb
 
-    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
-    base = urlparse(address)
-    key = os.environ.get("WANDB_API_KEY") or get_netrc_auth(address)  # where `wandb login` keeps it
+    settings = wandb.setup().settings
+    if settings.mode in _NOT_ONLINE:
+        return _NOT_ONLINE[settings.mode]
+    base = urlparse(settings.base_url)
+    if not (settings.api_key or get_netrc_auth(settings.base_url) or _key_of_before(settings.base_url)):
+        _say_offline(f"there is no key for {base.hostname}: wandb login keeps one")
+        return "offline"
     port = base.port or (443 if base.scheme == "https" else 80)
-    return "online" if key and (reachable or _reachable)(base.hostname or "", port) else "offline"
+    if not (reachable or _reachable)(base.hostname or "", port):
+        _say_offline(f"{base.hostname} does not answer")
+        return "offline"
+    return "online"
+
+
+_NOT_ONLINE = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+def _key_of_before(address: str) -> Any:
+    """What a log-in kept for W&B's own server where that had its former name, which W&B takes too."""
+    import wandb
+
+    return get_netrc_auth("https://api.wandb.ai") if address == wandb.Settings().base_url else None
+
+
+@lru_cache
+def _say_offline(reason: str) -> None:
+    """Once in a process."""
+    logger.info("W&B is offline, since %s", reason)
 
 
 def _reachable(host: str, port: int) -> bool:

@@ -58,7 +58,7 @@ from cushion.tuning_loss import TuningLoss
 from cushion.tuning_ranges import TunedUnder
 from cushion.tuning_state import TuningState, TuningStep, optimizer_tensors, restore_optimizer
 
-_MEND = "lower tuning.learning_rate or set tuning.gradient_clip"
+_MEND = "lower tuning.learning_rate or tuning.gradient_clip, or set model.dtype=bfloat16 where it is float16"
 
 
 def tune_prefix(
@@ -158,17 +158,25 @@ def _initial_state(
     unit = 1.0
     if config.reduction == "relative" and config.lambda_q:
         unit = _mean_over(loss_of, 2, found, held_out, config)
-        if not 0 < unit < math.inf:
+        _check_start("L_q", unit)
+        if unit == 0:
             raise TuningError(
                 f"L_q before tuning is {unit}, and tuning.reduction=relative divides by it: use another reduction"
             )
     loss_of.error_unit = unit
     initial = _held_out_loss(loss_of, found, held_out, config)
-    if not math.isfinite(initial):
-        raise TuningError(f"the loss before tuning is {initial}: the model or the quantizer is broken")
+    _check_start("the loss", initial)
     state = TuningState(replace(found, tuned=True), found, 0, initial, initial)
     state.best_learned, state.error_unit = under.learned(), unit
     return state
+
+
+def _check_start(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TuningError(
+            f"{what} before tuning is {value}: the activations overflow (use model.dtype=bfloat16 or float32), or the "
+            "quantizer destroys the model"
+        )
 
 
 def _restore(under: TunedUnder, state: TuningState) -> None:

@@ -129,7 +129,7 @@ def test_without_bos_nothing_changes(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_bos_that_stands_twice_is_told_by_a_run(text_file: Path, tmp_path: Path, with_bos: Path) -> None:
-    told = "the prefix ends in BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
+    told = "the prefix holds BOS and every text begins with BOS, so it stands twice: with bos=never it stands once"
     config = small_config(text_file, tmp_path)
     config = replace(config, model=ModelConfig(path=str(with_bos)), search=SearchConfig(name="bos", method="bos"))
     config.eval = replace(config.eval, controls=False)
@@ -137,7 +137,8 @@ def test_a_bos_that_stands_twice_is_told_by_a_run(text_file: Path, tmp_path: Pat
         assert (told in pipeline.run(replace(config, bos=policy)).warnings) == bos
     lm = model(with_bos)
     always, never = replace(config, bos="always"), replace(config, bos="never")
-    assert found_warnings(always, lm, Prefix((BOS, 5), (), ())) == found_warnings(always, lm, None) == []
+    assert found_warnings(always, lm, Prefix((BOS, 5), (), ())) == [told], "wherever it stands, as in QFeP's"
+    assert found_warnings(always, lm, Prefix((5,), (), ())) == found_warnings(always, lm, None) == []
     prefix, chats = Prefix((5, BOS), (), ()), EvalConfig(tasks=["copa"], chat_template=True)
     for template, twice in (("{{ bos_token }}{{ messages[0].content }}", True), ("{{ messages[0].content }}", False)):
         lm.tokenizer.chat_template = template

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from conftest import write_documents
 from omegaconf import OmegaConf
 from tiny_run import TUNED_ROWS, saved_model, searching_config, small_config, tuning_config
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from cushion import pipeline
 from cushion.checks import from_plain
@@ -20,7 +24,8 @@ from cushion.errors import ConfigError
 from cushion.models import LanguageModel, load_language_model
 from cushion.prefix import Prefix
 from cushion.preparation import prepare
-from cushion.search.given import random_tokens
+from cushion.search.given import line_break, newline_tokens, random_tokens
+from cushion.search.greedy_prefix import start_tokens
 
 Tiny = Callable[..., LanguageModel]
 CONF = config_folder()
@@ -51,6 +56,18 @@ def prefix_tokens(config: RunConfig) -> list[int]:
     saved = Prefix.load(pipeline.run_folder(config) / "prefix")
     assert list(saved.token_ids) == result.prefix["token_ids"]
     return list(saved.token_ids)
+
+
+def test_a_line_break_is_one_token_where_a_tokenizer_puts_a_blank_before_a_text(tiny: Tiny) -> None:
+    """As those of LLaMA 2 and Mistral do."""
+    vocabulary = {"▁": 0, "a": 1, "<0x0A>": 2, "▁a": 3}
+    pieces = Tokenizer(BPE(vocabulary, [("▁", "a")], byte_fallback=True))
+    pieces.normalizer = normalizers.Prepend("▁")
+    lm = replace(tiny(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=pieces))
+    assert lm.encode("\n").tolist() == [0, 2]
+    assert newline_tokens(lm, RunConfig()) == [2]
+    assert start_tokens(lm, replace(RunConfig(), search=SearchConfig(method="greedy", start="newline"))) == [2]
+    assert line_break(tiny()) == tiny().encode("\n").tolist()
 
 
 @pytest.mark.parametrize("control", CONTROLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -367,6 +368,14 @@ def test_a_damaged_line_is_named_by_file_and_number(tmp_path: Path, line: str, m
     path.write_text('{"text": "a"}\n\n' + line + '\n{"text": "b"}\n')
     with pytest.raises(DataError, match=message):
         load_corpora(file_data(path), PathsConfig())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path, name: str) -> None:
+    text = '{"text": "one"}' if name.endswith(".jsonl") else "one"
+    data = codecs.BOM_UTF8 + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert list(read_documents(tmp_path / name, "text")) == ["one"]
 
 
 def test_a_missing_file_a_folder_and_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ def test_greedy_text_is_what_a_pass_over_all_before_it_predicts(folder: Path) ->
     tokens = lm.encode("a prefix of keys")[None]
     generation = lm.model.generation_config
     generation.eos_token_id, generation.top_k, generation.repetition_penalty = None, 3, 5.0  # a model's own choices
+    generation.no_repeat_ngram_size, generation.min_new_tokens, generation.suppress_tokens = 1, 20, list(range(200))
     new = generate(run.model(row), tokens, Sampling(6))
-    assert len(new) == 6
+    assert len(new) == 6 and lm.model.generation_config is generation
     with run.model(row) as model, torch.no_grad():
         model.put_on()
         for token in new:
@@ -150,13 +151,18 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_what_cannot_be_is_refused_in_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = refused(capsys, folder, "x", "--row", "quantized_tunde")
     assert line.startswith("--row='quantized_tunde' is not a row of this run: choose one of full_precision, ")
     assert line.endswith("did you mean 'quantized_tuned'?")
     assert "--max-new-tokens=0 is not allowed" in refused(capsys, folder, "x", "--max-new-tokens", 0)
     assert "--temperature=nan is not allowed" in refused(capsys, folder, "x", "--temperature", "nan")
+    assert "or a number from 0.0001 on" in refused(capsys, folder, "x", "--temperature", "1e-40")
+    assert "--seed=-1 is not allowed: it must be from 0" in refused(capsys, folder, "x", "--seed", -1)
+    assert "PROMPT is not UTF-8 text (" in refused(capsys, folder, "caf\udce9")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "iconv -t UTF-8 makes it such" in refused(capsys, folder, "-")
     assert "PROMPT='' gives the model nothing" in refused(capsys, folder, "", "--row", "full_precision")
     assert "has no chat template" in refused(capsys, folder, "x", "--chat")
     assert "holds no result.json" in refused(capsys, tmp_path, "x")

@@ -170,7 +170,11 @@ def test_a_search_that_accepts_nothing_goes_on_without_a_prefix_and_says_so(text
     assert result.prefix is None
     assert result.tuning is None
     assert [row.name for row in result.rows] == ["full_precision", "quantized"]
-    assert any("found no prefix" in warning for warning in result.warnings)
+    assert any("found no prefix" in warning and warning.endswith("without one") for warning in result.warnings)
+    config.search.start = "newline"
+    result = pipeline.run(config)
+    assert result.prefix is not None and result.prefix["text"] == "\n"
+    assert any(warning.endswith("goes on with search.start=newline alone") for warning in result.warnings)
 
 
 @pytest.mark.parametrize(("budget", "found"), [(16 + 17 * 5, True), (20, False)])

@@ -64,6 +64,17 @@ def test_a_tuned_prefix_is_not_exported_as_its_tokens(tmp_path: Path) -> None:
         cushion(site, "export.cli", str(tmp_path), "--to", "token_ids", str(tmp_path / "made"))
 
 
+@pytest.mark.parametrize("words", [["model=tiny"], ["--cfg", "job"], ["--help"]], ids=" ".join)
+def test_a_broken_plugin_stops_every_command_in_one_line(tmp_path: Path, words: list[str]) -> None:
+    site = installed(tmp_path / "site", "forward_speed")
+    (site / "forward_speed.py").write_text("import nowhere\n")
+    with pytest.raises(AssertionError) as stopped:
+        cushion(site, "cli", *words)
+    (line,) = str(stopped.value).partition("\nassert ")[0].removeprefix("AssertionError: ").strip().splitlines()
+    message = "cushion: error: the plugin forward_speed = forward_speed of forward_speed cannot be loaded (mend or"
+    assert line.startswith(message) and "No module named 'nowhere'" in line
+
+
 @pytest.mark.parametrize("name", ["forward_speed", "phi_family", "token_ids_export"])
 def test_the_page_on_extending_shows_the_very_file(name: str) -> None:
     file = (PLUGINS / f"{name}.py").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ import torch
 import wandb
 from offline_wandb import read_offline
 from tiny_run import processes, small_config, tuning_config
+from wandb.sdk.wandb_setup import _WandbSetup
 
 from cushion import cli, pipeline
 from cushion.artifacts import Checkpoint
@@ -26,7 +27,7 @@ from cushion.flat import flatten
 from cushion.metrics.columns import Measured, row_values
 from cushion.reporting import figures
 from cushion.results import finished_result
-from cushion.tracking import TRACKING_FILE, WandbTracker, choose_mode, summed_up
+from cushion.tracking import TRACKING_FILE, WandbTracker, _say_offline, choose_mode, summed_up
 
 OFFLINE = TrackingConfig(mode="offline")
 
@@ -239,6 +240,17 @@ def test_what_the_server_has_of_a_resumed_run_is_not_sent_again(
     assert asked[1]["id"] == "abc" != asked[2]["id"], "offline all is logged anew: not under what the server knows"
 
 
+def test_where_wandb_is_disabled_no_run_is_named_or_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(wandb, "init", lambda **_: pytest.fail("it is disabled"))
+    monkeypatch.setattr(wandb, "setup", lambda: _WandbSetup(os.getpid()))
+    tracker = WandbTracker(TrackingConfig())
+    tracker(RunStarted(tmp_path, "name", to_dict(RunConfig())))
+    tracker(Record("search", 0, {"value": 1.0}))
+    assert tracker.location is None and tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_was_logged_before_is_removed_once_there_is_a_new_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +439,8 @@ def without_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)  # W&B reads ./wandb/settings too
+    monkeypatch.setattr(wandb, "setup", lambda: _WandbSetup(os.getpid()))  # reads settings anew, and starts no process
 
 
 def answering(answer: bool, asked: list[tuple[str, int]] | None = None) -> Callable[[str, int], bool]:
@@ -439,10 +453,13 @@ def answering(answer: bool, asked: list[tuple[str, int]] | None = None) -> Calla
 
 
 @pytest.mark.usefixtures("without_settings")
-def test_without_a_key_a_run_is_offline_and_asks_nobody() -> None:
+def test_without_a_key_a_run_is_offline_asks_nobody_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    _say_offline.cache_clear()
     asked: list[tuple[str, int]] = []
-    assert choose_mode(answering(True, asked)) == "offline"
+    with caplog.at_level("INFO"):
+        assert choose_mode(answering(True, asked)) == "offline"
     assert asked == []
+    assert "W&B is offline, since there is no key for api." in caplog.text
 
 
 @pytest.mark.usefixtures("without_settings")
@@ -469,10 +486,37 @@ def test_the_users_own_server_is_asked(monkeypatch: pytest.MonkeyPatch, server: 
     assert asked == [expected]
 
 
-@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
-def test_wandbs_own_setting_of_the_mode_wins(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+@pytest.mark.usefixtures("without_settings")
+def test_a_key_and_a_server_are_found_where_wandb_login_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    assert choose_mode(answering(True, asked)) == "online"  # of the name that W&B's own server had
+    (tmp_path / "settings").write_text("[default]\nbase_url = https://wandb.example\n")
+    assert choose_mode(answering(True, asked)) == "offline"  # another server, and no key for it
+    with (tmp_path / "netrc").open("a") as file:
+        file.write(f"machine wandb.example login user password {'k' * 40}\n")
+    assert choose_mode(answering(True, asked)) == "online"
+    assert [host for host, _ in asked][1:] == ["wandb.example"]
+
+
+@pytest.mark.usefixtures("without_settings")
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("online", "online"), ("offline", "offline"), ("dryrun", "offline"), ("disabled", "disabled")],
+)
+def test_wandbs_own_setting_of_the_mode_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, expected: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert choose_mode(answering(False)) == mode
+    assert choose_mode(answering(expected != "online")) == expected
+    if expected != "online":  # what `wandb offline` and `wandb disabled` write
+        monkeypatch.delenv("WANDB_MODE")
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text(f"[default]\nmode = {mode}\n")
+        assert choose_mode(answering(True)) == expected
 
 
 def test_nested_values_are_joined_with_slashes() -> None:

@@ -323,8 +323,10 @@ def test_broken_model_is_refused_before_the_first_step(tiny: Tiny) -> None:
     lm = tiny()
     found = Prefix.from_tokens(lm.model, TOKENS)
     lm.blocks[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(TuningError, match="the loss before tuning is nan"):
+    with pytest.raises(TuningError, match=r"the loss before tuning is nan: .*use model\.dtype=bfloat16 or float32"):
         next(tuning(lm, settings(), found=found))
+    with pytest.raises(TuningError, match=r"L_q before tuning is nan: .*use model\.dtype=bfloat16 or float32"):
+        next(tuning(lm, settings(reduction="relative"), found=found))
 
 
 def test_gradient_clip_bounds_nothing_but_the_step(tiny: Tiny) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -118,7 +118,11 @@ def local_task(manager: Any, name: str, local: LocalSet, root: Path, config: Eva
     asked = definition.get("test_split") or definition.get("validation_split")
     path = root / local.folder / dict(local.files)[asked]
     task = _stock(manager, overrides, name, records, asked, path, lines[asked])
-    _check_records(task, path, lines[asked])
+
+    def place(number: int) -> str:
+        return f"{path}, line {lines[asked][number] if lines[asked] else number + 1}"
+
+    check_requests(task, task.eval_docs, place)
     origin = ", ".join(os.path.realpath(root / local.folder / file) for _, file in local.files)
     return LocalTask(task, origin, processed)
 
@@ -162,24 +166,30 @@ def _stock(
         raise DataError(f"{path}, line {line}: {name} of lm-eval cannot prepare this record: {error}") from error
 
 
-def _check_records(task: Any, path: Path, lines: list[int]) -> None:
-    """Raise `DataError` for a record of which the definition cannot make a request, with its line."""
-    for number, record in enumerate(task.eval_docs):
+def check_requests(task: Any, records: Iterable[dict[str, Any]], place: Callable[[int], str]) -> None:
+    """Raise `DataError` for a record of which the definition cannot make a request.
+
+    Args:
+        task: lm-eval's object.
+        records: those to look at.
+        place: where the record of a number, from 0 on, is.
+
+    """
+    for number, record in enumerate(records):
         try:
             text, target = task.doc_to_text(record), task.doc_to_target(record)
             if task.OUTPUT_TYPE == "multiple_choice":
                 choices = task.doc_to_choice(record)
                 gold = text if isinstance(text, int) else target  # WinoGrande's choices are contexts
-                known = 0 <= gold < len(choices) if isinstance(gold, int) else gold in choices
-                if not known:
+                several = gold if isinstance(gold, list) else [gold]
+                if not all(0 <= one < len(choices) if isinstance(one, int) else one in choices for one in several):
                     raise ValueError(f"its answer {gold!r} is none of its {len(choices)} choices")
             elif not text and not str(target).strip():
                 raise ValueError("it is empty")
         except Exception as error:  # whatever a template or a function of a definition raises
-            line = lines[number] if lines else number + 1
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{path}, line {line}: {task.task_name} of lm-eval cannot make a request of this record: {reason}"
+                f"{place(number)}: {task.task_name} of lm-eval cannot make a request of this record: {reason}"
             ) from error
 
 

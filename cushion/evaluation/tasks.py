@@ -17,17 +17,20 @@ of the mean takes the tasks as independent: sqrt(sum of squares) / number.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import ConfigError, DataError
 from cushion.evaluation.lasting import lasting
-from cushion.evaluation.local_tasks import LOCAL_SETS, MMLU, LocalSet, local_task
+from cushion.evaluation.local_tasks import LOCAL_SETS, MMLU, LocalSet, check_requests, local_task
 from cushion.hashing import digest, file_digest
 
 PAPER_TASKS = ("lambada_openai", "hellaswag", "piqa", "winogrande", "openbookqa", "rte", "copa")
@@ -118,6 +121,7 @@ def load_tasks(config: EvalConfig, paths: PathsConfig) -> TaskSet:
     groups: dict[str, TaskGroup] = {}
     for name in config.tasks:
         if name not in manager.task_index:
+            _check_yaml(config)
             near = ", ".join(get_close_matches(name, manager.all_tasks, n=5)) or "none"
             raise ConfigError(
                 f"eval.tasks names {name!r}, which is no task, group or tag of lm-eval; near names: {near} "
@@ -169,15 +173,46 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
             f"the records of eval.tasks={name} cannot be read: {reason} -- check the network, or set paths.data_dir to "
             f"a folder that holds them (it can hold {', '.join(LOCAL_SETS)} and mmlu)"
         ) from error
+    except Exception as error:
+        if not any(_is_own(manager, leaf, config) for leaf in leaves or [name]):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"eval.tasks={name}: lm-eval cannot make this task of its file below eval.include_path ({reason}): mend it "
+            "there"
+        ) from error
     for leaf, task in loaded.items():
         origin = f"hub:{task.DATASET_PATH}/{task.DATASET_NAME or ''}".rstrip("/")
+        if leaf in manager.task_index and _is_own(manager, leaf, config):
+            asked = list(task.eval_docs)[: records_asked(config.limit, len(task.eval_docs))]
+            check_requests(task, asked, partial(_place, leaf))
         yield leaf, _finished(leaf, task, origin, config)
+
+
+def _place(name: str, number: int) -> str:
+    return f"eval.tasks={name}, record {number + 1}"
+
+
+def _check_yaml(config: EvalConfig) -> None:
+    """Raise `ConfigError` for a file of the user's that is no YAML: lm-eval leaves it out of its index silently."""
+    for path in own_task_files(config):
+        if path.suffix in (".yaml", ".yml"):
+            try:
+                deque(yaml.parse(path.read_text(encoding="utf-8")), maxlen=0)
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"eval.include_path: {path} is not YAML, and its task not known: {reason}") from error
+
+
+def _is_own(manager: Any, name: str, config: EvalConfig) -> bool:
+    """Whether a task is defined below `eval.include_path`."""
+    own, file = _include_path(config), manager.task_index[name].yaml_path
+    return own is not None and Path(own).resolve() in Path(file or "/").resolve().parents
 
 
 def _local_set(manager: Any, name: str, config: EvalConfig) -> LocalSet | None:
     """MMLU's records serve every task that is defined over them; the other sets serve the stock task of their name."""
-    own = _include_path(config)
-    if own is not None and Path(own).resolve() in Path(manager.task_index[name].yaml_path or "/").resolve().parents:
+    if _is_own(manager, name, config):
         return None  # a task of the user's brings its own records
     return MMLU if manager.task_index[name].cfg.get("dataset_path") == "cais/mmlu" else LOCAL_SETS.get(name)
 

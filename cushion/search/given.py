@@ -42,7 +42,15 @@ def bos_token(lm: LanguageModel, config: RunConfig) -> list[int]:
 
 def newline_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
     """A line break."""
-    return lm.encode("\n").tolist()
+    return line_break(lm)
+
+
+def line_break(lm: LanguageModel) -> list[int]:
+    """The tokens of a line break inside of a text: some tokenizers put a blank before the first token of one."""
+    before, both = lm.encode("a").tolist(), lm.encode("a\n").tolist()
+    if both[: len(before)] != before or both == before:  # it becomes one token with what is before it
+        return lm.encode("\n").tolist()
+    return both[len(before) :]
 
 
 def drawn_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:

@@ -9,7 +9,9 @@ from torch import Tensor
 from cushion.config import RunConfig, SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
+from cushion.search.given import line_break
 from cushion.search.greedy_steps import GreedySearch
+from cushion.search.half_precision import resolved
 from cushion.search.methods import Found, SearchContext
 from cushion.search.proposals import OutlierProposal, Proposal, propose
 from cushion.step import compute
@@ -26,7 +28,7 @@ def start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
     if start == "empty":
         return []
     if start == "newline":
-        return lm.encode("\n").tolist()
+        return line_break(lm)
     if lm.bos_token_id is None:
         raise ConfigError(f"search.start=bos, but {lm.label} has no BOS token: use search.start=empty")
     return [lm.bos_token_id]
@@ -34,29 +36,30 @@ def start_tokens(lm: LanguageModel, config: RunConfig) -> list[int]:
 
 def find(context: SearchContext) -> Found:
     """The prefix of the greedy search; none where no candidate lowers the objective enough."""
-    config = context.config.search
+    config = resolved(context.config.search, context.lm)
     assert context.texts is not None
     texts, further = split_texts(config, context.texts)
     proposal = _propose(context, texts)
     step = GreedySearch(config, texts, proposal, list(context.start_tokens), further)
     state, prefix = compute(step, context.cached)
     prefix = replace(prefix, metadata={**context.metadata, "text": context.lm.decode(state.token_ids)})
-    warnings = []
+    warnings, found = [], len(state.token_ids) > len(context.start_tokens)
     if state.stop_reason == "budget":
-        outcome = "the prefix is the best that was verified by then" if state.token_ids else "none was verified by then"
+        outcome = "the prefix is the best that was verified by then" if found else "none was verified by then"
         warnings.append(
             f"the search ran out of its budget (search.budget_token_forwards={config.budget_token_forwards}, "
             f"search.budget_seconds={config.budget_seconds}): {outcome}"
         )
-    if not state.token_ids:
+    if not found:
         reason = (
             "its budget ended before a candidate was verified that lowers"
             if state.stop_reason == "budget"
             else "the best candidate does not lower"
         )
+        goes_on = f"with search.start={config.start} alone" if state.token_ids else "without one"
         warnings.append(
             f"the search found no prefix: {reason} the objective to tau={config.tau} of what it was, so the run "
-            "goes on without one"
+            f"goes on {goes_on}"
         )
     record = {
         "proposal": config.proposal,

@@ -1,4 +1,4 @@
-"""The model of a search's rounds: a copy in bfloat16 where the processor multiplies that much faster.
+"""The model of a search's rounds: a copy in bfloat16 where the processor multiplies that about twice as fast or faster.
 
 A round only drops candidates, by fewer tokens and blocks than the objective has. Whatever enters a result (the
 verification, the sweep, further texts) is judged by the model itself.
@@ -6,23 +6,24 @@ verification, the sweep, further texts) is judged by the model itself.
 
 from __future__ import annotations
 
-import statistics
-import time
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from cushion.config import SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
 from cushion.search.replicas import copied
 
-FASTER = 2.0
-"""A copy is made where bfloat16 multiplies at least so many times as fast as float32."""
 
-PROBE = {"cpu": (256, 1024, 1024), "cuda": (4096, 4096, 4096)}
-"""By device type, rows, inputs and outputs of the products that are timed against each other: so large that a GPU takes
-longer for them than for starting them."""
+def resolved(config: SearchConfig, lm: LanguageModel) -> SearchConfig:
+    """The search with what `rounds_dtype=auto` comes to here: the rounds decide which candidates are left.
+
+    Raises:
+        ConfigError: as `rounds_dtype`.
+
+    """
+    return replace(config, rounds_dtype="model" if rounds_dtype(config, lm) == lm.model.dtype else "bfloat16")
 
 
 def rounds_dtype(config: SearchConfig, lm: LanguageModel) -> torch.dtype:
@@ -41,7 +42,7 @@ def rounds_dtype(config: SearchConfig, lm: LanguageModel) -> torch.dtype:
         return torch.bfloat16
     if own != torch.float32 or is_spread:
         return own
-    return torch.bfloat16 if speedup(lm.device) >= FASTER else own
+    return torch.bfloat16 if multiplies_bfloat16(lm.device) else own
 
 
 def check_rounds_dtype(config: SearchConfig, lm: LanguageModel) -> None:
@@ -79,20 +80,8 @@ def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return half
 
 
-def speedup(device: torch.device, repeats: int = 3) -> float:
-    """How many times as fast as in float32 a product of `PROBE`'s size is in bfloat16 on this device."""
-    rows, inputs, outputs = PROBE.get(device.type, PROBE["cpu"])
-    values, weight = torch.ones(rows, inputs, device=device), torch.ones(inputs, outputs, device=device)
-    half_values, half_weight = values.bfloat16(), weight.bfloat16()
-    ratios = []
-    for _ in range(repeats + 1):
-        plain = _seconds(values, weight)
-        ratios.append(plain / _seconds(half_values, half_weight))
-    return statistics.median(ratios[1:])
-
-
-def _seconds(values: Tensor, weight: Tensor) -> float:
-    torch.mm(values, weight)[0, 0].item()  # an element is read when all that came before is done
-    started = time.perf_counter()
-    torch.mm(values, weight)[0, 0].item()
-    return time.perf_counter() - started
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions that multiply bfloat16: a fact, where a time would vary with the load."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -13,11 +13,23 @@ import lm_eval.tasks
 import pytest
 from lm_eval.tasks._index import TaskIndex
 from tiny_run import small_config
-from tiny_tasks import DYNAMIC, FILES, GENERATION, MMLU, PER_TOKEN, RECORDS, STATIC, own_tasks, write_lines, write_sets
+from tiny_tasks import (
+    DYNAMIC,
+    FILES,
+    GENERATION,
+    MMLU,
+    PER_TOKEN,
+    RECORDS,
+    STATIC,
+    few_tasks,
+    own_tasks,
+    write_lines,
+    write_sets,
+)
 
 from cushion import pipeline
 from cushion.config import EvalConfig, PathsConfig, SearchConfig
-from cushion.errors import ConfigError, DataError
+from cushion.errors import ConfigError, CushionError, DataError
 from cushion.evaluation import tasks as module
 from cushion.evaluation.local_tasks import local_task_files
 from cushion.evaluation.task_checks import check_tasks, task_batch_size
@@ -347,6 +359,28 @@ def test_an_unknown_task_lists_near_names(include_path: str) -> None:
         load_tasks(EvalConfig(tasks=["tiny_generatoin"], include_path=include_path), PathsConfig())
     with pytest.raises(ConfigError, match=r"near names: none"):
         load_tasks(EvalConfig(tasks=["\u00e6\u00e6\u00e6\u00e6\u00e6\u00e6"], include_path=include_path), PathsConfig())
+
+
+def test_a_mistake_in_a_task_of_the_users_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_task_manager", few_tasks)
+    folder = Path(own_tasks(tmp_path))
+    text = (folder / "examples.yaml").read_text()
+    wrong = {
+        r"task of its file below eval\.include_path \(UndefinedError: 'questoin' is undefined\)": (
+            "question}",
+            "questoin}",
+        ),
+        r"unexpected keyword argument 'nonsense'": ("doc_to_target", "nonsense: 1\ndoc_to_target"),
+        r"\(KeyError: 'validation'\): mend it there": ("test_split: test", "test_split: validation"),
+        r"eval\.tasks=own_3, record 1: .* its answer 'label' is none of its 2 choices": ("answer", "label"),
+        r"own_4\.yaml is not YAML, and its task not known: .*line \d+": ("[{", "{["),
+    }
+    for number, (old, new) in enumerate(wrong.values()):
+        mistaken = text.replace("tiny_examples", f"own_{number}").replace(old, new)
+        (folder / f"own_{number}.yaml").write_text(mistaken)
+    for number, message in enumerate(wrong):
+        with pytest.raises(CushionError, match=message):
+            load_tasks(EvalConfig(tasks=[f"own_{number}"], include_path=str(folder)), PathsConfig())
 
 
 def test_an_include_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cushion.prefix import Prefix
 from cushion.search import half_precision
 from cushion.search.greedy import greedy_search
 from cushion.search.greedy_state import SearchState
-from cushion.search.half_precision import in_dtype, rounds_dtype, speedup
+from cushion.search.half_precision import in_dtype, multiplies_bfloat16, resolved, rounds_dtype
 from cushion.search.objective import Objective
 
 Tiny = Callable[..., LanguageModel]
@@ -56,24 +56,26 @@ def test_rounds_are_ranked_by_the_copy_and_everything_else_is_the_models_own(
 
 def test_it_goes_on_with_the_dtype_that_it_began_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, texts, config = tiny("llama"), random_texts(1, 10), replace(CONFIG, rounds_dtype="auto")
-    monkeypatch.setattr(half_precision, "speedup", lambda _: 3.0)
+    monkeypatch.setattr(half_precision, "multiplies_bfloat16", lambda _: True)
     assert_it_goes_on_after_any_event(lm, config, texts, list(range(12)))
     state = SearchState([])
     for _ in itertools.islice(greedy_search(lm, config, texts, list(range(12)), state), 1):
         pass
-    monkeypatch.setattr(half_precision, "speedup", lambda _: 1.0)
+    monkeypatch.setattr(half_precision, "multiplies_bfloat16", lambda _: False)
     resumed = SearchState.from_dict(json.loads(json.dumps(state.to_dict())))
     list(greedy_search(lm, config, texts, list(range(12)), resumed))
     assert resumed.steps[0].rounds_dtype == "bfloat16"
 
 
-def test_auto_is_bfloat16_where_a_float32_model_gains_from_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny("llama")
-    assert speedup(torch.device("cpu"), repeats=1) > 0
+    assert multiplies_bfloat16(torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
+    assert not multiplies_bfloat16(torch.device("meta"))
     auto = replace(CONFIG, rounds_dtype="auto")
-    for factor, wanted in ((1.9, torch.float32), (2.0, torch.bfloat16)):
-        monkeypatch.setattr(half_precision, "speedup", lambda _, factor=factor: factor)
+    for has, wanted in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(half_precision, "multiplies_bfloat16", lambda _, has=has: has)
         assert rounds_dtype(auto, lm) == wanted
+        assert resolved(auto, lm).rounds_dtype == ("bfloat16" if has else "model")
     assert rounds_dtype(replace(CONFIG, rounds_dtype="model"), lm) == torch.float32
     half = in_dtype(lm, torch.float16)
     assert rounds_dtype(auto, half) == torch.float16
