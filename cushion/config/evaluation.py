@@ -152,7 +152,7 @@ class EvalConfig:
     """
     sparsity_ppl: float | None = None
     """Besides, at the largest CETT with which perplexity grows by at most so many percent (CETT-PPL-p%; the paper
-    recommends 1); some 25 passes over the texts for each prefix. null: not
+    recommends 1); 18 passes over the texts for each prefix. null: not
 
     Allowed: numbers above 0, null
     """

@@ -36,8 +36,8 @@ class TrackingConfig:
     Allowed: text, null
     """
     mode: str = "auto"
-    """`auto`: the environment variable `WANDB_MODE` if it is `online`, `offline` or `disabled`; else online if there
-    is a key and the server answers within 3 seconds; else offline
+    """`auto`: what `WANDB_MODE`, `wandb offline` or `wandb disabled` says; else online if there is a key and the server
+    answers within 3 seconds; else offline
 
     Allowed: `auto`, `online`, `offline`
     """

@@ -43,8 +43,8 @@ WikiText-2 test, 16 blocks of 512 tokens, W8A8, per-tensor static, calibrated on
 | no prefix | 88 | 3.7 million |
 | prefix `" "` (one blank) | 49 | 55 |
 
-This may explain the five-digit perplexities of the paper's Table 1; it was not tested on the paper's models. So
-`cushioncache_*` have an integer zero point, and all other options are symmetric.
+This may explain the five-digit perplexities of the paper's Table 1; it was not tested on the paper's models. So all
+options with asymmetric activations have an integer zero point.
 
 ### CushionCache's own quantizer
 

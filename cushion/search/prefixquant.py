@@ -17,7 +17,7 @@ its text.
   to the smaller token id.
 - A length beyond `search.max_length` is cut to it, with a warning.
 
-The rest of PrefixQuant is not part of the rule: its rotations and grid are `quantizer=prefixquant`, its search of
+The rest of PrefixQuant is not part of the rule: its rotations are `quantizer=prefixquant`, its search of
 ranges is [`block_output`](method.md#ranges-by-block-output), its fine-tuning
 [reconstruction](method.md#reconstruction).
 """
