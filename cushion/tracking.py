@@ -348,15 +348,20 @@ def choose_mode(reachable: Callable[[str, int], bool] | None = None) -> str:
         reachable: whether a host answers on a port; for tests.
 
     """
-    if os.environ.get("WANDB_MODE") in ("online", "run"):
+    said = os.environ.get("WANDB_MODE")  # at every run: W&B's own settings are those of the process's first
+    if said in ("online", "run"):
         return "online"
+    if said in _NOT_ONLINE:
+        return _NOT_ONLINE[said]
     import wandb
 
     settings = wandb.setup().settings
-    if settings.mode in _NOT_ONLINE:
+    if settings.mode in _NOT_ONLINE and said is None:
         return _NOT_ONLINE[settings.mode]
-    base = urlparse(settings.base_url)
-    if not (settings.api_key or get_netrc_auth(settings.base_url) or _key_of_before(settings.base_url)):
+    address = os.environ.get("WANDB_BASE_URL") or settings.base_url
+    base = urlparse(address)
+    key = os.environ.get("WANDB_API_KEY") or settings.api_key
+    if not (key or get_netrc_auth(address) or _key_of_before(address)):
         _say_offline(f"there is no key for {base.hostname}: wandb login keeps one")
         return "offline"
     port = base.port or (443 if base.scheme == "https" else 80)

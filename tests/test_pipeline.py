@@ -175,6 +175,9 @@ def test_a_search_that_accepts_nothing_goes_on_without_a_prefix_and_says_so(text
     result = pipeline.run(config)
     assert result.prefix is not None and result.prefix["text"] == "\n"
     assert any(warning.endswith("goes on with search.start=newline alone") for warning in result.warnings)
+    config.search.max_length = 1
+    message = "search.start=newline fills search.max_length=1, and nothing was searched: raise it"
+    assert message in pipeline.run(config).warnings
 
 
 @pytest.mark.parametrize(("budget", "found"), [(16 + 17 * 5, True), (20, False)])

@@ -510,8 +510,12 @@ def test_wandbs_own_setting_of_the_mode_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, expected: str
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    earlier = _WandbSetup(os.getpid())
+    assert earlier.settings.mode == "online"  # read before the variable was set, as in a notebook's first run
+    monkeypatch.setattr(wandb, "setup", lambda: earlier)
     monkeypatch.setenv("WANDB_MODE", mode)
     assert choose_mode(answering(expected != "online")) == expected
+    monkeypatch.setattr(wandb, "setup", lambda: _WandbSetup(os.getpid()))
     if expected != "online":  # what `wandb offline` and `wandb disabled` write
         monkeypatch.delenv("WANDB_MODE")
         (tmp_path / "wandb").mkdir()

@@ -178,11 +178,12 @@ def check_requests(task: Any, records: Iterable[dict[str, Any]], place: Callable
     for number, record in enumerate(records):
         try:
             text, target = task.doc_to_text(record), task.doc_to_target(record)
+            if task.config.process_results is not None:  # which scores without lm-eval's rules
+                continue
             if task.OUTPUT_TYPE == "multiple_choice":
                 choices = task.doc_to_choice(record)
-                gold = text if isinstance(text, int) else target  # WinoGrande's choices are contexts
-                several = gold if isinstance(gold, list) else [gold]
-                if not all(0 <= one < len(choices) if isinstance(one, int) else one in choices for one in several):
+                gold = text if task.multiple_input else target  # WinoGrande's choices are contexts
+                if not _is_answer(gold, choices):
                     raise ValueError(f"its answer {gold!r} is none of its {len(choices)} choices")
             elif not text and not str(target).strip():
                 raise ValueError("it is empty")
@@ -191,6 +192,14 @@ def check_requests(task: Any, records: Iterable[dict[str, Any]], place: Callable
             raise DataError(
                 f"{place(number)}: {task.task_name} of lm-eval cannot make a request of this record: {reason}"
             ) from error
+
+
+def _is_answer(gold: Any, choices: list[str]) -> bool:
+    """Whether lm-eval can score by it: the number of a choice, a choice, or a list of numbers."""
+    if isinstance(gold, str):
+        return gold in choices
+    several = gold if isinstance(gold, list) else [gold]
+    return all(isinstance(one, int) and 0 <= one < len(choices) for one in several)
 
 
 def _check_examples(name: str, definition: dict[str, Any], splits: set[str], folder: Path, config: EvalConfig) -> None:

@@ -17,15 +17,12 @@ of the mean takes the tasks as independent: sqrt(sum of squares) / number.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from cushion.config import EvalConfig, PathsConfig
 from cushion.errors import ConfigError, DataError
@@ -163,27 +160,31 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
             found = local_task(manager, leaf, local, Path(paths.data_dir).expanduser(), config)
             yield leaf, _finished(leaf, found.task, found.origin, config, found.prepared)
         return
+    from lm_eval.api.task import ConfigurableTask
+
     try:
         loaded = manager.load([name])["tasks"]
-    except ImportError as error:
-        raise ConfigError(f"eval.tasks={name} needs a package that is not installed ({error}): install it") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if any(_is_own(manager, leaf, config) for leaf in leaves or [name]) and not isinstance(error, OSError):
+            raise ConfigError(
+                f"eval.tasks={name}: lm-eval cannot make this task of its file below eval.include_path "
+                f"({type(error).__name__}: {reason}): mend it there"
+            ) from error
+        if isinstance(error, ImportError):
+            raise ConfigError(
+                f"eval.tasks={name} needs a package that is not installed ({error}): install it"
+            ) from error
+        if not isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise
         raise DataError(
             f"the records of eval.tasks={name} cannot be read: {reason} -- check the network, or set paths.data_dir to "
             f"a folder that holds them (it can hold {', '.join(LOCAL_SETS)} and mmlu)"
         ) from error
-    except Exception as error:
-        if not any(_is_own(manager, leaf, config) for leaf in leaves or [name]):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(
-            f"eval.tasks={name}: lm-eval cannot make this task of its file below eval.include_path ({reason}): mend it "
-            "there"
-        ) from error
     for leaf, task in loaded.items():
         origin = f"hub:{task.DATASET_PATH}/{task.DATASET_NAME or ''}".rstrip("/")
-        if leaf in manager.task_index and _is_own(manager, leaf, config):
+        is_own = leaf in manager.task_index and _is_own(manager, leaf, config)
+        if is_own and type(task) is ConfigurableTask:  # a class of the user's may ask what it likes
             asked = list(task.eval_docs)[: records_asked(config.limit, len(task.eval_docs))]
             check_requests(task, asked, partial(_place, leaf))
         yield leaf, _finished(leaf, task, origin, config)
@@ -194,14 +195,18 @@ def _place(name: str, number: int) -> str:
 
 
 def _check_yaml(config: EvalConfig) -> None:
-    """Raise `ConfigError` for a file of the user's that is no YAML: lm-eval leaves it out of its index silently."""
+    """Raise `ConfigError` for a file of the user's that lm-eval cannot read: it leaves it out of its index silently."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     for path in own_task_files(config):
-        if path.suffix in (".yaml", ".yml"):
+        if path.suffix == ".yaml":
             try:
-                deque(yaml.parse(path.read_text(encoding="utf-8")), maxlen=0)
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                load_yaml(path, resolve_func=False)
+            except Exception as error:
                 reason = " ".join(str(error).split())
-                raise ConfigError(f"eval.include_path: {path} is not YAML, and its task not known: {reason}") from error
+                raise ConfigError(
+                    f"eval.include_path: lm-eval cannot read {path}, so its task is not known: {reason}"
+                ) from error
 
 
 def _is_own(manager: Any, name: str, config: EvalConfig) -> bool:

@@ -123,8 +123,9 @@ class Site:
         bias: (out_features,) or None.
         activation: the quantizer of its input; None leaves the input in full precision.
         divisor: (in_features,): what its input is divided by before that; None for nothing.
-        fused: by full name, the other linears that servers compute as one with it: query, key and value, or gate and up
-            of one expert. Their weights share what there is one of for a tensor.
+        fused: by full name, the weights before rounding of the linears that servers compute as one, itself among them:
+            query, key and value, or gate and up of one expert. They share what there is one of for a tensor. Empty
+            where it is judged alone.
 
     """
 
@@ -134,7 +135,7 @@ class Site:
     bias: Tensor | None
     activation: ActivationQuantizer | None = None
     divisor: Tensor | None = None
-    fused: Mapping[str, nn.Linear] = field(default_factory=dict)
+    fused: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -266,7 +266,7 @@ def sites(work: Work, block: int | None = None) -> Iterator[Site]:
             bias, divisor = None if linear.bias is None else linear.bias.detach(), work.learned.divisors.get(name)
             if divisor is not None:
                 divisor = divisor.to(linear.weight.device)
-            fused = {other: one for other, one in together.get(name, {}).items() if other != name}
+            fused = {other: partial(work.weight_of, other, one) for other, one in together.get(name, {}).items()}
             yield Site(name, linear, work.weight_of(name, linear), bias, divisor=divisor, fused=fused)
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,9 +132,9 @@ class _Weights:
     def put(self) -> None:
         """Let the linears compute with the weights as they are now, rounded, and pass their gradients on."""
         for name, parameter in self.parameters.items():
-            linear = self._linears[name]
             with torch.no_grad():
-                site = Site(name, linear, parameter.detach().to(linear.weight.dtype), None)
+                fused = {other: partial(self._weight, other) for other in self._turn.sites[name].fused}
+                site = Site(name, self._linears[name], self._weight(name), None, fused=fused)
                 WEIGHTS.at(self._turn.work, site)
                 assert isinstance(site.weight, QuantizedWeight)
                 nearest = site.weight.dequantize()
@@ -141,7 +142,10 @@ class _Weights:
 
     def learned(self) -> dict[str, Tensor]:
         """The weights before rounding, in the model's precision."""
-        return {name: own.detach().to(self._linears[name].weight.dtype) for name, own in self.parameters.items()}
+        return {name: self._weight(name) for name in self.parameters}
+
+    def _weight(self, name: str) -> Tensor:
+        return self.parameters[name].detach().to(self._linears[name].weight.dtype)
 
 
 @torch.enable_grad()

@@ -73,7 +73,7 @@ class _Weights(Effect):
         config, grid = work.config.weights, weight_grid(work.config)
         assert isinstance(site.weight, Tensor), "quantized twice"
         if isinstance(grid, BlockGrid):
-            weights = [site.weight, *(work.weight_of(*other) for other in site.fused.items())]
+            weights = [weight() for weight in site.fused.values()] or [site.weight]
             largest = [weight.abs().amax().float().to(site.weight.device) for weight in weights]
             site.weight = quantize_weight_in_blocks(site.weight, grid, torch.stack(largest).amax())
             return

@@ -50,7 +50,12 @@ def find(context: SearchContext) -> Found:
             f"the search ran out of its budget (search.budget_token_forwards={config.budget_token_forwards}, "
             f"search.budget_seconds={config.budget_seconds}): {outcome}"
         )
-    if not found:
+    if not found and state.stop_reason == "max_length":
+        warnings.append(
+            f"search.start={config.start} fills search.max_length={config.max_length}, and nothing was searched: "
+            "raise it"
+        )
+    elif not found:
         reason = (
             "its budget ended before a candidate was verified that lowers"
             if state.stop_reason == "budget"

@@ -81,7 +81,8 @@ def in_dtype(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the processor has instructions that multiply bfloat16: a fact, where a time would vary with the load."""
+    """Whether it is a GPU, or a CPU with AVX-512, that has instructions to multiply bfloat16: no time, which varies."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()

@@ -370,10 +370,11 @@ def test_a_mistake_in_a_task_of_the_users_is_told_in_one_line(tmp_path: Path, mo
             "question}",
             "questoin}",
         ),
+        r"task of its file below .*include_path \(ValueError": ('["yes", "no"]', '"[yes, no]"'),
         r"unexpected keyword argument 'nonsense'": ("doc_to_target", "nonsense: 1\ndoc_to_target"),
         r"\(KeyError: 'validation'\): mend it there": ("test_split: test", "test_split: validation"),
-        r"eval\.tasks=own_3, record 1: .* its answer 'label' is none of its 2 choices": ("answer", "label"),
-        r"own_4\.yaml is not YAML, and its task not known: .*line \d+": ("[{", "{["),
+        r"eval\.tasks=own_4, record 1: .* its answer 'label' is none of its 2 choices": ("answer", "label"),
+        r"lm-eval cannot read .*own_5\.yaml, so its task is not known: .*line \d+": ("[{", "{["),
     }
     for number, (old, new) in enumerate(wrong.values()):
         mistaken = text.replace("tiny_examples", f"own_{number}").replace(old, new)
@@ -381,6 +382,17 @@ def test_a_mistake_in_a_task_of_the_users_is_told_in_one_line(tmp_path: Path, mo
     for number, message in enumerate(wrong):
         with pytest.raises(CushionError, match=message):
             load_tasks(EvalConfig(tasks=[f"own_{number}"], include_path=str(folder)), PathsConfig())
+
+
+def test_a_task_that_scores_by_itself_may_have_any_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_task_manager", few_tasks)
+    folder = Path(own_tasks(tmp_path))
+    (folder / "own.py").write_text("def score(record, results):\n    return {'acc': 1.0}\n")
+    text = (folder / "examples.yaml").read_text().replace("tiny_examples", "own")
+    own = text.replace("doc_to_target: answer", "doc_to_target: nothing\nprocess_results: !function own.score")
+    (folder / "own.yaml").write_text(own)
+    found = load_tasks(EvalConfig(tasks=["own"], include_path=str(folder)), PathsConfig())
+    assert found.tasks["own"].name == "own"
 
 
 def test_an_include_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:

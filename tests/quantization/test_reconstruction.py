@@ -115,9 +115,18 @@ def test_outputs_and_predictions_come_nearer_to_full_precision(
     assert found.learned.weights.keys() == (found.learned.ranges.keys() if weights else set())
 
 
-def test_the_recorded_error_of_the_last_block_is_that_of_the_quantized_model(tiny: Tiny, tmp_path: Path) -> None:
+IN_NVFP4 = replace(W4A6, weights=WeightConfig(4, "per_block", format="nvfp4"))
+"""Query, key and value have one tensor scale, and gate and up."""
+
+
+@pytest.mark.parametrize("quantizer", [W4A6, IN_NVFP4], ids=["int", "nvfp4"])
+def test_the_recorded_error_of_the_last_block_is_that_of_the_quantized_model(
+    tiny: Tiny, tmp_path: Path, quantizer: QuantizerConfig
+) -> None:
     lm = planted(tiny())
-    step = step_of(lm, config=replace(BRIEF, weights=True, batch_size=3), start=(256,))
+    with torch.no_grad():
+        lm.blocks[-1].self_attn.v_proj.weight[0, 0] = 5.0  # far above all of query and key
+    step = step_of(lm, quantizer, replace(BRIEF, weights=True, batch_size=3), start=(256,))
     found = made(lm, step, tmp_path)
     lm.model.base_model.norm = torch.nn.Identity()  # the final norm is not part of a block
     error, _ = errors(lm, step, found)
