@@ -240,6 +240,8 @@ def runs_of(name: str) -> list[RunConfig]:
 @pytest.mark.parametrize("name", WITH_SETTING)
 def test_an_experiment_is_the_published_setting_and_its_cut_names_what_is_not(name: str) -> None:
     assert differing(name, *runs_of(name)) == NOT_AS_PUBLISHED.get(name, set())
+    if EXPERIMENTS / "smollm2" / f"{name}.yaml" not in CUT:
+        return
     lines = (EXPERIMENTS / "smollm2" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     named = " ".join(line for line in lines if line.startswith("# ") and not line.startswith("#   cushion "))
     assert set(re.findall(r"(\w+(?:\.\w+)+)=", named)) == differing(name, composed(f"experiment=smollm2/{name}"))

@@ -9,7 +9,9 @@ under the run's own quantizer:
 
 X is the norm's output in the full-precision model, rotated as the quantizer says, behind the row's prefix. The least
 E wins, of equal ones the first. The quantizer of the inputs has the very ranges that the run has, with its estimator;
-weights are rounded to nearest, also where GPTQ rounds them in the run. Linears outside `targets` have no say.
+weights are rounded to nearest, also where GPTQ rounds them in the run. Only ranges that are found by outputs
+(`activations.estimator=block_output`, `weights.estimator=output`) come after it: it has min-max in their place.
+Linears outside `targets` have no say.
 `smoothing.json` of the step `smoothing` has the grid of each norm with its errors.
 
 - `smoothquant`: [SmoothQuant](method.md#smoothquant)'s s, with alpha from 0 to 1 in `smoothing_steps` steps. alpha =

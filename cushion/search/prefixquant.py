@@ -12,6 +12,8 @@ its text.
 - The initial token of a text counts towards the length and not towards the frequencies: BOS stands in the prefix for
   it. Where initial tokens are the only outliers, the prefix is BOS alone; where there are none at all, there is no
   prefix.
+- Where one token is the only one of its kind, and an outlier in less than a tenth of the texts, it is left out, as in
+  the authors' code.
 - **Open** in the paper, and ours: texts begin with BOS as the key `bos` says; with experts, a token's scale is the
   largest at the down projections of its experts; frequencies are counted over all down projections together, ties go
   to the smaller token id.
@@ -38,6 +40,9 @@ from cushion.models import LanguageModel
 from cushion.search.rule_step import RuleSearch
 from cushion.search.scan import Scanned, scan_texts
 from cushion.step import Context
+
+LEAST_SHARE = 10
+"""A token that is the only candidate must be found in at least the so-manieth part of the texts."""
 
 REPORTED_TOKENS = 10
 """Outlier tokens that are kept in the record."""
@@ -121,15 +126,19 @@ def prefixquant_rule(lm: LanguageModel, config: SearchConfig, texts: Tensor) -> 
     totals: dict[str, int] = {}
     initial: dict[str, int] = {}
     frequency: Counter[int] = Counter()
+    found_in = torch.zeros(len(texts), dtype=torch.bool)
     for name, names in layers.items():
         of_layer = torch.stack([scales[each].nan_to_num(nan=0.0) for each in names]).amax(0)
         outliers = outlier_tokens(of_layer, config.eta)
         totals[name], initial[name] = int(outliers.sum()), int(outliers[:, 0].sum())
         frequency.update(texts[:, 1:].cpu()[outliers[:, 1:]].tolist())
+        found_in |= outliers[:, 1:].any(1)
     module = max(totals, key=totals.__getitem__)
     length = -(-totals[module] // len(texts))
     ranked = sorted(frequency.items(), key=lambda item: (-item[1], item[0]))
     others = max(0, min(length, config.max_length) - 1)
+    if len(ranked) == 1 and int(found_in.sum()) * LEAST_SHARE < len(texts):
+        others = 0
     yield PrefixQuantRecord(
         token_ids=[*(token for token, _ in ranked[:others]), lm.bos_token_id] if length else [],
         length=length,

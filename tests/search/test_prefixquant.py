@@ -82,6 +82,20 @@ def test_planted_spikes_are_found_the_most_frequent_first_and_bos_last(tiny: Tin
     assert rule(lm, texts, replace(CONFIG, max_length=2)).length == 4
 
 
+@pytest.mark.parametrize(("texts", "kept"), [(11, False), (10, True)])
+def test_the_only_candidate_is_left_out_where_less_than_a_tenth_of_the_texts_has_it(
+    tiny: Tiny, texts: int, kept: bool
+) -> None:
+    lm, drawn = tiny(), draw(texts)
+    plant_spikes(lm.model, {FIRST: 3.0, SECOND: 6.0, THIRD: 9.0})
+    drawn[:, 0], drawn[0, 5] = THIRD, FIRST
+    record = rule(lm, drawn)
+    assert record.length == 2 and [found.token_id for found in record.tokens] == [FIRST]
+    assert record.token_ids == ([FIRST, lm.bos_token_id] if kept else [lm.bos_token_id])
+    drawn[1, 7] = SECOND
+    assert rule(lm, drawn).token_ids == [FIRST, lm.bos_token_id], "it is not the only one any more"
+
+
 def test_where_initial_tokens_are_the_only_outliers_the_prefix_is_bos_alone(tiny: Tiny) -> None:
     lm, texts = tiny(), draw()
     plant_spikes(lm.model, {FIRST: 5.0})
