@@ -20,6 +20,7 @@ from cushion.metrics.columns import RowContext, Values
 from cushion.metrics.latency import latency_values, memory_values, size_name
 from cushion.prefix import Prefix
 from cushion.quantization.lazily import QuantizedLazily
+from cushion.quantization.parts.registry import parts
 from cushion.step import Context, Step, compute
 
 logger = logging.getLogger(__name__)
@@ -62,22 +63,28 @@ class LatencyStep(Step[Measured]):
     def make(self, context: Context, workspace: Workspace) -> None:
         """Time every size, round by round."""
         lm, model, config = context.lm, self.model, self.config
-        model.put_on()
+        full_weights, sizes = weight_bytes(lm), {}
         if config.compile:
             forget_graphs()
-        variants = [Variant(Prefix.empty(), model.suspended), Variant(model.behind, nullcontext)]
-        sizes, number = {}, config.warmup + config.repeats
-        for place, (batch, length) in enumerate(config.sizes):
-            texts, full, own = prompts(lm, batch, length), [], []
-            for done, found in enumerate(rounds(lm, variants, texts, config), start=1):
-                if found is not None:
-                    full.append(asdict(found[0]))
-                    own.append(asdict(found[1]))
-                context.progress("latency", place * number + done, len(config.sizes) * number, "round")
+        full, own = Variant(Prefix.empty(), model.suspended), Variant(model.behind, nullcontext)
+        turns = [{"full": full, "own": own}]
+        if _changes_the_model(model):  # then full precision is not what `suspended` gives back
+            turns = [{"full": Variant(Prefix.empty(), nullcontext)}, {"own": own}]
+        number, done = len(turns) * len(config.sizes) * (config.warmup + config.repeats), 0
+        for batch, length in config.sizes:
+            texts, times = prompts(lm, batch, length), dict[str, list[dict[str, Any]]](full=[], own=[])
+            for variants in turns:
+                if "own" in variants:
+                    model.put_on()
+                else:
+                    model.take_off()
+                for found in rounds(lm, list(variants.values()), texts, config):
+                    for side, timing in zip(variants, found or (), strict=found is not None):
+                        times[side].append(asdict(timing))
+                    done += 1
+                    context.progress("latency", done, number, "round")
             peak = peak_bytes(lm, model.behind, texts, config.new_tokens)
-            sizes[size_name(batch, length)] = {"own": own, "full": full, "peak": peak}
-        with model.suspended():
-            full_weights = weight_bytes(lm)
+            sizes[size_name(batch, length)] = {**times, "peak": peak}
         record = {"sizes": sizes, "weights": weight_bytes(lm), "full_weights": full_weights}
         write_json(workspace.folder / "latency.json", record)
 
@@ -90,6 +97,12 @@ class LatencyStep(Step[Measured]):
         )
         peaks = {size: found["peak"] for size, found in sizes.items()}
         return Measured(own, full, peaks, record["weights"], record["full_weights"])
+
+
+def _changes_the_model(model: QuantizedLazily) -> bool:
+    """Whether a rotation or smoothing does: products with rotations and other norms then stay in its linears' place."""
+    quantizer = model.quantizer
+    return quantizer is not None and any(part.keeps_function and part.is_on(quantizer) for part in parts())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -97,12 +97,20 @@ def _of_adapter(run: FinishedRun) -> str:
 _ASKED = ("block_length", "bos", "limit")
 
 
+def texts_of(run: FinishedRun) -> str:
+    """How texts begin behind the prefix, as a sentence."""
+    if run.record["evaluation"]["bos"]:
+        return "Texts begin with BOS behind the prefix, as they did in the run."
+    return "Texts have no BOS behind the prefix, as in the run: tokenize with `add_special_tokens=False`."
+
+
 def _use(run: FinishedRun, name: str, base: str, revision: str | None) -> list[str]:
     model = run.config["model"]
     dtype = run.record["model"]["dtype"]
     remote = bool(model.get("trust_remote_code"))
     options = [f'"{base}"', *([f'revision="{revision}"'] if revision else []), f'dtype="{dtype}"']
     arguments = [f"pretrained={base}", *([f"revision={revision}"] if revision else []), f"dtype={dtype}"]
+    arguments.append(f"add_bos_token={run.record['evaluation']['bos']}")
     if remote:
         options, arguments = [*options, "trust_remote_code=True"], [*arguments, "trust_remote_code=True"]
     return [
@@ -112,7 +120,7 @@ def _use(run: FinishedRun, name: str, base: str, revision: str | None) -> list[s
         f'model = PeftModel.from_pretrained(model, "{name}")\n```',
         "The command that checks it, with lm-eval as it is:",
         f"```bash\nlm_eval --model hf --model_args {','.join([*arguments, f'peft={name}'])} --tasks wikitext\n```",
-        "- The output has no positions for the prefix; labels need no shift.\n"
+        f"- {texts_of(run)}\n- The output has no positions for the prefix; labels need no shift.\n"
         "- In a plain forward pass of a batch padded on the left, give `position_ids` that start behind the prefix; "
         "`generate` does so by itself.\n"
         "- Every row of a batch has the same prefix.\n"

@@ -130,7 +130,7 @@ def save(lm: LanguageModel, fitted: FittedQuantizer, scheme: Scheme, folder: Pat
         compressor = ModelCompressor.from_pretrained_model(lm.model)
         compressor.compress_model(lm.model)
         compressor.remove_decompression_hook(lm.model)
-        lm.model.save_pretrained(folder)
+        lm.model.save_pretrained(folder, save_original_format=False)  # a text part alone has names of its own
         compressor.update_config(str(folder))
     lm.tokenizer.save_pretrained(folder)
     return kept

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cushion.export.card import figures, made_with
+from cushion.export.card import figures, made_with, texts_of
 from cushion.export.finished import FinishedRun
 from cushion.export.schemes import Scheme
 
@@ -124,7 +124,7 @@ def _use(run: FinishedRun, name: str, scheme: Scheme) -> list[str]:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{scheme.dtype}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
-    arguments = f"pretrained={place},dtype={scheme.dtype}"
+    arguments = f"pretrained={place},dtype={scheme.dtype},add_bos_token={run.record['evaluation']['bos']}"
     needed = "transformers and compressed-tensors"
     if prefix:
         lines = ["from peft import PeftModel", *lines]
@@ -144,6 +144,7 @@ def _use(run: FinishedRun, name: str, scheme: Scheme) -> list[str]:
         "- Scales and agreement hold for transformers; other software may compute scales of its own.",
     ]
     if prefix:
+        notes.append(f"- {texts_of(run)}")
         notes.append("- Every row of a batch has the same prefix. The output has no positions for it.")
     return [
         "## Use",

@@ -6,15 +6,19 @@ What is broken so is refused, with the figures.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from cushion.artifacts import ArtifactStore
 from cushion.errors import ConfigError
 from cushion.evaluation.prefix_as_tokens import measure_as_tokens
 from cushion.export.finished import FinishedRun
 from cushion.metrics.perplexity import key_of
+from cushion.models import LanguageModel
 from cushion.progress import ProgressBars
 from cushion.remade import RemadeRun
 from cushion.step import Context
@@ -67,7 +71,7 @@ def write(run: FinishedRun, folder: Path) -> None:
         "revision": revision,
         "token_ids": ids,
         "text": text,
-        "text_gives_token_ids": prepared.lm.encode(text).tolist() == ids,
+        "text_gives_token_ids": _stands_as_text(prepared.lm, ids, [] if prepared.bos else blocks.values()),
         "bos_behind": prepared.bos,
         "quantizer": config.quantizer.scheme + (" + reconstruction" if row.get("reconstructed", False) else ""),
         "full_precision_inputs": sorted(model.keep | found.keep.keys()),
@@ -78,6 +82,20 @@ def write(run: FinishedRun, folder: Path) -> None:
         json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (folder / "README.md").write_text(card(run, record, folder.name), encoding="utf-8")
+
+
+STARTS = 16
+"""Texts before which the prefix is tried as text, of each corpus, and how many of their tokens."""
+
+
+def _stands_as_text(lm: LanguageModel, ids: list[int], corpora: Iterable[Tensor]) -> bool:
+    """Whether the prefix's text gives its tokens, alone and right before the texts of some blocks, (blocks, tokens).
+
+    The last of its tokens may become one with the first of a text.
+    """
+    text = lm.decode(ids)
+    starts = ["", *(lm.decode(block[:STARTS].tolist()) for blocks in corpora for block in blocks[:STARTS])]
+    return all(lm.encode(text + start).tolist() == ids + lm.encode(start).tolist() for start in starts)
 
 
 def refuse_broken(compared: dict[str, Compared], quantizer: str, kept: int) -> None:

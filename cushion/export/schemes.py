@@ -118,6 +118,8 @@ def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
         "strategy": WEIGHT_STRATEGIES[own.granularity],
         "dynamic": False,
     }
+    if own.format != "int" and own.granularity == "per_tensor":
+        found["strategy"] = "channel"  # servers round a fused layer anew to the largest of its scales per tensor
     return {**found, "group_size": own.group_size} if own.granularity == "per_group" else found
 
 

@@ -375,6 +375,9 @@ def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel,
             f"model.path={config.path!r} cannot be loaded: its files lack {len(info['missing_keys'])} of the model's "
             f"tensors ({missing}, ...): download it again"
         )
+    if config.gguf_file is not None:  # dequantized by now: it can be saved as others are
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
     return model, tokenizer
 
 

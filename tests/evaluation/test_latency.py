@@ -17,13 +17,15 @@ from tiny_run import small_config
 from torch import Tensor
 
 from cushion import pipeline
+from cushion.artifacts import ArtifactStore
 from cushion.config import ActivationConfig, KvCacheConfig, QuantizerConfig, RunConfig, SearchConfig
 from cushion.config.latency import LatencyConfig
 from cushion.config_warnings import options_without_effect
 from cushion.errors import ConfigError
 from cushion.evaluation import latency
 from cushion.evaluation.latency import Timing, Variant, check_latency, prompts, rounds, timed, weight_bytes
-from cushion.evaluation.latency_step import machine, warn_of_another_machine
+from cushion.evaluation.latency_step import LatencyStep, machine, warn_of_another_machine
+from cushion.events import Event, Progress
 from cushion.execution.int8 import Int8Linear
 from cushion.metrics.columns import Place, columns
 from cushion.metrics.latency import latency_values
@@ -32,6 +34,7 @@ from cushion.prefix import Prefix
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.reporting.tables import comparison_table, further_tables
+from cushion.step import Context, compute
 
 Tiny = Callable[..., LanguageModel]
 DYNAMIC = QuantizerConfig("dynamic", activations=ActivationConfig(range="dynamic"))
@@ -116,6 +119,30 @@ def test_the_full_precision_side_is_the_model_as_it_was_and_codes_take_a_quarter
         assert any(isinstance(module, Int8Linear) for module in lm.model.modules())
     with FittedQuantizer(DYNAMIC).on(lm):
         assert weight_bytes(lm) == plain, "a simulation saves nothing"
+
+
+def test_beside_a_rotated_row_full_precision_is_the_plain_model(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a rotation leaves on a model, products with the inputs of its linears among it, belongs to the row."""
+    lm, seen = tiny("llama"), list[tuple[bool, bool]]()
+    plain, down = weight_bytes(lm), lm.linears(["down_proj"]).values()
+
+    def fake(lm: LanguageModel, behind: Prefix, *_: Any) -> Timing:
+        hooked = any(linear._forward_pre_hooks for linear in down) or weight_bytes(lm) != plain
+        seen.append((len(behind) > 0, hooked))
+        return Timing(1.0, 0.5)
+
+    monkeypatch.setattr(latency, "timed", fake)
+    quantizer = replace(DYNAMIC, rotation="hadamard", input_rotation="down")
+    config = LatencyConfig([1], [4, 5], repeats=3, warmup=1)
+    heard = list[Event]()
+    with QuantizedLazily(lm, Prefix.from_tokens(lm.model, [5]), quantizer, execution="int8") as model:
+        found = compute(LatencyStep(model, config), Context(lm, ArtifactStore(tmp_path), heard.append))
+    assert seen == ([(False, False)] * 4 + [(True, True)] * 4) * 2
+    assert found.full_weights == plain != found.weights
+    assert [len(timings) for timings in (*found.own.values(), *found.full.values())] == [3] * 4
+    assert [event.done for event in heard if isinstance(event, Progress)] == list(range(1, 17))
 
 
 def test_what_does_not_fit_or_could_not_be_timed_is_refused(tiny: Tiny) -> None:

@@ -279,6 +279,10 @@ def test_the_files_hold_codes_and_the_scales_of_the_run(written: Written) -> Non
     )
     largest = torch.maximum(high.amax(), -low.amin())
     assert torch.equal(tensors[f"{linear}.input_scale"], (largest / 127)[None])
+    fp8 = load_file(written.folder / "fp8" / "model.safetensors")
+    codes, scale = fp8[f"{linear}.weight"], fp8[f"{linear}.weight_scale"]
+    assert codes.dtype == torch.float8_e4m3fn and scale.shape == (codes.shape[0], 1)
+    assert scale.unique().numel() == 1, "one for the tensor, written once for each channel"
     settings = json.loads((written.folder / "kept" / "config.json").read_text())["quantization_config"]
     groups = settings["config_groups"].values()
     assert sorted(group["format"] for group in groups) == ["int-quantized", "pack-quantized"]
@@ -552,5 +556,5 @@ def test_the_card_names_where_it_is_published(runs: dict[str, Path]) -> None:
     )
     assert 'from_pretrained("owner/it", dtype="float32")' in card
     assert 'PeftModel.from_pretrained(model, "owner/it", subfolder="prefix")' in card
-    assert "pretrained=made,dtype=float32,peft=made/prefix --tasks wikitext" in card
+    assert "pretrained=made,dtype=float32,add_bos_token=False,peft=made/prefix --tasks wikitext" in card
     assert "int8, one dynamic scale per token" in card and "is 0.5; perplexity 8.0000, in the simulation 9.0000" in card

@@ -63,7 +63,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_what_it_measured(run: Path
     assert re.search(r"\| full precision \+ tuned prefix +\| 25\.50 \|", card)
     assert re.search(r"\| W8A8 \+ tuned prefix +\| - \|", card)
     assert "gives the row 'full precision + tuned prefix'" in card
-    assert "--model_args pretrained=owner/base,dtype=float32,peft=mine --tasks wikitext" in card
+    assert "--model_args pretrained=owner/base,dtype=float32,add_bos_token=False,peft=mine --tasks wikitext" in card
     assert "sliding window" in card
 
 
@@ -73,7 +73,9 @@ def test_revision_and_foreign_code_stand_where_the_model_is_loaded(tiny: Tiny, t
     export(FinishedRun.read(folder), "peft", tmp_path / "made")
     assert json.loads((tmp_path / "made" / "adapter_config.json").read_text())["revision"] == "v2"
     card = (tmp_path / "made" / "README.md").read_text()
-    assert "pretrained=owner/base,revision=v2,dtype=float32,trust_remote_code=True,peft=made" in card
+    assert (
+        "pretrained=owner/base,revision=v2,dtype=float32,add_bos_token=False,trust_remote_code=True,peft=made" in card
+    )
     assert '"owner/base", revision="v2", dtype="float32", trust_remote_code=True)' in card
 
 

@@ -15,7 +15,10 @@ from finished_runs import TOKENS, finished_run, tuned_prefix
 from helpers import calibrated, random_texts
 from planted import MODULE, plant_spikes
 from tiny_run import saved_model, small_config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from cushion import pipeline
 from cushion.artifacts import ArtifactStore
@@ -36,7 +39,7 @@ from cushion.evaluation.perplexity import block_losses, perplexity
 from cushion.evaluation.prefix_as_tokens import beyond_range, beyond_ranges, chosen, measure_as_tokens
 from cushion.export import prefix_tokens
 from cushion.export.finished import FinishedRun
-from cushion.export.prefix_tokens import Compared, refuse_broken
+from cushion.export.prefix_tokens import Compared, _stands_as_text, refuse_broken
 from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -165,6 +168,14 @@ def test_the_files_say_what_a_server_needs_and_the_run_has_the_same_figure(run: 
     assert f"- `{MODULE}`: {record['beyond_range'][MODULE]:.2f} times" in card
     assert f"TokensPrompt(prompt_token_ids=[{SPIKE}, *text_ids])" in card
     assert re.search(rf"\| {corpus} \| [\d.]+ \| [\d.]+ \|", card)
+
+
+def test_a_text_that_becomes_one_with_what_is_behind_it_is_no_text_to_send(tiny: Callable[..., LanguageModel]) -> None:
+    pieces = Tokenizer(BPE({" ": 0, "a": 1, "b": 2, " a": 3}, [(" ", "a")]))
+    lm = replace(tiny(), tokenizer=PreTrainedTokenizerFast(tokenizer_object=pieces))
+    assert _stands_as_text(lm, [0], [])
+    assert _stands_as_text(lm, [0], [torch.tensor([[2, 1]])])
+    assert not _stands_as_text(lm, [0], [torch.tensor([[2, 1], [1, 2]])])
 
 
 def test_what_is_broken_is_never_written(run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

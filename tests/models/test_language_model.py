@@ -21,8 +21,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, GPT2Config, Mistral3Config, PreTrainedConfig
+from tiny_run import saved_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    GPT2Config,
+    Mistral3Config,
+    PreTrainedConfig,
+)
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from transformers.utils import hub
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from cushion.config import ModelConfig, PathsConfig
 from cushion.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
@@ -401,6 +413,27 @@ def test_fingerprint_of_a_hub_commit_follows_the_dtype() -> None:
         lm.model.config._commit_hash = "0123abcd"
         prints.add(_fingerprint(lm.model, lm.tokenizer, ModelConfig(path="me/mine")))
     assert len(prints) == 2
+
+
+def test_a_model_of_a_gguf_file_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps the quantizer of a file whose weights it has dequantized, and refuses to save the model."""
+    folder = saved_model(tmp_path / "model", lambda model: model)
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+
+        def load(*words: Any, own: Any = kind.from_pretrained, gguf_file: str | None = None, **options: Any) -> Any:
+            found = own(*words, **options)
+            if isinstance(found, tuple) and hasattr(
+                found[0], "config"
+            ):  # a model, as transformers leaves it behind such a file
+                settings = QuantizationConfigMixin(quant_method=QuantizationMethod.GGUF)
+                found[0].hf_quantizer, found[0].is_quantized = GgufHfQuantizer(settings), True
+                found[0].config.quantization_config = settings
+            return found
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    lm = load_language_model(ModelConfig(path=str(folder), gguf_file="tiny.gguf"), PathsConfig())
+    lm.model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 def test_fingerprint_tells_two_files_of_one_hub_commit_apart(tiny: Tiny) -> None:

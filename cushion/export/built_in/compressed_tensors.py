@@ -36,14 +36,16 @@ it as fake quantization: a reference and a format, not a speed-up.
 - The scales hold behind the prefix as keys and values. To put the tokens themselves before a prompt, the inputs of a
   few linears must stay in full precision: `--to tokens` finds and lists them
   ([below](#tokens-the-prefix-for-servers)).
+- In families whose linears read no norm (OLMo 2) query, key and value may have input scales of their own, where these
+  are learned or searched by outputs, and NVFP4 its tensor scales; servers take one for all.
 
 ### What maps to what
 
 | quantizer | weights, inputs | loaded logits |
 |---|---|---|
 | integer weights per tensor, channel or group; static inputs per tensor, `quantizer.activations.narrow_range=false` | `tensor`, `channel`, `group`; `tensor` | equal |
-| FP8 E4M3 weights per tensor, channel or group; static inputs per tensor | the same, `float` | equal |
-| FP8 E4M3, dynamic inputs per token or tensor | the same; `token`, `tensor` dynamic | equal |
+| FP8 E4M3 weights per tensor, channel or group; static inputs per tensor | `channel`, `group`, `float`; `tensor` (a scale for the tensor is written once per channel: servers would round fused layers anew) | equal |
+| FP8 E4M3, dynamic inputs per token or tensor | the same; `token`, `tensor` dynamic (vLLM: per token) | equal |
 | weights alone (`quantizer.activations.bits=null`) | a scale for the tensor is written once per channel | equal |
 | linears that QFeM keeps | a second group of weights alone, by full name | equal |
 | integers, dynamic inputs per token or tensor | `token`, `tensor` dynamic | differ: the file has no scales, transformers computes them as abs-max / 127.5, the run and vLLM as abs-max / 127 |

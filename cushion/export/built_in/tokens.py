@@ -12,7 +12,7 @@ cushion-export outputs/default/.../0123456789ab --to tokens my_prefix --base-mod
 
 | file | |
 |---|---|
-| `prefix_tokens.json` | `token_ids`, `text`, whether the text alone gives these ids (`text_gives_token_ids`), whether BOS stands behind them (`bos_behind`), `base_model` and `revision`, the `quantizer` of the run's last row, `full_precision_inputs` (the linears that run as W8A16, those of QFeM among them) and `beyond_range` (those that are there for the prefix, with how far its tokens go beyond their range); `measured`, see below |
+| `prefix_tokens.json` | `token_ids`, `text`, whether the text gives these ids, also right before the evaluated texts (`text_gives_token_ids`), whether BOS stands behind them (`bos_behind`), `base_model` and `revision`, the `quantizer` of the run's last row, `full_precision_inputs` (the linears that run as W8A16, those of QFeM among them) and `beyond_range` (those that are there for the prefix, with how far its tokens go beyond their range); `measured`, see below |
 | `README.md` | model card with all of it |
 
 `measured` has for each corpus the perplexity of the run's row (`run`) and with the prefix as tokens (`as_tokens`). It
