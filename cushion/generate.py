@@ -82,7 +82,7 @@ def generate(model: QuantizedLazily, tokens: Tensor, sampling: Sampling, streame
 
     lm, prefix = model.lm, model.behind
     check_room(lm, prefix, tokens, sampling)
-    choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     torch.manual_seed(sampling.seed)

@@ -20,7 +20,7 @@ from cushion.metrics.columns import RowContext, Values
 from cushion.metrics.latency import latency_values, memory_values, size_name
 from cushion.prefix import Prefix
 from cushion.quantization.lazily import QuantizedLazily
-from cushion.quantization.parts.registry import parts
+from cushion.quantization.parts.registry import transforms
 from cushion.step import Context, Step, compute
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class LatencyStep(Step[Measured]):
             forget_graphs()
         full, own = Variant(Prefix.empty(), model.suspended), Variant(model.behind, nullcontext)
         turns = [{"full": full, "own": own}]
-        if _changes_the_model(model):  # then full precision is not what `suspended` gives back
+        if model.quantizer is not None and transforms(model.quantizer):
+            # rotations and other norms stay with what `suspended` gives back, which is then not full precision
             turns = [{"full": Variant(Prefix.empty(), nullcontext)}, {"own": own}]
         number, done = len(turns) * len(config.sizes) * (config.warmup + config.repeats), 0
         for batch, length in config.sizes:
@@ -79,8 +80,9 @@ class LatencyStep(Step[Measured]):
                 else:
                     model.take_off()
                 for found in rounds(lm, list(variants.values()), texts, config):
-                    for side, timing in zip(variants, found or (), strict=found is not None):
-                        times[side].append(asdict(timing))
+                    if found is not None:
+                        for side, timing in zip(variants, found, strict=True):
+                            times[side].append(asdict(timing))
                     done += 1
                     context.progress("latency", done, number, "round")
             peak = peak_bytes(lm, model.behind, texts, config.new_tokens)
@@ -97,12 +99,6 @@ class LatencyStep(Step[Measured]):
         )
         peaks = {size: found["peak"] for size, found in sizes.items()}
         return Measured(own, full, peaks, record["weights"], record["full_weights"])
-
-
-def _changes_the_model(model: QuantizedLazily) -> bool:
-    """Whether a rotation or smoothing does: products with rotations and other norms then stay in its linears' place."""
-    quantizer = model.quantizer
-    return quantizer is not None and any(part.keeps_function and part.is_on(quantizer) for part in parts())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

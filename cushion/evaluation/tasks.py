@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +184,8 @@ def _load(manager: Any, name: str, config: EvalConfig, paths: PathsConfig) -> It
     for leaf, task in loaded.items():
         origin = f"hub:{task.DATASET_PATH}/{task.DATASET_NAME or ''}".rstrip("/")
         is_own = leaf in manager.task_index and _is_own(manager, leaf, config)
-        if is_own and type(task) is ConfigurableTask:  # a class of the user's may ask what it likes
-            asked = list(task.eval_docs)[: records_asked(config.limit, len(task.eval_docs))]
-            check_requests(task, asked, partial(_place, leaf))
-        yield leaf, _finished(leaf, task, origin, config)
-
-
-def _place(name: str, number: int) -> str:
-    return f"eval.tasks={name}, record {number + 1}"
+        # a class of the user's may ask what it likes
+        yield leaf, _finished(leaf, task, origin, config, checked=is_own and type(task) is ConfigurableTask)
 
 
 def _check_yaml(config: EvalConfig) -> None:
@@ -242,8 +236,13 @@ def _is_weighted(manager: Any, name: str) -> bool:
     return bool(metrics[0].get("weight_by_size", True))
 
 
-def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: bool = False) -> EvaluationTask:
-    """Set what lm-eval's own runner sets on a task before it asks its requests, and hash what they depend on."""
+def _finished(
+    name: str, task: Any, origin: str, config: EvalConfig, prepared: bool = False, checked: bool = False
+) -> EvaluationTask:
+    """Set what lm-eval's own runner sets on a task before it asks its requests, and hash what they depend on.
+
+    With `checked`, records of which no request can be made are refused.
+    """
     shots = config.shots
     if shots and task.get_config("num_fewshot") == 0:
         raise ConfigError(
@@ -258,6 +257,8 @@ def _finished(name: str, task: Any, origin: str, config: EvalConfig, prepared: b
     definition = {key: value for key, value in definition.items() if key not in ("metadata", "custom_dataset")}
     records = list(task.eval_docs)
     records = records[: records_asked(config.limit, len(records))]
+    if checked:
+        check_requests(task, records, lambda number: f"eval.tasks={name}, record {number + 1}")
     wanted = int(task.get_config("num_fewshot"))
     examples = list(task.fewshot_docs()) if wanted else []
     if wanted > len(examples):

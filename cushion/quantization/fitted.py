@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -260,7 +260,7 @@ def sites(work: Work, block: int | None = None) -> Iterator[Site]:
     """The targeted linears of one block, or of all of them, with their weights: their own, or learned."""
     within = f"{work.lm.architecture.blocks}." + ("" if block is None else f"{block}.")
     linears = work.lm.linears(work.config.targets)
-    together = _fused(work.lm, linears)
+    together = _fused(work.lm, linears, range(len(work.lm.blocks)) if block is None else [block])
     for name, linear in linears.items():
         if name.startswith(within):
             bias, divisor = None if linear.bias is None else linear.bias.detach(), work.learned.divisors.get(name)
@@ -270,13 +270,15 @@ def sites(work: Work, block: int | None = None) -> Iterator[Site]:
             yield Site(name, linear, work.weight_of(name, linear), bias, divisor=divisor, fused=fused)
 
 
-def _fused(lm: LanguageModel, linears: Mapping[str, nn.Linear]) -> dict[str, dict[str, nn.Linear]]:
-    """For each of some linears, those of them that read the same norm and lie in the same module.
+def _fused(
+    lm: LanguageModel, linears: Mapping[str, nn.Linear], blocks: Iterable[int]
+) -> dict[str, dict[str, nn.Linear]]:
+    """For each of some linears in some blocks, those of them that read the same norm and lie in the same module.
 
     A linear that reads no norm, as all do in families whose norms stand behind the linears, is not in it.
     """
     found: dict[str, dict[str, nn.Linear]] = {}
-    for index in range(len(lm.blocks)):
+    for index in blocks:
         for _, readers in lm.norm_readers(index):
             modules: dict[str, dict[str, nn.Linear]] = {}
             for name in linears.keys() & readers.keys():

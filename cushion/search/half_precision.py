@@ -1,4 +1,4 @@
-"""The model of a search's rounds: a copy in bfloat16 where the processor multiplies that about twice as fast or faster.
+"""The model of a search's rounds: a copy in bfloat16 where the processor has instructions to multiply it.
 
 A round only drops candidates, by fewer tokens and blocks than the objective has. Whatever enters a result (the
 verification, the sweep, further texts) is judged by the model itself.

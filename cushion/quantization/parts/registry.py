@@ -61,6 +61,11 @@ def rounds(quantizer: Any) -> bool:
     return any(part.is_on(quantizer) and not part.keeps_function for part in parts())
 
 
+def transforms(quantizer: Any) -> bool:
+    """Whether a part that is on changes the model and keeps its function: rotation or smoothing."""
+    return any(part.is_on(quantizer) and part.keeps_function for part in parts())
+
+
 def without_rounding(quantizer: Q) -> Q:
     """What a quantizer does to a model before anything is rounded: rotation and smoothing, which keep the function."""
     return turned_off(quantizer, lambda part: not part.keeps_function)
