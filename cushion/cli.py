@@ -106,6 +106,7 @@ def execute(
     from cushion import pipeline  # imports torch and transformers: not needed for --help or a refused configuration
     from cushion.events import Event, Listener, RunFinished
     from cushion.journal import kept
+    from cushion.preparation import choose_device
     from cushion.progress import ProgressBars
     from cushion.reporting.figures import draw_figures, figures_of
     from cushion.reporting.tables import comparison_table, further_tables
@@ -124,6 +125,8 @@ def execute(
         done = pipeline.finished(folder)
         if done is None:
             listeners.append(stack.enter_context(kept(folder, config, overrides)))
+            if choose_device(config) == "cpu":
+                start.keep_freed_memory()
         listeners.append(draw)  # figures are drawn before the tracker looks for them
         if tracker is not None:
             listeners.append(tracker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -156,3 +157,27 @@ def test_the_package_is_a_command_too_and_its_help_says_what_it_is(tmp_path: Pat
     assert len(examples) == 3
     assert "search: bos, greedy_exact" in done.stdout
     assert not list(tmp_path.iterdir()), "help makes no folder"
+
+
+KEPT = """
+import resource, sys
+from cushion import start
+if sys.argv[1] == "kept":
+    start.keep_freed_memory()
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(2**24)
+    bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+new_pages()
+print(new_pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_memory_that_is_freed_is_kept_for_what_comes_next() -> None:
+    pages = {
+        way: int(subprocess.run([sys.executable, "-c", KEPT, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("kept", "as it is")
+    }
+    assert pages["kept"] < pages["as it is"] / 4

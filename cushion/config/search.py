@@ -216,8 +216,8 @@ class SearchConfig:
     """
     rounds_dtype: str = "model"
     """What the rounds multiply in: the model's own dtype, a copy in bfloat16, or (`auto`, in `greedy_pruned` and
-    `greedy_exact`) that copy where the model is float32 and the processor has instructions for bfloat16 (AVX-512,
-    CUDA); whatever enters a result is judged by the model itself
+    `greedy_exact`) that copy where the model is float32 and the processor multiplies bfloat16 faster (AMX, AMD's
+    AVX-512, CUDA); whatever enters a result is judged by the model itself
 
     Allowed: `model`, `auto`, `bfloat16`
     """

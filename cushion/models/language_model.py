@@ -26,6 +26,7 @@ from cushion.hashing import digest, tensor_digest
 from cushion.models.architectures import Architecture, expand, find_architecture, plugin_identity
 from cushion.models.embedded import embedded_model
 from cushion.models.experts import with_linear_experts
+from cushion.models.gguf_files import as_dequantized, read_once
 from cushion.models.multimodal import text_part_options, without_report
 from cushion.models.tiny import byte_tokenizer, tiny_model
 
@@ -250,9 +251,10 @@ def load_language_model(config: ModelConfig, paths: PathsConfig, device: str = "
         folder = config.path
         if scheme == "embedded":
             folder = str(embedded_model(name, Path(paths.model_dir).expanduser()))
-        else:
-            check_model(config)
-        model, tokenizer = _from_pretrained(folder, config)
+        with read_once(config.gguf_file):
+            if scheme != "embedded":
+                check_model(config)
+            model, tokenizer = _from_pretrained(folder, config)
     architecture = find_architecture(model.config, config.path)
     _refuse_offloading(model, config)
     if architecture.experts is not None:
@@ -375,9 +377,8 @@ def _from_pretrained(folder: str, config: ModelConfig) -> tuple[PreTrainedModel,
             f"model.path={config.path!r} cannot be loaded: its files lack {len(info['missing_keys'])} of the model's "
             f"tensors ({missing}, ...): download it again"
         )
-    if config.gguf_file is not None:  # dequantized by now: it can be saved as others are
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
+    if config.gguf_file is not None:
+        as_dequantized(model)
     return model, tokenizer
 
 

@@ -69,8 +69,12 @@ def test_it_goes_on_with_the_dtype_that_it_began_with(tiny: Tiny, monkeypatch: p
 
 def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny("llama")
-    assert multiplies_bfloat16(torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
     assert not multiplies_bfloat16(torch.device("meta"))
+    for avx512, amx, amd in itertools.product((False, True), repeat=3):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
+        monkeypatch.setattr(half_precision, "_is_of_amd", lambda has=amd: has)
+        assert multiplies_bfloat16(torch.device("cpu")) == (avx512 and (amx or amd))
     auto = replace(CONFIG, rounds_dtype="auto")
     for has, wanted in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(half_precision, "multiplies_bfloat16", lambda _, has=has: has)
