@@ -21,8 +21,8 @@ quick_said:
 
 said:
 	@echo "SmolLM2-135M on English text, on this machine alone: searches a prefix among all 49,152 tokens, tunes it in 60 steps, and"
-	@echo "measures six rows, in full precision and in W8A8, over 16 blocks of 512 tokens. About 7 minutes on 2 free CPU cores with"
-	@echo "AVX512 and AMX, most of them search and tuning; bars show the time that is left. make quick shows the effect sooner."
+	@echo "measures six rows, in full precision and in W8A8, over 16 blocks of 512 tokens. 5 to 7 minutes on 2 free CPU cores with"
+	@echo "AVX512, most of them search and tuning; bars show the time that is left. make quick shows the effect sooner."
 
 test: $(STAMP)  ## the test suite, a worker for each core
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -83,16 +83,21 @@ def version_of(module: str) -> str:
     """Hash of everything in a module's import closure that can decide a number.
 
     A module of a user's package counts with what it imports of its own package, and with the closure of what these
-    import of Cushion.
+    import of Cushion. One of a package of `INFRASTRUCTURE`, which stands in keys by itself, counts with what it imports
+    of that package.
     """
     package = module.partition(".")[0]
     sources = _sources(package)
-    names = sources.closure(module, INFRASTRUCTURE)
+    names = sources.closure(module, frozenset(one for one in INFRASTRUCTURE if not _is_within(module, one)))
     hashes = {name: sources.hash_of(name) for name in names}
     if sources is not _OWN:
         for own in {own for name in names for own in sources.imports(name, _OWN)} - INFRASTRUCTURE:
             hashes |= {name: _OWN.hash_of(name) for name in _OWN.closure(own, INFRASTRUCTURE)}
     return digest(sorted(hashes.items()))
+
+
+def _is_within(module: str, package: str) -> bool:
+    return "." in package and module.startswith(f"{package}.")
 
 
 @lru_cache(maxsize=1)

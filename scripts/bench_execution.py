@@ -6,10 +6,11 @@
 
 First one linear at a time, for every shape and number of rows: float32, bfloat16, the simulation, execution=int8 with a
 static scale and with one for each token, the product of codes alone, and torchao's dynamic int8 where it is installed.
-Then the whole decoder: the time to first token of a prompt and the time per output token; with --compile once more as
-torch.compile makes it, which takes minutes for every side before it is timed. Milliseconds are medians, the
-ratio is the median over the rounds of float32's time over the side's, so that above 1 is faster than float32. A round
-times every side once, in an order that turns around. Every linear reads an input of its own: nothing is shared.
+Then the whole decoder: the time to first token of a prompt and the time per output token. With --compile linears and
+decoder once more as torch.compile makes them, which takes minutes for every decoder before it is timed. Milliseconds
+are medians, the ratio is the median over the rounds of float32's time over the side's, so that above 1 is faster than
+float32. A round times every side once, in an order that turns around. Every linear reads an input of its own: nothing
+is shared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -70,8 +72,8 @@ def in_turns(sides: dict[str, Side], repeats: int) -> dict[str, list[float]]:
     return found
 
 
-def linears_of(inputs: int, outputs: int, rows: int) -> dict[str, Side]:
-    """The sides of one shape, float32 first."""
+def linears_of(inputs: int, outputs: int, rows: int, compiles: bool = False) -> dict[str, Side]:
+    """The sides of one shape, float32 first; some of them compiled too where asked."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(rows, inputs, generator=generator)
     plain = nn.Linear(inputs, outputs, bias=False)
@@ -92,7 +94,14 @@ def linears_of(inputs: int, outputs: int, rows: int) -> dict[str, Side]:
         "codes alone": lambda: torch._int_mm(whole, static.codes),
     }
     other = torchao_linear(inputs, outputs)
-    return sides if other is None else {**sides, "torchao token": lambda: other(values)}
+    if other is not None:
+        sides["torchao token"] = partial(other, values)
+    if compiles:
+        modules = {"float32": plain, "int8 static": static, "int8 token": token, "torchao token": other}
+        for name, module in modules.items():
+            if module is not None:
+                sides[f"{name} compiled"] = partial(torch.compile(module), values)
+    return sides
 
 
 def torchao_linear(inputs: int, outputs: int) -> nn.Module | None:
@@ -176,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--decoder-repeats", type=int, default=5, help="rounds for the decoder; 0 leaves it out")
     sides = ",".join(DECODER_SIDES)
     parser.add_argument("--decoder-sides", default=sides, help="of the decoder, separated by commas, float32 first")
-    parser.add_argument("--compile", action="store_true", help="the decoder compiled as well")
+    parser.add_argument("--compile", action="store_true", help="linears and decoder compiled as well")
     options = parser.parse_args(arguments)
     names = options.shapes.split(",") if options.shapes else []
     for name in names:
@@ -195,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in names:
         for inputs, outputs in SHAPES[name]:
             for rows in options.rows:
-                show(f"{rows} x {inputs} x {outputs}", in_turns(linears_of(inputs, outputs, rows), options.repeats))
+                sides_of_it = linears_of(inputs, outputs, rows, options.compile)
+                show(f"{rows} x {inputs} x {outputs}", in_turns(sides_of_it, options.repeats))
     if options.decoder_repeats:
         decoder(options.model, options.length, options.new_tokens, options.decoder_repeats, options.compile, chosen)
 

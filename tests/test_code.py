@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import cushion.search.rule_prefix
 import cushion.steps  # noqa: F401 - with the two above, every step is defined
 from cushion import code
 from cushion.code import INFRASTRUCTURE
+from cushion.quantization.formats.registry import FORMATS
 from cushion.step import Step
 from cushion.syntax import Sources
 
@@ -116,6 +118,31 @@ def test_a_constant_in_a_module_changes_the_steps_that_import_it_and_no_other(
     reached = {name for name, closure in closures(code._OWN).items() if module in closure}
     assert with_it <= reached
     assert not without_it & reached
+
+
+@pytest.mark.parametrize(
+    ("module", "of"),
+    [
+        ("floats", {"fp8_e4m3", "fp8_e5m2", "mxfp8", "mxfp6", "mxfp4", "nvfp4"}),
+        ("blocks", {"mxfp8", "mxfp6", "mxfp4", "nvfp4"}),
+        ("microscaling", {"mxfp8", "mxfp6", "mxfp4"}),
+        ("nvfp4", {"nvfp4"}),
+        ("registry", set()),
+    ],
+)
+def test_a_number_format_counts_with_all_that_it_is_made_of(
+    monkeypatch: pytest.MonkeyPatch, module: str, of: set[str]
+) -> None:
+    monkeypatch.setattr(code, "version_of", code.version_of.__wrapped__)
+    before, own = {name: FORMATS[name].identity() for name in FORMATS}, code._OWN.hash_of
+    edited = f"cushion.quantization.formats.{module}"
+    monkeypatch.setattr(code._OWN, "hash_of", lambda name: "edited" if name == edited else own(name))
+    assert {name for name in FORMATS if FORMATS[name].identity() != before[name]} == of
+
+
+def test_the_rule_of_mx_scales_is_part_of_what_a_format_is() -> None:
+    own = FORMATS["mxfp4"]
+    assert replace(own, shared_exponent="floor").identity() != own.identity()
 
 
 def test_code_that_changes_on_disk_labels_nothing_that_ran_before(tmp_path: Path) -> None:

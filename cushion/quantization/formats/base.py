@@ -69,7 +69,8 @@ class Format:
         return cast("Grid", located(self.grid)(bits, symmetric, levels, zero_point, **own))
 
     def identity(self) -> list[str]:
-        """Name, place and code, for the keys of cached steps."""
+        """Name, place, code, and MX's rule of scales, for the keys of cached steps."""
         from cushion.code import version_at  # not needed for --help or a refused configuration
 
-        return [self.name, self.grid, version_at(self.grid)]
+        own = [] if self.shared_exponent is None else [self.shared_exponent]
+        return [self.name, self.grid, version_at(self.grid), *own]
