@@ -110,7 +110,7 @@ class RunConfig:
     """How the quantized linears of the rows of a table are computed: `simulated`, or on codes of 8 bits
     ([execution.md](execution.md)); searching and tuning are simulated
 
-    Allowed: `simulated`, `int8`, and what packages of yours add ([extending](extending.md#an-execution))
+    Allowed: `simulated`, `int8`, `fp8`, and what packages of yours add ([extending](extending.md#an-execution))
     """
     bos: str = "tokenizer"
     """Whether every text of the run begins with BOS: as the tokenizer does by itself, always, or never

@@ -25,7 +25,7 @@ Before anything is computed, with the reason and the way out:
 
 | combination | why | way out |
 |---|---|---|
-| `quantizer.weights.bits` or `quantizer.activations.bits` other than 8 | both sides of the product are 8-bit codes | 8 |
+| `quantizer.weights.bits` or `quantizer.activations.bits` other than 8, or null | both sides of the product are 8-bit codes | 8 |
 | `quantizer.weights.granularity=per_group` | one sum would have several scales | `per_channel`, `per_tensor` |
 | `quantizer.weights.format` or `quantizer.activations.format` other than `int` | codes are integers | `int` |
 | `quantizer.activations.granularity=per_cluster` or `per_channel` | one sum would have several scales | `per_tensor` |
@@ -55,8 +55,9 @@ Before anything is computed, with the reason and the way out:
 | `w4a4`, `w4a8`, `w4a8_gptq`, `w4a8_gptq_static` | refused: `quantizer.weights.bits=4` |
 | `fp8_static`, `fp8_token` | refused: `quantizer.weights.format=fp8_e4m3` |
 | `mxfp8` | refused: `quantizer.weights.format=mxfp8` |
-| `mxfp6` | refused: `quantizer.weights.bits=6` |
-| `mxfp4`, `nvfp4`, `nvfp4_w4a16` | refused: `quantizer.weights.bits=4` |
+| `mxfp6` | refused: `quantizer.weights.format=mxfp6` |
+| `mxfp4` | refused: `quantizer.weights.format=mxfp4` |
+| `nvfp4`, `nvfp4_w4a16` | refused: `quantizer.weights.format=nvfp4` |
 | `omniquant_w6a6`, `w6a6`, `w6a6_mse_static` | refused: `quantizer.weights.bits=6` |
 | `omniquant`, `omniquant_w4a16`, `w4a16_gptq`, `w4a16_rtn` | refused: `quantizer.weights.bits=4` |
 | `w8a8_group` | refused: `quantizer.weights.granularity=per_group` |
@@ -90,16 +91,12 @@ from torch import Tensor, nn
 from cushion.errors import ConfigError, NotFiniteError
 from cushion.execution.base import Execution
 from cushion.execution.int8_matmul import check_int8_matmul, int8_matmul, padded_weight, slowdown
+from cushion.execution.refusals import BITS, SIMULATED_INSTEAD, not_multiplied_in, plain_weight, simulated_parts
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight
-from cushion.quantization.parts.activations import ActivationConfig
-from cushion.quantization.parts.grids import DynamicGrid
-from cushion.quantization.parts.registry import PARTS, parts
-from cushion.quantization.parts.weights import WeightConfig
 from cushion.quantization.quantizer import QuantizerConfig
 
-BITS = 8
 LARGEST_PRODUCT = 255 * 128
 """Of a code of the input, less its zero point, and one of the weight, in magnitude."""
 MOST_INPUTS = (2**31 - 1) // LARGEST_PRODUCT
@@ -110,44 +107,13 @@ SLOW = 1.0
 
 def unsupported(quantizer: QuantizerConfig) -> str | None:
     """Why a quantizer cannot be executed on 8-bit codes, with the way out; None where it can."""
-    simulated = "or use execution=simulated"
-    if quantizer.is_full_precision:
-        return f"quantizer={quantizer.name} quantizes nothing: choose one that does, {simulated}"
-    reason = _no_codes("quantizer.weights", quantizer.weights)
-    reason = reason or _no_codes("quantizer.activations", quantizer.activations)
-    if reason is not None:
-        return f"{reason}, {simulated}"
-    if PARTS["compensation"].is_on(quantizer):
-        return (
-            f"quantizer.compensation.method={quantizer.compensation.method} has a branch in floating point beside the "
-            f"codes: set it to none, {simulated}"
-        )
-    if quantizer.weights.granularity == "per_group":
-        return (
-            "quantizer.weights.granularity=per_group has several scales within one sum: set it to per_channel or "
-            f"per_tensor, {simulated}"
-        )
-    if quantizer.activations.by_channel:
-        return (
-            f"quantizer.activations.granularity={quantizer.activations.granularity} has several scales within one sum: "
-            f"set it to per_tensor, {simulated}"
-        )
-    if not quantizer.activations.symmetric and quantizer.zero_point == "real":
+    reason = not_multiplied_in(quantizer, "int", "8-bit codes, which are integers")
+    if reason is None and not quantizer.activations.symmetric and quantizer.zero_point == "real":
         return (
             "quantizer.zero_point=real is an offset that no integer stands for (quantizer.activations.symmetric=false):"
-            f" set it to integer, or use symmetric activations, {simulated}"
+            f" set it to integer, or use symmetric activations, {SIMULATED_INSTEAD}"
         )
-    return None
-
-
-def _no_codes(section: str, own: WeightConfig | ActivationConfig) -> str | None:
-    """Why one side of a product is not made of 8-bit integers, with the way out; None where it is."""
-    if own.bits != BITS:
-        bits = "null" if own.bits is None else own.bits
-        return f"{section}.bits={bits}, and both sides of a product are 8-bit codes: set it to 8"
-    if own.format != "int":
-        return f"{section}.format={own.format}, and codes are integers: set it to int"
-    return None
+    return reason
 
 
 class Int8Linear(nn.Module):
@@ -232,11 +198,7 @@ class Int8(Execution):
                 f"this processor multiplies int8 {factor:.1f} times slower than float32: figures of speed mean nothing "
                 "here (execution=int8)"
             )
-        simulated = [part.name for part in parts() if isinstance(part, DynamicGrid) and part.is_on(quantizer)]
-        if simulated:
-            keys = " and ".join(f"quantizer.{name}" for name in simulated)
-            found.append(f"execution=int8 runs linears on 8-bit codes; {keys} stays simulated")
-        return found
+        return found + simulated_parts(quantizer, "int8", "8-bit codes")
 
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
@@ -250,15 +212,4 @@ class Int8(Execution):
         """
         if activation is None:
             return QuantizedLinear(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight, bias, None)
-        is_usual = type(activation) is ActivationQuantizer and type(activation.grid) is Grid
-        if not isinstance(weight, QuantizedWeight) or weight.codes.dim() != 2 or weight.offset is not None:
-            raise ConfigError(
-                "execution=int8 needs symmetric codes of every weight, with one scale or one for each output, and a "
-                "part of the quantizer has changed them: turn it off in quantizer.plugins, or use execution=simulated"
-            )
-        if not is_usual:
-            raise ConfigError(
-                "execution=int8 needs integer codes of every input, and a part of the quantizer has another kind of "
-                "quantizer for it: turn it off in quantizer.plugins, or use execution=simulated"
-            )
-        return Int8Linear(weight, bias, activation)
+        return Int8Linear(plain_weight(weight, activation, Grid, "int8"), bias, activation)

@@ -177,6 +177,18 @@ class Turn:
             yield from ((name, values) for name in names)
 
     @torch.no_grad()
+    def called(self) -> list[str]:
+        """The targeted linears in the order in which the block calls them, experts that no text reaches at the end."""
+        names: list[str] = []
+        linears = {name: site.linear for name, site in self.sites.items()}
+        with observe_inputs(linears, lambda name, _: names.append(name)):
+            for text, hidden in zip(self.texts, self.quantized, strict=True):
+                self.run(text[None], hidden[None])
+                if len(set(names)) == len(self.sites):
+                    break
+        return list(dict.fromkeys([*names, *self.sites]))
+
+    @torch.no_grad()
     def shared_inputs(
         self, full_precision: bool = False, among: Collection[str] | None = None
     ) -> Iterator[tuple[tuple[str, ...], Tensor]]:

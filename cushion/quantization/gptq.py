@@ -119,15 +119,20 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
-def stages(turn: Turn) -> list[list[str]]:
+def stages(turn: Turn, called: list[str]) -> list[list[str]]:
     """The linears of a block in the order in which `true_sequential` rounds them: query, key and value; output; ...
 
     One stage has those that read one norm, that are down projections, or that have one place in all experts.
+
+    Args:
+        turn: the block's.
+        called: its linears in the order in which it calls them, which may be another than that of their definition.
+
     """
     lm, found = turn.work.lm, list[list[str]]()
     groups = [set(names) for _, names in lm.norm_readers(turn.index)]
     groups += [{name for names in lm.down_projections().values() for name in names}, *_places(turn)]
-    for name in turn.sites:
+    for name in called:
         alike = {name, *(other for group in groups if name in group for other in group)}
         stage = next((stage for stage in found if alike & set(stage)), None)
         if stage is None:
@@ -157,7 +162,7 @@ class _Gptq(Effect):
             return self._fit_stage(turn, list(turn.sites))
         found, replacements = dict[str, Tensor](), Replacements()
         try:
-            for stage in stages(turn):
+            for stage in stages(turn, turn.called()):
                 own = self._fit_stage(turn, stage)
                 for name, codes in own.items():
                     site = turn.sites[name]

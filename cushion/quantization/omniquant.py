@@ -52,9 +52,10 @@ def learn_block(turn: Turn, config: ReconstructionConfig, seed: int) -> BlockRec
     work = replace(turn.work, straight_through=True)
     with rounded(work, load_execution(SIMULATED), turn.index) as placed:
         before = checked_error(turn, config)
-        if before == 0.0 or config.epochs == 0:
-            return BlockRecord(turn.index, before, before, False)
         own = _Block(turn, config, placed, transforms)
+        nothing_learns = not (own.clipping or own.transforms)  # no linear before the inputs can take a scale
+        if before == 0.0 or config.epochs == 0 or nothing_learns:
+            return BlockRecord(turn.index, before, before, False)
         _learn(turn, config, seed, own, before)
         with torch.no_grad():
             own.put()

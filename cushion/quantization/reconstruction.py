@@ -90,7 +90,8 @@ def reconstruct_block(turn: Turn, config: ReconstructionConfig, seed: int) -> Bl
     with rounded(work, load_execution(SIMULATED), turn.index, learnable) as placed:
         weights = _Weights(turn, placed) if config.weights else None
         before = checked_error(turn, config)
-        if before == 0.0 or config.epochs == 0:
+        nothing_learns = weights is None and not learnable  # QFeM keeps all inputs of the block
+        if before == 0.0 or config.epochs == 0 or nothing_learns:
             return BlockRecord(turn.index, before, before, False)
         _learn(turn, config, seed, learnable, weights, before)
         if weights is not None:

@@ -34,7 +34,7 @@ from cushion.quantization import gptq
 from cushion.quantization.calibration import Calibration
 from cushion.quantization.effect import Turn
 from cushion.quantization.fitted import FittedQuantizer
-from cushion.quantization.fitting import fit_blocks, walk
+from cushion.quantization.fitting import fit_block, fit_blocks, walk
 from cushion.quantization.fitting_step import FittingStep
 from cushion.quantization.numerics import Grid, quantize_weight
 from cushion.quantization.parts.registry import PARTS
@@ -193,10 +193,32 @@ def test_a_stage_has_readers_of_one_norm_or_one_place_in_all_experts(
     lm, first = tiny(family), "model.layers.1."
     names = [name.replace("attn.o_proj", "attn.c_proj") if "c_" in of_one_kind[1] else name for name in lm.linears()]
     own = [name.removeprefix(first) for name in names if name.startswith(first)]
-    turn: Any = SimpleNamespace(work=SimpleNamespace(lm=lm), index=1, sites=dict.fromkeys(map(first.__add__, own)))
+    called = list(map(first.__add__, own))
+    turn: Any = SimpleNamespace(work=SimpleNamespace(lm=lm), index=1, sites=dict.fromkeys(called))
     expected = [[first + name for name in own if re.fullmatch(pattern, name)] for pattern in of_one_kind]
-    assert gptq.stages(turn) == expected
+    assert gptq.stages(turn, called) == expected
     assert sum(map(len, expected)) == len(own)
+
+
+@pytest.mark.parametrize(
+    ("family", "in_order"),
+    [
+        ("phi3", [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]),  # which defines o_proj first
+        ("mixtral", [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"] * 4, ["down_proj"] * 4]),
+    ],
+)
+def test_stages_are_in_the_order_in_which_a_block_calls_its_linears(
+    tiny: Tiny, family: str, in_order: list[list[str]]
+) -> None:
+    lm, fitted = tiny(family), FittedQuantizer(with_gptq(replace(PLAIN, weights=W4)), fits={"gptq": {}})
+    found: list[list[str]] = []
+
+    def take(turn: Turn) -> None:
+        found.extend(gptq.stages(turn, turn.called()))
+        fit_block(turn)
+
+    next(walk(lm, Prefix.empty(), fitted, TEXTS, take))
+    assert [sorted(name.rpartition(".")[2] for name in stage) for stage in found] == list(map(sorted, in_order))
 
 
 @torch.no_grad()

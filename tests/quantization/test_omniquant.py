@@ -69,6 +69,13 @@ def made(
     return compute(step, Context(lm, ArtifactStore(folder), lambda event: None))
 
 
+def test_a_block_in_which_no_input_can_be_scaled_has_nothing_to_learn(tiny: Tiny, tmp_path: Path) -> None:
+    rotated = replace(W4A4, input_rotation="all")
+    found = made(planted(tiny()), tmp_path, rotated, replace(CONFIG, clipping=False), Prefix.empty())
+    assert all(block["before"] == block["after"] > 0 for block in found.record["blocks"])
+    assert not found.learned.divisors
+
+
 @torch.no_grad()
 def hidden(lm: LanguageModel, behind: Prefix) -> Tensor:
     return torch.cat([lm.body(text[None], past_key_values=behind.cache(lm.model), use_cache=True)[0] for text in TEXTS])

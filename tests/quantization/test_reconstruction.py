@@ -144,6 +144,16 @@ def test_linears_that_read_one_norm_keep_one_range_and_kept_ones_get_none(tiny: 
     assert moved == found.learned.ranges.keys()
 
 
+def test_a_block_whose_inputs_are_all_kept_has_nothing_to_learn(tiny: Tiny, tmp_path: Path) -> None:
+    lm = planted(tiny())
+    keep = frozenset(name for name in lm.linears() if name.startswith("model.layers.0."))
+    found = made(lm, step_of(lm, config=BRIEF, keep=keep), tmp_path)
+    first, *others = found.record["blocks"]
+    assert first["before"] == first["after"] > 0 and not first["kept"]
+    assert all(other["before"] != other["after"] for other in others)
+    assert keep.isdisjoint(found.learned.ranges)
+
+
 class KilledError(Exception):
     pass
 
