@@ -11,6 +11,7 @@ PACKAGE = ROOT / "cushion"
 
 RANKS = (
     {"errors", "events", "hashing", "launching", "activations", "flat", "results_v1", "intervals", "start", "float64"},
+    {"processor"},
     {"syntax", "integrity", "swept", "system_errors"},
     {"artifacts", "code", "registry", "progress", "checks", "schema", "text_files"},
     {"metrics"},
@@ -27,6 +28,7 @@ RANKS = (
     {"blockwise", "held_out"},
     {"quantization/numerics"},
     {"quantization/linear"},
+    {"quantization/formats"},
     {"execution"},
     {"quantization"},
     {"tuning_loss", "tuning_ranges", "tuning_state"},

@@ -19,6 +19,7 @@ from cushion.evaluation.latency import Timing, Variant, peak_bytes, prompts, rou
 from cushion.metrics.columns import RowContext, Values
 from cushion.metrics.latency import latency_values, memory_values, size_name
 from cushion.prefix import Prefix
+from cushion.processor import processor_name
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.quantization.parts.registry import transforms
 from cushion.step import Context, Step, compute
@@ -39,7 +40,7 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class LatencyStep(Step[Measured]):
-    """Timings of a model behind its prefix, and in the same rounds of the full-precision model without a prefix.
+    """Timings of a model behind its prefix, and of the full-precision model without one: in the same rounds, or before.
 
     Args:
         model: with its prefix and quantizer.
@@ -63,6 +64,7 @@ class LatencyStep(Step[Measured]):
     def make(self, context: Context, workspace: Workspace) -> None:
         """Time every size, round by round."""
         lm, model, config = context.lm, self.model, self.config
+        model.take_off()  # the steps before have left it on
         full_weights, sizes = weight_bytes(lm), {}
         if config.compile:
             forget_graphs()
@@ -103,7 +105,7 @@ class LatencyStep(Step[Measured]):
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a timing depends on beside the work: the machine, its processor or GPU, and the number of threads."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "host": platform.node(),
         "name": name,

@@ -3,7 +3,7 @@
 | column | content |
 |---|---|
 | `time_to_first_token/<size>`, `time_per_output_token/<size>` | milliseconds, medians over the rounds, with `eval.latency`; a size is `<batch>x<prompt length>` ([execution.md](execution.md#latency)) |
-| `..._spread/<size>`, `..._full_precision/<size>`, `..._ratio/<size>` | of each of the two: the distance of its quartiles; the median of full precision without a prefix in the same rounds; the median over the rounds of their ratio |
+| `..._spread/<size>`, `..._full_precision/<size>`, `..._ratio/<size>` | of each of the two: the distance of its quartiles; the median of full precision without a prefix in the same rounds (with smoothing or a rotation, before them); the median over the rounds of their ratio |
 | `prefill_throughput/<size>`, `decode_throughput/<size>` | tokens per second, of prompts and of what follows |
 | `peak_memory/<size>` | MiB on the GPUs, weights included, at the worst moment; null on a CPU, where torch does not count |
 | `weight_memory`, `weight_memory_full_precision` | MiB of all weights of the row's model, and of the full-precision one |

@@ -6,15 +6,14 @@ verification, the sweep, further texts) is judged by the model itself.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from cushion.config import SearchConfig
 from cushion.errors import ConfigError
 from cushion.models import LanguageModel
+from cushion.processor import processor_name
 from cushion.search.replicas import copied
 
 
@@ -92,9 +91,4 @@ def multiplies_bfloat16(device: torch.device) -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
         return False
-    return torch.cpu._is_amx_tile_supported() or _is_of_amd()
-
-
-def _is_of_amd() -> bool:
-    told = Path("/proc/cpuinfo")  # where the system has one
-    return "AuthenticAMD" in (told.read_text() if told.is_file() else platform.processor())
+    return torch.cpu._is_amx_tile_supported() or "AuthenticAMD" in processor_name()

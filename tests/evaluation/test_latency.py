@@ -138,6 +138,7 @@ def test_beside_a_rotated_row_full_precision_is_the_plain_model(
     config = LatencyConfig([1], [4, 5], repeats=3, warmup=1)
     heard = list[Event]()
     with QuantizedLazily(lm, Prefix.from_tokens(lm.model, [5]), quantizer, execution="int8") as model:
+        model.put_on()  # as the perplexity of a row leaves it
         found = compute(LatencyStep(model, config), Context(lm, ArtifactStore(tmp_path), heard.append))
     assert seen == ([(False, False)] * 4 + [(True, True)] * 4) * 2
     assert found.full_weights == plain != found.weights

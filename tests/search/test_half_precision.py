@@ -73,7 +73,8 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(tiny: Tiny, monkeypa
     for avx512, amx, amd in itertools.product((False, True), repeat=3):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has)
-        monkeypatch.setattr(half_precision, "_is_of_amd", lambda has=amd: has)
+        maker = "AuthenticAMD" if amd else "GenuineIntel"
+        monkeypatch.setattr(half_precision, "processor_name", lambda maker=maker: f"{maker} a processor")
         assert multiplies_bfloat16(torch.device("cpu")) == (avx512 and (amx or amd))
     auto = replace(CONFIG, rounds_dtype="auto")
     for has, wanted in ((False, torch.float32), (True, torch.bfloat16)):
