@@ -111,6 +111,11 @@ class RemadeRun:
             return self._final
         found = self._steps.search()
         assert found is not None and found.prefix is not None, "a prefix was tuned"
+        if list(found.prefix.token_ids) != self._record["prefix"]["token_ids"]:
+            raise ArtifactError(
+                f"the search of the run in {self._folder} finds other tokens by now ({list(found.prefix.token_ids)}, "
+                f"and it was {self._record['prefix']['token_ids']}): run it again"
+            )
         return found.prefix
 
     def prefix(self, stage: str) -> Prefix:

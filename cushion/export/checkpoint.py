@@ -63,6 +63,7 @@ def write(run: FinishedRun, folder: Path) -> None:
             "should give the same: this is a mistake of Cushion or of the installed compressed-tensors, so nothing "
             "is written; try its version in requirements/constraints.txt"
         )
+    check_measured(again, agreement)
     excess = agreement.exported / agreement.simulated - 1
     if not excess <= TOLERANCE:
         raise ArtifactError(
@@ -70,6 +71,19 @@ def write(run: FinishedRun, folder: Path) -> None:
             f"{agreement.simulated:.2f} of the simulation: it is broken so, and nothing is written ({scheme.differs})"
         )
     (folder / "README.md").write_text(checkpoint_card(run, folder.name, scheme, kept, agreement), encoding="utf-8")
+
+
+def check_measured(again: Refitted, agreement: Agreement) -> None:
+    """Raise `ArtifactError` where the model that was fitted again is far from the one that the run measured."""
+    if agreement.measured is None:
+        return
+    ratio = agreement.simulated / agreement.measured
+    if not 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE:
+        raise ArtifactError(
+            f"fitted again, the run's row has a perplexity of {agreement.simulated:.2f} on the first "
+            f"{agreement.blocks} blocks of {agreement.corpus!r}, and the run measured {agreement.measured:.2f}: code "
+            "or cached steps are not those of the run any more, so nothing is written; run it again and export that"
+        )
 
 
 def check_architecture(lm: LanguageModel, fitted: FittedQuantizer) -> None:
@@ -209,7 +223,8 @@ def compare(again: Refitted, folder: Path, dtype: str) -> Agreement:
             losses.append((both[0], both[1]))
     simulated, exported = (perplexity(list(one)) for one in zip(*losses, strict=True))
     count, length = again.blocks.shape
-    return Agreement(again.corpus, count, length, largest, simulated, exported)
+    measured = perplexity(list(again.measured)) if again.measured else None
+    return Agreement(again.corpus, count, length, largest, simulated, exported, measured)
 
 
 def _side_by_side(again: Refitted, other: LanguageModel, batch: Tensor) -> tuple[float, BlockLoss, BlockLoss]:

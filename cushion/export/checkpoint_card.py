@@ -23,6 +23,7 @@ class Agreement:
         blocks, length: their number, and their length in tokens.
         difference: the largest difference between two logits, in magnitude.
         simulated, exported: the perplexity of either.
+        measured: that of the row in the run, on these blocks; None where its result does not tell.
 
     """
 
@@ -32,6 +33,7 @@ class Agreement:
     difference: float
     simulated: float
     exported: float
+    measured: float | None = None
 
 
 def checkpoint_card(run: FinishedRun, name: str, scheme: Scheme, kept: list[str], agreement: Agreement) -> str:
@@ -115,6 +117,8 @@ def _check(run: FinishedRun, scheme: Scheme, agreement: Agreement) -> list[str]:
         f"simulation is {agreement.difference:.3g}; perplexity {agreement.exported:.4f}, in the simulation "
         f"{agreement.simulated:.4f}."
     )
+    if agreement.measured is not None:
+        said += f" The run measured {agreement.measured:.4f} on these blocks."
     return ["## Agreement", said if scheme.differs is None else f"{said} {scheme.differs}"]
 
 

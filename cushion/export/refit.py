@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from torch import Tensor
 
-from cushion.evaluation.perplexity import first_predicted
+from cushion.evaluation.perplexity import BlockLoss, first_predicted
 from cushion.export.finished import FinishedRun
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -30,6 +32,7 @@ class Refitted:
         blocks: the first blocks that the row was measured on: token ids, (blocks, tokens).
         batch_size: how many of them the run measured at a time.
         first: position of the first token that is predicted.
+        measured: the losses of the row on `blocks` in the run; empty where its result does not tell.
 
     """
 
@@ -40,6 +43,7 @@ class Refitted:
     blocks: Tensor
     batch_size: int
     first: int
+    measured: tuple[BlockLoss, ...] = ()
 
 
 def refit(run: FinishedRun) -> Refitted:
@@ -58,4 +62,13 @@ def refit(run: FinishedRun) -> Refitted:
     prepared, measured = remade.prepared, remade.config.eval
     corpus, blocks = next(iter(prepared.blocks_behind(measured, len(prefix)).items()))
     first = first_predicted(measured, prepared.bos)
-    return Refitted(prepared.lm, prefix, fitted, corpus, blocks[:BLOCKS], min(measured.batch_size, BLOCKS), first)
+    chosen, size = blocks[:BLOCKS], min(measured.batch_size, BLOCKS)
+    own = run.record["evaluation"].get("losses", {}).get(run.record["rows"][-1]["name"], {}).get(corpus)
+    return Refitted(prepared.lm, prefix, fitted, corpus, chosen, size, first, _on(chosen[:, first:].numel(), own))
+
+
+def _on(tokens: int, own: dict[str, list[Any]] | None) -> tuple[BlockLoss, ...]:
+    """The first losses of a row, of so many tokens in all; none where its batches are cut otherwise, or not kept."""
+    losses = [] if own is None else [BlockLoss(*one) for one in zip(own["nats"], own["tokens"], strict=True)]
+    counts = list(accumulate(one.tokens for one in losses))
+    return tuple(losses[: counts.index(tokens) + 1]) if tokens in counts else ()

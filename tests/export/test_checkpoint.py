@@ -437,7 +437,8 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
     assert f"the model of the row {row['label']!r}" in card
     perplexity = f"{row['values']['perplexity/text']:.4f}"
     assert "on the first 4 blocks of 32 tokens of 'text': the largest difference of a logit" in card
-    assert f"is 0; perplexity {perplexity}, in the simulation {perplexity}." in card
+    agreed = f"is 0; perplexity {perplexity}, in the simulation {perplexity}. The run measured {perplexity} on these"
+    assert agreed in card
     folded = "Folded into the weights: smoothing (alpha 0.8)" in card
     assert (folded, "(QFeM, arXiv 2405.14428)" in card) == (name != "kept", name == "kept")
     assert (made / "prefix").is_dir() == ("in `prefix/` as a PEFT adapter" in card) == (name != "plain")
@@ -472,6 +473,14 @@ def changed(folder: Path, run: Path, **record: Any) -> Path:
     return folder
 
 
+def doubled(record: dict[str, Any]) -> dict[str, Any]:
+    """The losses of a result as if its rows had lost twice as much."""
+    return {
+        row: {corpus: {**own, "nats": [2 * one for one in own["nats"]]} for corpus, own in by_corpus.items()}
+        for row, by_corpus in record["evaluation"]["losses"].items()
+    }
+
+
 def test_a_run_that_cannot_be_made_again_is_refused(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,6 +494,7 @@ def test_a_run_that_cannot_be_made_again_is_refused(
             "model": {**record["model"], "dtype": "bfloat16"}
         },
         "configuration this version does not read (seeds: Key 'seeds'": {"config": {**record["config"], "seeds": 1}},
+        "and the run measured": {"evaluation": {**record["evaluation"], "losses": doubled(record)}},
     }
     for number, (message, changes) in enumerate(refused.items()):
         run = changed(tmp_path / str(number), runs["plain"], **changes)
