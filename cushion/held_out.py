@@ -41,7 +41,7 @@ class Split:
 def split_texts(
     corpus: Corpus, encode: Encode, length: int, training: int, held_out: int, seed: int, keys: Sequence[str] = ()
 ) -> Split:
-    """Draw `training` and `held_out` texts of `length` tokens from different documents.
+    """Draw `training` and `held_out` texts of `length` tokens from different documents, none of them equal.
 
     Held out are, in this order of preference:
 
@@ -58,7 +58,8 @@ def split_texts(
     """
     corpus.samples(encode, length, training + held_out, seed, keys)  # refuses a corpus that is too short either way
     for chosen in _candidates(corpus, encode, length, held_out, seed):
-        others = [index for index in range(len(corpus.documents)) if index not in chosen]
+        held = {corpus.documents[index].strip() for index in chosen}  # the same text may come more than once
+        others = [index for index, document in enumerate(corpus.documents) if document.strip() not in held]
         kept = _drawn(corpus.part(sorted(chosen)), encode, length, held_out, seed)
         trained = None if kept is None else _drawn(corpus.part(others), encode, length, training, seed)
         if kept is not None and trained is not None:

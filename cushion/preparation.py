@@ -146,9 +146,10 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     def model() -> LanguageModel:  # what is wrong with plain texts is told before it is loaded
         return load_language_model(config.model, config.paths, device)
 
-    corpora = load_corpora(
-        config.data, config.paths, _needed(config, measured), lambda messages: chat_text(model(), messages)
-    )
+    def render(messages: list[dict[str, str]]) -> str:
+        return chat_text(model(), messages, led=begins_with_bos(model(), config.bos))
+
+    corpora = load_corpora(config.data, config.paths, _needed(config, measured), render)
     tasks = load_tasks(config.eval, config.paths)
     lm = model()
     method = METHODS[config.search.method]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_every_text_has_bos_once_or_not_at_all(text_file: Path, tmp_path: Path, 
     (shorter,) = led.blocks_behind(EvalConfig(block_length=32, blocks=3, prefix_in_block=True), 2).values()
     assert shorter.shape == (3, 30 + led.bos)
     assert ((shorter == BOS).sum(1) == int(led.bos)).all()
+
+
+def test_a_chat_whose_template_writes_bos_has_it_once(text_file: Path, tmp_path: Path) -> None:
+    lm, folder = model("tiny:llama"), tmp_path / "model"
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    parts = text_file.read_text(encoding="utf-8").split("\n\n")
+    chats = [json.dumps({"messages": [{"role": "user", "content": part}]}) for part in parts]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats), encoding="utf-8")
+    prepared = prepare(whole_run(tmp_path / "chats.jsonl", tmp_path, folder, "always"), "cpu")
+    assert prepared.bos
+    for name, texts in all_texts(prepared).items():
+        assert (texts[:, :1] == BOS).all() and (texts[:, 1:2] != BOS).all(), name
 
 
 def test_every_pass_of_a_run_sees_bos_once(

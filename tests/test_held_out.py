@@ -45,6 +45,15 @@ def test_one_document_for_each_held_out_text_and_none_of_them_trains() -> None:
     assert len(chosen) == 4, "which documents is a seeded draw"
 
 
+def test_a_document_that_comes_twice_does_not_train_where_it_is_held_out() -> None:
+    planted = corpus(*[100] * 20)
+    twice = Corpus("tuning", [text for text in planted.documents for _ in range(2)], {"origin": "planted"})
+    for seed in range(4):
+        split = split_texts(twice, encode, 10, 60, 4, seed)
+        assert split.by == "document"
+        assert not documents_of(split.training) & documents_of(split.held_out)
+
+
 def test_training_gets_the_documents_that_it_needs() -> None:
     """Of ten documents of ten texts each, 85 training texts need nine: the held-out ones share the tenth."""
     split = split_texts(corpus(*[100] * 10), encode, 10, 85, 8, seed=0)

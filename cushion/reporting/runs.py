@@ -14,6 +14,7 @@ from cushion.reporting.grid import NONE, Cell, Table
 from cushion.reporting.lines import Line, in_order, lines_of, shared_first, value_of
 from cushion.reporting.measures import FAILED, MISSING, measure_of, spread_notes
 from cushion.reporting.settings import in_spans, numbered, shared_settings
+from cushion.schema import is_frozen
 
 ALL = "all"
 
@@ -64,7 +65,7 @@ def experiment_table(
         words = [Cell(f"missing: {description}", kind="missing"), Cell(NONE), Cell(NONE)]
         body.append([*blanks, *words, *(MISSING for _ in measures)])
     body, comparisons = judged(body)
-    racing = [number for number, line in enumerate(lines) if line.row is not None and line.row["quantized"]]
+    racing = [n for n, line in enumerate(lines) if line.row and line.row["quantized"] and is_frozen(line.row)]
     for model in dict.fromkeys(line.model for line in lines):
         mark_best(body, [number for number in racing if lines[number].model == model], measures, len(titles))
     notes = [*_notes(lines, body), *spread_notes(body), *comparisons, *shared_settings(runs, numbers)]
