@@ -187,7 +187,8 @@ def _copy_scales(linear: nn.Linear, weight: QuantizedWeight, activation: Activat
         return
     input_scale, offset = activation.parameters
     if hasattr(linear, "input_global_scale"):
-        cast(Tensor, linear.input_global_scale).fill_(E4M3.largest / input_scale)
+        # 1 / t, and t is 1 where all of calibration was zero
+        cast(Tensor, linear.input_global_scale).fill_(E4M3.largest / input_scale if bool(input_scale > 0) else 1.0)
         return
     cast(Tensor, linear.input_scale).fill_(input_scale)
     if not activation.grid.symmetric:  # codes from 0 on are stored as signed integers

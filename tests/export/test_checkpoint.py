@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -53,7 +54,9 @@ from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.formats.blocks import BlockQuantizer, quantize_weight_in_blocks
 from cushion.quantization.formats.floats import round_to_float
+from cushion.quantization.formats.nvfp4 import Nvfp4, tensor_scale
 from cushion.quantization.numerics import Grid, QuantizedWeight
 from cushion.quantization.rotation import rotated
 from cushion.steps import Steps
@@ -447,6 +450,18 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
         assert adapter["base_model_name_or_path"] == "made"
         embeddings = load_file(made / "prefix" / "adapter_model.safetensors")["prompt_embeddings"]
         assert torch.equal(embeddings, prompt_embeddings(FinishedRun.read(runs[name]).prefix()))
+
+
+@pytest.mark.parametrize("largest", [12.0, 0.0])
+def test_the_tensor_scale_of_an_input_is_that_of_the_simulation(largest: float) -> None:
+    """Also where all of calibration was zero: the simulation takes 1 then, and the file holds its inverse."""
+    weight = quantize_weight_in_blocks(torch.randn(8, 16), Nvfp4(4, True), torch.tensor(4.0))
+    linear: Any = SimpleNamespace(
+        weight_scale=torch.zeros(8, 1), weight_global_scale=torch.zeros(1), input_global_scale=torch.zeros(1)
+    )
+    end = torch.tensor(largest)
+    checkpoint._copy_scales(linear, weight, BlockQuantizer(Nvfp4(4, True), (-end, end)))
+    assert 1 / linear.input_global_scale.item() == pytest.approx(float(tensor_scale(end)))
 
 
 @torch.no_grad()

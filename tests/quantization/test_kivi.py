@@ -218,6 +218,10 @@ def test_gradients_pass_straight_through_to_the_prefix(tiny: Tiny) -> None:
         ({"range": "static", "granularity": "per_head"}, r"kv_cache\.range='static'.*set dynamic"),
         ({"granularity": "per_tensor"}, r"kv_cache\.granularity='per_tensor'.*set per_token"),
         ({"protect": -1}, r"kv_cache\.protect=-1 "),
+        (
+            {"format": "mxfp4", "bits": 4, "symmetric": True},
+            r"kv_cache\.format='mxfp4' .*groups of its own, one of fp8_e4m3, fp8_e5m2, int",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cushion.checks import at_least, one_of, require, without_effect
 from cushion.errors import ConfigError
-from cushion.quantization.formats.registry import check_format
+from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import NOTHING, Needed, Quantizer
 from cushion.quantization.parts.grids import DynamicGrid, check_clip_ratio, width
 from cushion.quantization.parts.head_rotation import rotates_keys, rotates_values
@@ -112,6 +112,10 @@ class KvCacheConfig:
         every = tuple(dict.fromkeys(name for names in GRANULARITIES.values() for name in names))
         one_of(f"{section}.granularity", self.granularity, every)
         one_of(f"{section}.layout", self.layout, LAYOUTS)
+        if self.layout == "kivi" and self.bits is not None:
+            without = [name for name in FORMATS if FORMATS[name].block is None]
+            reason = f"with {section}.layout=kivi, which has groups of its own, one of {', '.join(without)}"
+            require(self.format not in FORMATS or self.format in without, f"{section}.format", self.format, reason)
         check_format(section, self.format, self.bits, self.symmetric, self.granularity)
         at_least(f"{section}.group_size", self.group_size, 1)
         at_least(f"{section}.protect", self.protect, 0)
