@@ -28,8 +28,9 @@ smoothing and rotations judge each weight by its own.
 
 - Blocks lie along the inputs of a linear, and must divide them; in the cache along a head's channels, in attention
   along the dimension that a product sums over. The positions of a prefix are in no block.
-- Tests compare FP8 with torch's casts, MX with torchao, and all three with compressed-tensors, bit for bit (values of
-  NVFP4 to 5e-6).
+- Tests compare FP8 with torch's casts, MX and NVFP4's scales with torchao where that is installed (no extra has it), and
+  E4M3, MX and NVFP4 with compressed-tensors, bit for bit (values of NVFP4 to 5e-6). compressed-tensors takes the
+  next scale of MXFP8 at f = 1.75 already, where torchao, as `rceil`, still has the smaller one.
 - Not as specified: in an MX block with something that is not a number the other values stay numbers. A block scale of
-  NVFP4 that would be 0 is 2^-9.
+  NVFP4 that would be 0 is 2^-9. What rounds to 0 has no sign. MX's E5M2 and E3M2 are left out.
 """  # noqa: E501
