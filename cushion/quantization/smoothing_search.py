@@ -35,6 +35,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -228,8 +229,13 @@ def output_error(
     """
     error, known = 0.0, dict[tuple[int, ...], list[Tensor]]()
     for name, own in group.inputs.items():
-        linear = group.linears[name]
-        site = Site(name, linear, scaled_weight(linear.weight.detach(), fold.scale), None)
+        linear, module = group.linears[name], name.rpartition(".")[0]
+        fused = {
+            other: partial(scaled_weight, group.linears[other].weight.detach(), fold.scale)
+            for other in group.inputs
+            if other.rpartition(".")[0] == module
+        }
+        site = Site(name, linear, fused[name](), None, fused=fused)
         if quantizer.weights.bits is not None:
             WEIGHTS.at(work, site)
         weight = site.weight.dequantize() if isinstance(site.weight, QuantizedWeight) else site.weight
@@ -316,7 +322,7 @@ def _groups(lm: LanguageModel, index: int, targets: Mapping[str, nn.Linear]) -> 
                 seen.append(values.detach().flatten(0, -2))
 
             def see_input(name: str, values: Tensor, seen: dict[str, list[Tensor]] = inputs) -> None:
-                seen.setdefault(name, []).append(values.detach())
+                seen.setdefault(name, []).append(values)  # the very object: one for all that read it
 
             hooks.enter_context(observe_outputs({norm: lm.model.get_submodule(norm)}, see_output))
             hooks.enter_context(

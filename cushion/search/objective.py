@@ -6,7 +6,8 @@ L_q(t | p) = sum over blocks l of || X_l - q(X_l) ||^2
 
 X_l is the output of block l at the positions of t, behind p, in the full-precision model; the sum over tokens is in
 the squared norm. q is per tensor: one s and z per block and text, from the positions of t alone, as the paper says.
-Its grid is `search.bits`, `search.symmetric`, `search.levels` and `search.format`; a format of blocks has its own scales.
+Its grid is `search.bits`, `search.symmetric`, `search.levels` and `search.format`, whose blocks have scales of their
+own.
 `search.objective=maximum_activation` is the abstract's reading: max over blocks and positions of t of |X_l|.
 """
 

@@ -19,10 +19,13 @@ from cushion.config_warnings import options_without_effect
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
+from cushion.quantization import smoothing_search
 from cushion.quantization.awq import awq_scales
 from cushion.quantization.check import check_quantizer
 from cushion.quantization.estimators.registry import ESTIMATORS
 from cushion.quantization.fitted import FittedQuantizer
+from cushion.quantization.formats.blocks import quantize_weight_in_blocks
+from cushion.quantization.formats.nvfp4 import Nvfp4
 from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.numerics import Grid
 from cushion.quantization.os_plus import threshold_scales
@@ -174,6 +177,36 @@ def test_a_shift_moves_the_static_range(tiny: Tiny, family: str) -> None:
         assert float(placed.activation.parameters[0]) * 127 == pytest.approx(
             max(float(one.abs().max()) for one in seen), rel=1e-5
         )
+
+
+def test_weights_that_servers_compute_as_one_are_judged_with_one_tensor_scale(tiny: Tiny) -> None:
+    lm, prefix, seen = planted(tiny)
+    lm.blocks[1].self_attn.v_proj.weight.data *= 200
+    weights = WeightConfig(4, "per_block", format="nvfp4")
+    found = search(lm, prefix, searched("awq", weights=weights, activations=ActivationConfig(None)))
+    own, expected = projections(lm), 0.0
+    whole = torch.cat(own).abs().max()
+    for weight in own:
+        rounded = quantize_weight_in_blocks(weight, Nvfp4(4, True), whole).dequantize()
+        expected += sum(float((x @ (rounded - weight).T).square().sum()) for x in seen)
+    assert found.errors[NORM][0][1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_several_linears_read_is_rounded_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, prefix, _ = planted(tiny)
+    calls: dict[str, int] = {"output_error": 0, "_quantized": 0}
+
+    def counted(name: str, own: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            return own(*given)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(smoothing_search, name, counted(name, getattr(smoothing_search, name)))
+    search(lm, prefix, searched("smoothquant"))
+    assert calls["_quantized"] == calls["output_error"] > 0
 
 
 def test_the_scales_of_awq_are_positive_and_their_extremes_are_inverse() -> None:

@@ -80,7 +80,8 @@ Refused, with the way out:
 | `quantizer.smoothing_pairs=values` and `all` | the cache, and so a prefix, holds scaled values: `up` |
 | `quantizer.zero_point=real` | an offset is a whole number of steps: `integer` |
 | `quantizer.levels=paper` where it leaves codes unused, or for dynamic ranges | `full` |
-| `quantizer.kv_cache`, `quantizer.attention`, `quantizer.input_rotation`, `quantizer.compensation`, parts of plugins | they are in no plain checkpoint of this format |
+| `quantizer.kv_cache` | it is not written; of caches the format has static symmetric ones alone |
+| `quantizer.attention`, `quantizer.input_rotation`, `quantizer.compensation`, parts of plugins | they are in no plain checkpoint of this format |
 | `quantizer.weights.bits=null`; `fp8_e5m2`; two formats of which one has blocks | there is no such scheme |
 | `quantizer.activations.range=dynamic` of NVFP4 | the scale of a whole input is in the file: `static` |
 | `quantizer.rotation` on OPT, BLOOM, GPT-NeoX, Falcon, Gemma 2 and 3 | their norms do not commute with it, and what stands for them is not in transformers |

@@ -23,8 +23,8 @@ With max(abs block) = f 2^E, 1 <= f < 2, and emax the exponent of T, `quantizer.
 
 NVFP4: t = max(abs X) / (448 * 6) and b = E4M3(max(abs block) / 6 / t), at most 448. t is that of an
 input, dynamic over the whole batch or from its static range, or of the weights that servers compute as one: query, key
-and value, or gate and up of one expert, where they read a norm; all other weights have their own. Searches of
-smoothing and rotations judge each weight by its own.
+and value, or gate and up of one expert, where they read a norm; all other weights have their own. The choice of rotated
+sites judges each weight by its own.
 
 - Blocks lie along the inputs of a linear, and must divide them; in the cache along a head's channels, in attention
   along the dimension that a product sums over. The positions of a prefix are in no block.
