@@ -8,18 +8,17 @@ from cushion.errors import DataError
 from cushion.models import LanguageModel
 
 
-def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = False, led: bool = False) -> str:
+def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = False) -> str:
     """A chat as its model was trained on it.
 
-    Where the tokenizer puts BOS before a text by itself, or the run does, one that the template writes is left out:
-    whether texts begin with it is said by the key `bos`. Elsewhere it is a mark of the template's own, as SmolLM2's
-    `<|im_start|>` is, and stays.
+    Where the tokenizer puts BOS before a text by itself, one that the template writes is left out: whether texts begin
+    with it is said by the key `bos`. Elsewhere it is a mark of the template's own, as SmolLM2's `<|im_start|>` is, and
+    stays.
 
     Args:
         lm: its tokenizer has the template.
         messages: each with `role` and `content`.
         asks: let the text end where the model's answer begins.
-        led: BOS is put before the text.
 
     Raises:
         DataError: there is no template, or it does not take these messages.
@@ -37,4 +36,4 @@ def chat_text(lm: LanguageModel, messages: list[dict[str, str]], asks: bool = Fa
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the chat template of {lm.label} does not take these messages: {reason}") from error
     assert isinstance(text, str)
-    return text.removeprefix(tokenizer.bos_token or "") if lm.adds_bos or led else text
+    return text.removeprefix(tokenizer.bos_token or "") if lm.adds_bos else text

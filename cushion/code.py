@@ -35,6 +35,7 @@ INFRASTRUCTURE = frozenset(
         "cushion.hashing",
         "cushion.integrity",
         "cushion.models.embedded",  # weights stand in the keys by the model's fingerprint
+        "cushion.models.gguf_files",
         "cushion.models.tiny",
         "cushion.quantization.estimators.base",  # their code stands in the identity of a quantizer
         "cushion.quantization.estimators.registry",
@@ -88,16 +89,17 @@ def version_of(module: str) -> str:
     """
     package = module.partition(".")[0]
     sources = _sources(package)
-    names = sources.closure(module, frozenset(one for one in INFRASTRUCTURE if not _is_within(module, one)))
+    names = sources.closure(module, _left_out(module))
     hashes = {name: sources.hash_of(name) for name in names}
     if sources is not _OWN:
         for own in {own for name in names for own in sources.imports(name, _OWN)} - INFRASTRUCTURE:
-            hashes |= {name: _OWN.hash_of(name) for name in _OWN.closure(own, INFRASTRUCTURE)}
+            hashes |= {name: _OWN.hash_of(name) for name in _OWN.closure(own, _left_out(own))}
     return digest(sorted(hashes.items()))
 
 
-def _is_within(module: str, package: str) -> bool:
-    return "." in package and module.startswith(f"{package}.")
+def _left_out(module: str) -> frozenset[str]:
+    """`INFRASTRUCTURE` without a package that the module is of, but for the root."""
+    return frozenset(one for one in INFRASTRUCTURE if "." not in one or not module.startswith(f"{one}."))
 
 
 @lru_cache(maxsize=1)

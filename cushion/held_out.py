@@ -41,7 +41,7 @@ class Split:
 def split_texts(
     corpus: Corpus, encode: Encode, length: int, training: int, held_out: int, seed: int, keys: Sequence[str] = ()
 ) -> Split:
-    """Draw `training` and `held_out` texts of `length` tokens from different documents, none of them equal.
+    """Draw `training` and `held_out` texts of `length` tokens, where possible from different documents, unequal ones.
 
     Held out are, in this order of preference:
 

@@ -346,7 +346,8 @@ class _Run:
         self.result.reconstruction = {**(self.result.reconstruction or {}), stage.key: found.record}
         self.result.timings[f"reconstruction, {stage.title}"] = found.seconds
         found.learned.save(self.folder / RECONSTRUCTED)  # of the run's own row in the end: that stage comes last
-        lost = [str(block["block"]) for block in found.record["blocks"] if not block["kept"]]
+        blocks = found.record["blocks"]
+        lost = [str(one["block"]) for one in blocks if not one["kept"] and one["after"] != one["before"]]
         if lost and self.config.reconstruction.epochs > 0:
             self._warn(
                 f"reconstruction behind {stage.title} did not lower the error of block {', '.join(lost)}: what was "

@@ -10,6 +10,7 @@ and attention are those of BOS and t. For the paper's other reading, a prompt th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,7 +85,9 @@ class Prepared:
             return self.blocks
         length, count = config.block_length - prefix_length, config.blocks
         return {
-            name: _led(self.lm, self.bos, self.corpora[purpose].blocks(self.lm.encode, length, count, _BLOCKS))
+            name: _led(
+                self.lm, self.bos, self.corpora[purpose].blocks(_encoder(self.lm, self.bos), length, count, _BLOCKS)
+            )
             for name, purpose in self.measured.items()
         }
 
@@ -132,6 +135,19 @@ def _led(lm: LanguageModel, bos: bool, texts: Tensor) -> Tensor:
     return lm.with_bos(texts) if bos else texts
 
 
+def _encoder(lm: LanguageModel, bos: bool) -> Callable[[str], Tensor]:
+    """Text to token ids, (tokens,): without a BOS that the text itself begins with where the run puts one in front.
+
+    A chat template may write it, and the texts would have two.
+    """
+
+    def encode(text: str) -> Tensor:
+        tokens = lm.encode(text)
+        return tokens[1:] if bos and tokens[:1].tolist() == [lm.bos_token_id] else tokens
+
+    return encode
+
+
 def prepare(config: RunConfig, device: str) -> Prepared:
     """Load the texts and the model, check that the configuration fits them, and draw every text of the run.
 
@@ -146,10 +162,9 @@ def prepare(config: RunConfig, device: str) -> Prepared:
     def model() -> LanguageModel:  # what is wrong with plain texts is told before it is loaded
         return load_language_model(config.model, config.paths, device)
 
-    def render(messages: list[dict[str, str]]) -> str:
-        return chat_text(model(), messages, led=begins_with_bos(model(), config.bos))
-
-    corpora = load_corpora(config.data, config.paths, _needed(config, measured), render)
+    corpora = load_corpora(
+        config.data, config.paths, _needed(config, measured), lambda messages: chat_text(model(), messages)
+    )
     tasks = load_tasks(config.eval, config.paths)
     lm = model()
     method = METHODS[config.search.method]
@@ -161,8 +176,9 @@ def prepare(config: RunConfig, device: str) -> Prepared:
         if not config.model.path.startswith("tiny:"):
             raise
         raise ConfigError(f"{error} (experiment=smoke has sizes for the tiny models)") from error
+    encode = _encoder(lm, bos)
     blocks = {
-        name: _led(lm, bos, corpora[purpose].blocks(lm.encode, config.eval.block_length, config.eval.blocks, _BLOCKS))
+        name: _led(lm, bos, corpora[purpose].blocks(encode, config.eval.block_length, config.eval.blocks, _BLOCKS))
         for name, purpose in measured.items()
     }
     texts = _draw_texts(lm, config, corpora, blocks, len(start_tokens), bos)
@@ -219,7 +235,7 @@ def _draw_texts(
     start_length: int,
     bos: bool,
 ) -> Texts:
-    encode, seed = lm.encode, config.seed
+    encode, seed = _encoder(lm, bos), config.seed
     evaluation, search, tuning = config.eval, config.search, config.tuning
     count = evaluation.activation_blocks
     first = blocks.get(evaluation_name(config))

@@ -13,5 +13,5 @@ def processor_name() -> str:
     """Maker and model, such as `AuthenticAMD AMD EPYC 9R14`; what Python knows where there is no such file."""
     if not _TOLD.is_file():
         return platform.processor()
-    told = dict(re.findall(r"^([^\t:]+)\t*: *(.*)$", _TOLD.read_text(), re.MULTILINE))
+    told = dict(re.findall(r"^([^\t\n:]+)\t*: *(.*)$", _TOLD.read_text(encoding="utf-8"), re.MULTILINE))
     return " ".join(told[key] for key in ("vendor_id", "model name") if key in told) or platform.processor()

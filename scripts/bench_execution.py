@@ -97,6 +97,7 @@ def linears_of(inputs: int, outputs: int, rows: int, compiles: bool = False) -> 
     if other is not None:
         sides["torchao token"] = partial(other, values)
     if compiles:
+        torch._dynamo.reset()  # versions of a module count for what is timed next alone
         modules = {"float32": plain, "int8 static": static, "int8 token": token, "torchao token": other}
         for name, module in modules.items():
             if module is not None:

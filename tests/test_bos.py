@@ -94,13 +94,16 @@ def test_a_chat_whose_template_writes_bos_has_it_once(text_file: Path, tmp_path:
     lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
-    parts = text_file.read_text(encoding="utf-8").split("\n\n")
+    long = text_file.read_text(encoding="utf-8").split("\n\n")
+    parts = [part for one in long for part in ("A short one.", one)]
     chats = [json.dumps({"messages": [{"role": "user", "content": part}]}) for part in parts]
     (tmp_path / "chats.jsonl").write_text("\n".join(chats), encoding="utf-8")
     prepared = prepare(whole_run(tmp_path / "chats.jsonl", tmp_path, folder, "always"), "cpu")
     assert prepared.bos
     for name, texts in all_texts(prepared).items():
-        assert (texts[:, :1] == BOS).all() and (texts[:, 1:2] != BOS).all(), name
+        assert (texts[:, 0] == BOS).all() and (texts[:, 1] != BOS).all(), name
+    blocks = all_texts(prepared)["blocks"]
+    assert (blocks == BOS).sum() > len(blocks), "the mark of a chat that begins inside of a block stays"
 
 
 def test_every_pass_of_a_run_sees_bos_once(

@@ -22,7 +22,7 @@ from cushion import artifacts as artifacts_module
 from cushion import pipeline
 from cushion.artifacts import ArtifactStore
 from cushion.config import QFeMConfig, ReconstructionConfig
-from cushion.errors import ConfigError
+from cushion.errors import ArtifactError, ConfigError
 from cushion.evaluation.perplexity_step import PerplexityStep
 from cushion.events import Event, Progress
 from cushion.export.finished import FinishedRun
@@ -31,6 +31,7 @@ from cushion.models import LanguageModel
 from cushion.prefix import Prefix
 from cushion.quantization.lazily import QuantizedLazily
 from cushion.remade import RemadeRun
+from cushion.schema import FOUND
 from cushion.step import Context, compute
 
 
@@ -72,6 +73,13 @@ def test_every_row_is_made_again_from_the_folder_and_the_cache_alone(folder: Pat
             assert measured.value == row["values"][f"perplexity/{corpus}"]
     assert artifacts(folder) == before
     assert not [event for event in heard if isinstance(event, Progress)]
+
+
+def test_a_search_that_finds_another_token_by_now_is_refused(folder: Path) -> None:
+    run = remade(folder, [])
+    run._record["prefix"] = {**run._record["prefix"], "token_ids": [7]}
+    with pytest.raises(ArtifactError, match=r"finds other tokens by now \(\[.*\], and it was \[7\]\): run it again"):
+        run.prefix(FOUND)
 
 
 def test_greedy_text_is_what_a_pass_over_all_before_it_predicts(folder: Path) -> None:

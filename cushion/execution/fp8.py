@@ -31,7 +31,7 @@ from torch.nn.functional import ScalingType
 
 from cushion.errors import ConfigError, NotFiniteError
 from cushion.execution.base import Execution
-from cushion.execution.refusals import not_multiplied_in, plain_weight, simulated_parts
+from cushion.execution.refusals import not_multiplied_in, plain_weight, simulation_warnings
 from cushion.models import LanguageModel
 from cushion.quantization.formats.floats import Fp8E4M3
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
@@ -94,7 +94,7 @@ def check_fp8_matmul(device: torch.device) -> None:
         try:
             weight = padded_weight(numbers.to(device), device.type == "cuda")
             found = fp8_matmul(padded_values(values.to(device), weight), weight, outputs).cpu().double()
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"execution=fp8 needs a product of FP8 numbers, which fails on {device} (a GPU has it from compute "
@@ -165,7 +165,7 @@ class Fp8(Execution):
                 "a CPU multiplies FP8 numbers many times slower than float32: figures of speed mean nothing here "
                 "(execution=fp8)"
             )
-        return found + simulated_parts(quantizer, "fp8", "FP8 numbers")
+        return found + simulation_warnings(quantizer, "fp8", "FP8 numbers")
 
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None

@@ -91,7 +91,7 @@ from torch import Tensor, nn
 from cushion.errors import ConfigError, NotFiniteError
 from cushion.execution.base import Execution
 from cushion.execution.int8_matmul import check_int8_matmul, int8_matmul, padded_weight, slowdown
-from cushion.execution.refusals import BITS, SIMULATED_INSTEAD, not_multiplied_in, plain_weight, simulated_parts
+from cushion.execution.refusals import BITS, SIMULATED_INSTEAD, not_multiplied_in, plain_weight, simulation_warnings
 from cushion.models import LanguageModel
 from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
 from cushion.quantization.numerics import Grid, QuantizedWeight
@@ -198,7 +198,7 @@ class Int8(Execution):
                 f"this processor multiplies int8 {factor:.1f} times slower than float32: figures of speed mean nothing "
                 "here (execution=int8)"
             )
-        return found + simulated_parts(quantizer, "int8", "8-bit codes")
+        return found + simulation_warnings(quantizer, "int8", "8-bit codes")
 
     def linear(
         self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None

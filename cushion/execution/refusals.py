@@ -52,14 +52,18 @@ def not_multiplied_in(quantizer: QuantizerConfig, form: str, codes: str) -> str 
 def _other_codes(section: str, own: WeightConfig | ActivationConfig, form: str, codes: str) -> str | None:
     """Why one side of a product is not made of 8-bit codes of a format, with the way out; None where it is."""
     if own.bits is not None and own.format != form:
-        return f"{section}.format={own.format}, and both sides of a product are {codes}: set it to {form}, of 8 bits"
+        finer = f" and {section}.granularity=per_tensor" if own.granularity == "per_block" else ""
+        return (
+            f"{section}.format={own.format}, and both sides of a product are {codes}: set it to {form}, with "
+            f"{section}.bits=8{finer}"
+        )
     if own.bits != BITS:
         bits = "null" if own.bits is None else own.bits
         return f"{section}.bits={bits}, and both sides of a product are {codes}: set it to 8"
     return None
 
 
-def simulated_parts(quantizer: QuantizerConfig, execution: str, codes: str) -> list[str]:
+def simulation_warnings(quantizer: QuantizerConfig, execution: str, codes: str) -> list[str]:
     """A warning of what is rounded in a simulation all the same, where there is such a thing."""
     found = [part.name for part in parts() if isinstance(part, DynamicGrid) and part.is_on(quantizer)]
     if not found:

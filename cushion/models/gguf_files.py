@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -14,10 +13,10 @@ from unittest.mock import patch
 def read_once(file_name: str | None) -> Iterator[None]:
     """Configuration, weights and tokenizer share one pass over the file; without a file, nothing changes.
 
-    transformers makes a reader for each of them, which reads the whole list of words, and a map of all names of weights
+    transformers makes a reader for most of them, which reads the whole list of words, and a map of all names of weights
     for every module: seconds each.
     """
-    if file_name is None or find_spec("gguf") is None:  # transformers says what is missing
+    if file_name is None:
         yield
         return
     import gguf

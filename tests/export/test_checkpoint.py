@@ -49,7 +49,7 @@ from cushion.export.checkpoint_card import Agreement, checkpoint_card
 from cushion.export.cli import main
 from cushion.export.finished import FinishedRun
 from cushion.export.peft_adapter import prompt_embeddings
-from cushion.export.refit import refit
+from cushion.export.refit import _on, refit
 from cushion.export.targets import export
 from cushion.models import LanguageModel
 from cushion.preparation import prepare
@@ -450,6 +450,13 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
         assert adapter["base_model_name_or_path"] == "made"
         embeddings = load_file(made / "prefix" / "adapter_model.safetensors")["prompt_embeddings"]
         assert torch.equal(embeddings, prompt_embeddings(FinishedRun.read(runs[name]).prefix()))
+
+
+def test_the_losses_of_a_row_are_those_of_whole_batches() -> None:
+    own = {"nats": [1.0, 2.0, 3.0], "tokens": [10, 10, 5]}
+    assert [(one.loss, one.tokens) for one in _on(20, own)] == [(1.0, 10), (2.0, 10)]
+    assert len(_on(25, own)) == 3
+    assert _on(15, own) == _on(20, None) == ()
 
 
 @pytest.mark.parametrize("largest", [12.0, 0.0])

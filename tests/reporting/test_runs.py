@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from records import failed, record, row, write
 
 from cushion.reporting.collect import collect
@@ -142,6 +143,14 @@ def test_the_best_quantized_value_of_each_model_is_marked(tmp_path: Path) -> Non
     assert {title: found for title, found in best.items() if found} == {
         "perplexity wikitext2": ["2", "4"], "accuracy, %": ["2", "4"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("learned", ["reconstructed", "learned_ranges"])
+def test_a_row_of_which_something_was_learned_is_not_the_best_of_frozen_ones(tmp_path: Path, learned: str) -> None:
+    runs = [swept(tau) for tau in (0.5, 0.25)]
+    runs[-1]["rows"][-1][learned] = True  # the lower perplexity
+    table = experiment_table("default", collect([write(tmp_path, *runs)]))
+    assert [line[0].text for line in table.body if any(cell.best for cell in line)] == ["1"]
 
 
 def test_what_every_line_says_becomes_a_note_and_lines_of_missing_runs_do_not_count(tmp_path: Path) -> None:
