@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     apply_quantization_config,
 )
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +36,8 @@ from cushion.export.prefix_tokens import TOLERANCE
 from cushion.export.refit import Refitted, refit
 from cushion.export.schemes import TARGET, Scheme, scheme_of
 from cushion.models import LanguageModel
+from cushion.quantization.attention import static_cache_scales
+from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.fitted import FittedQuantizer, rounded
 from cushion.quantization.formats.floats import E4M3, round_to_float
 from cushion.quantization.formats.nvfp4 import tensor_scale
@@ -56,7 +60,7 @@ def write(run: FinishedRun, folder: Path) -> None:
         write_adapter(again.prefix, folder / PREFIX_FOLDER, run.published_as or folder.name, None)
     scheme = scheme_of(again.fitted.config)
     kept = save(again.lm, again.fitted, scheme, folder)
-    agreement = compare(again, folder, scheme.dtype)
+    agreement = compare(again, folder, scheme)
     if scheme.differs is None and agreement.difference != 0:
         raise ArtifactError(
             f"the checkpoint gives other logits than the simulation, by up to {agreement.difference:.2g}, where it "
@@ -95,6 +99,14 @@ def check_architecture(lm: LanguageModel, fitted: FittedQuantizer) -> None:
             f"--to={TARGET} does not express experts as {lm.label} has them ({kind!r}): transformers keeps their "
             "weights in fused tensors, which have no linears to quantize; export a model without experts"
         )
+    if fitted.config.kv_cache.bits is not None:
+        settings = lm.model.config.get_text_config()
+        if getattr(settings, "num_key_value_heads", None) is None:
+            raise ConfigError(
+                f"--to={TARGET} does not express quantizer.kv_cache on {lm.label}: its configuration does not say "
+                "num_key_value_heads, which compressed-tensors reads; run with quantizer.kv_cache.bits=null, then "
+                "export that run"
+            )
     if fitted.config.rotation == "none":
         return
     assert stream is not None
@@ -137,9 +149,16 @@ def save(lm: LanguageModel, fitted: FittedQuantizer, scheme: Scheme, folder: Pat
 
     """
     gathering = Gathering()
-    with fitted.surroundings(lm) as work, rounded(work, gathering) as placed, _untied_where_they_differ(lm):
+    with (
+        fitted.surroundings(lm) as work,
+        rounded(work, gathering) as placed,
+        _untied_where_they_differ(lm),
+        _attention_as_it_was(lm.model),
+    ):
         kept = [name for name, linear in placed.items() if scheme.inputs and gathering.inputs[linear] is None]
         _apply(lm.model, scheme, list(placed), kept)
+        if scheme.cache is not None:
+            _copy_cache_scales(lm)
         for linear in placed.values():
             _copy_scales(cast(nn.Linear, linear), gathering.weights[linear], gathering.inputs[linear])
         compressor = ModelCompressor.from_pretrained_model(lm.model)
@@ -165,6 +184,7 @@ def _apply(model: nn.Module, scheme: Scheme, quantized: list[str], kept: list[st
         config_groups=groups,
         quantization_status="frozen",
         ignore=[name for name in linears if name not in set(quantized)],
+        kv_cache_scheme=None if scheme.cache is None else QuantizationArgs(**scheme.cache),
     )
     apply_quantization_config(model, config, show_progress=False)
 
@@ -197,6 +217,43 @@ def _copy_scales(linear: nn.Linear, weight: QuantizedWeight, activation: Activat
         cast(Tensor, linear.input_zero_point).fill_(zero)
 
 
+def _copy_cache_scales(lm: LanguageModel) -> None:
+    """The scales of keys and values in the parameters that compressed-tensors has made for them in each attention.
+
+    Raises:
+        ConfigError: it has not found the attention of every block.
+
+    """
+    scales, found = static_cache_scales(lm), 0
+    for module in lm.model.modules():
+        if is_cached_attention_module(module) and hasattr(module, "k_scale"):
+            layer, found = cast(Any, module).layer_idx, found + 1
+            for own, name in ((module.k_scale, keys_of(layer)), (module.v_scale, values_of(layer))):
+                placed = cast(Tensor, own)
+                placed.copy_(scales[name].reshape(placed.shape))
+    if found != len(lm.blocks):
+        raise ConfigError(
+            f"--to={TARGET} does not express quantizer.kv_cache on {lm.label}: compressed-tensors finds the attention "
+            f"of {found} of its {len(lm.blocks)} blocks; run with quantizer.kv_cache.bits=null, then export that run"
+        )
+
+
+@contextmanager
+def _attention_as_it_was(model: nn.Module) -> Iterator[None]:
+    """On leaving, the attention modules have nothing of compressed-tensors any more."""
+    before = {
+        module: {key: copy(own) if isinstance(own, dict | set) else own for key, own in vars(module).items()}
+        for module in model.modules()
+        if is_cached_attention_module(module)
+    }
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            vars(module).clear()
+            vars(module).update(own)
+
+
 @contextmanager
 def _untied_where_they_differ(lm: LanguageModel) -> Iterator[None]:
     """Within the block, the configuration says of embeddings and lm_head what they are: a rotation sets them apart."""
@@ -211,9 +268,9 @@ def _untied_where_they_differ(lm: LanguageModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compare(again: Refitted, folder: Path, dtype: str) -> Agreement:
+def compare(again: Refitted, folder: Path, scheme: Scheme) -> Agreement:
     """Load a checkpoint as anybody would, and run it beside the simulation, on the first blocks of the row."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, scheme.dtype), **scheme.attention)
     loaded.to(again.lm.device).eval()
     loaded(again.blocks[:1, :1].to(again.lm.device))  # its first pass takes the weights out of their compressed form
     other = replace(again.lm, model=loaded)

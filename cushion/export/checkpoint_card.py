@@ -68,6 +68,13 @@ def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
         "float32. Software without kernels for it runs it as fake quantization, in floating point: that gives its "
         "numbers, not its speed."
     ]
+    if scheme.cache is not None:
+        scales = {"tensor": "one for the keys of a layer and one for its values", "attn_head": "one for each head"}
+        found.append(
+            f"Cached keys and values are in FP8 with static scales, {scales[scheme.cache['strategy']]}; those of the "
+            "prefix are not, here. A server may round them too. The simulation computes attention as the eager one of "
+            "transformers does; other kernels sum in another order."
+        )
     quantizer = run.config["quantizer"]
     folded = [
         words
@@ -126,9 +133,11 @@ def _use(run: FinishedRun, name: str, scheme: Scheme) -> list[str]:
     place = run.published_as or name
     prefix = run.record["prefix"]
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{scheme.dtype}")']
+    options = "".join(f', {key}="{value}"' for key, value in scheme.attention.items())
+    lines += [f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="{scheme.dtype}"{options})']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
     arguments = f"pretrained={place},dtype={scheme.dtype},add_bos_token={run.record['evaluation']['bos']}"
+    arguments += "".join(f",{key}={value}" for key, value in scheme.attention.items())
     needed = "transformers and compressed-tensors"
     if prefix:
         lines = ["from peft import PeftModel", *lines]

@@ -23,6 +23,7 @@ TARGET = "compressed-tensors"
 
 WEIGHT_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}
 INPUT_STRATEGIES = {"per_tensor": "tensor", "per_token": "token"}
+CACHE_STRATEGIES = {"per_tensor": "tensor", "per_head": "attn_head"}
 TYPES = {"int": "int", "fp8_e4m3": "float"}
 """Formats of numbers whose scales are free, and the type that they are there."""
 BLOCKS = {
@@ -45,6 +46,7 @@ class Scheme:
         kept_format: the same for linears whose input QFeM keeps in floating point.
         differs: why a loaded checkpoint does not give the simulated logits bit for bit; None where it does.
         dtype: what transformers loads it in.
+        cache: as `weights`, of cached keys and values; None where they stay in floating point.
 
     """
 
@@ -54,6 +56,12 @@ class Scheme:
     kept_format: str
     differs: str | None = None
     dtype: str = "float32"
+    cache: dict[str, Any] | None = None
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """How transformers is told to compute attention as the simulation does, where that is not its default."""
+        return {} if self.cache is None else {"attn_implementation": "eager"}
 
     @property
     def kept_weights(self) -> dict[str, Any]:
@@ -93,15 +101,31 @@ def scheme_of(quantizer: QuantizerConfig) -> Scheme:
     """
     if not rounds(quantizer):
         raise ConfigError(f"--to={TARGET} has nothing to write of quantizer={quantizer.name}, which rounds nothing")
+    cache = _cache(quantizer)
     for part in parts():
-        if part.is_on(quantizer) and not part.in_linears_of(quantizer):
+        if part.is_on(quantizer) and not part.in_linears_of(quantizer) and part.name != "kv_cache":
             why = "it is neither in the codes nor in the scales of linears"
             raise _refusal(part.key, why, f"run with {_switched_off(part, quantizer)}")
     weights, inputs = _weights(quantizer), _inputs(quantizer)
     if quantizer.weights.format in BLOCKS:
         form = BLOCKS[quantizer.weights.format][0]
-        return Scheme(weights, inputs, form, form, _difference_of_blocks(quantizer), "bfloat16")
-    return Scheme(weights, inputs, _format(weights, inputs), _format(weights, None), _difference(quantizer))
+        return Scheme(weights, inputs, form, form, _difference_of_blocks(quantizer), "bfloat16", cache)
+    forms = _format(weights, inputs), _format(weights, None)
+    return Scheme(weights, inputs, *forms, _difference(quantizer), cache=cache)
+
+
+def _cache(quantizer: QuantizerConfig) -> dict[str, Any] | None:
+    """Arguments of cached keys and values; servers take static scales of FP8 alone, for a tensor or for each head."""
+    own = quantizer.kv_cache
+    if own.bits is None:
+        return None
+    is_plain = own.range == "static" and own.layout == "token" and own.symmetric and not own.protect
+    if own.format != "fp8_e4m3" or not is_plain:
+        why = "of caches it has static symmetric scales of FP8 alone"
+        fits = "range=static, granularity=per_head (or per_tensor), format=fp8_e4m3, symmetric=true and protect=0"
+        raise _refusal("this quantizer.kv_cache", why, f"run with {fits}, or with quantizer.kv_cache.bits=null")
+    strategy = CACHE_STRATEGIES[own.granularity]
+    return {"num_bits": own.bits, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
 
 
 def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:

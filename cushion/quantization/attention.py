@@ -74,6 +74,9 @@ class AttentionQuantizer:
         ranges: with a static cache, the ranges of each layer's keys and values, by `keys_of` and `values_of` its
             number: minimum and maximum of each head, (key-value heads,).
 
+    Attributes:
+        static: the quantizers of these, by the same names.
+
     """
 
     def __init__(
@@ -90,13 +93,13 @@ class AttentionQuantizer:
 
         self._cache = quantizer(config.kv_cache)
         self._inputs = quantizer(config.attention)
-        self._static: dict[str, ActivationQuantizer | None] = {}
+        self.static: dict[str, ActivationQuantizer | None] = {}
         for name, (low, high) in (ranges or {}).items():
             if config.kv_cache.granularity == "per_head":
                 fixed = low[:, None, None], high[:, None, None]
             else:
                 fixed = low.amin(), high.amax()
-            self._static[name] = quantizer(config.kv_cache, fixed)
+            self.static[name] = quantizer(config.kv_cache, fixed)
         self._rotated = HadamardTransform() if rotates_keys(config) else None
         self._protect = config.kv_cache.protect
         self._kivi: KiviLayout | None = None
@@ -145,8 +148,8 @@ class AttentionQuantizer:
             before = torch.arange(query.shape[2], device=query.device) + self._past - self._prefix - self._protect
             rounded = self._kivi(key, value, start, before, max(0, lost - self._protect)).repeated(groups)
         else:
-            key = _beyond(key, start, self._static.get(keys_of(layer), self._cache), 2)
-            value = _beyond(value, start, self._static.get(values_of(layer), self._cache), 2)
+            key = _beyond(key, start, self.static.get(keys_of(layer), self._cache), 2)
+            value = _beyond(value, start, self.static.get(values_of(layer), self._cache), 2)
         key = _beyond(key, kept, self._inputs, 2)
         if isinstance(self._inputs, BlockQuantizer):
             value = _beyond(value.mT, kept, self._inputs, 3).mT
@@ -170,6 +173,17 @@ class AttentionQuantizer:
         probabilities = _beyond(probabilities, kept, self._inputs, 3)
         output = probabilities @ value if rounded is None else rounded.weighed(probabilities, value)
         return output.transpose(1, 2).contiguous(), probabilities
+
+
+def static_cache_scales(lm: LanguageModel) -> dict[str, Tensor]:
+    """The scales of the static cache that is on a model, by `keys_of` and `values_of` the layer's number.
+
+    Returns:
+        A scalar for the keys of a layer and one for its values, or (key-value heads, 1, 1).
+
+    """
+    found = {name: own.parameters for name, own in _ACTIVE[id(lm.model.config)].static.items() if own is not None}
+    return {name: own[0] for name, own in found.items() if own is not None}
 
 
 def _beyond(values: Tensor, start: int, quantizer: ActivationQuantizer | None, dim: int) -> Tensor:

@@ -52,11 +52,15 @@ from cushion.export.peft_adapter import prompt_embeddings
 from cushion.export.refit import _on, refit
 from cushion.export.targets import export
 from cushion.models import LanguageModel
+from cushion.prefix import Prefix
 from cushion.preparation import prepare
+from cushion.quantization.attention import static_cache_scales
+from cushion.quantization.cache_ranges import keys_of, values_of
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.formats.blocks import BlockQuantizer, quantize_weight_in_blocks
 from cushion.quantization.formats.floats import round_to_float
 from cushion.quantization.formats.nvfp4 import Nvfp4, tensor_scale
+from cushion.quantization.input_statistics import fitted_behind
 from cushion.quantization.numerics import Grid, QuantizedWeight
 from cushion.quantization.rotation import rotated
 from cushion.steps import Steps
@@ -127,6 +131,17 @@ BLOCKS = {
     "mxfp8": in_blocks("mxfp8", 8),
 }
 
+
+def with_cache(inputs: ActivationConfig, granularity: str) -> QuantizerConfig:
+    own = KvCacheConfig(8, granularity, symmetric=True, range="static", format="fp8_e4m3")
+    return under(weights(), inputs, kv_cache=own)
+
+
+CACHES = {
+    "cache per head": with_cache(ActivationConfig(bits=None), "per_head"),
+    "cache per tensor": with_cache(ActivationConfig(bits=None), "per_tensor"),
+}
+
 LOADING = """
 import json, sys
 import torch
@@ -138,7 +153,8 @@ torch.set_num_threads(1)
 given, found, seen = load_file("given.safetensors"), {}, {}
 layers = [(given[f"key {i}"], given[f"value {i}"]) for i in range(len(given) // 2)]
 for name in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    own = {"attn_implementation": "eager"} if "cache" in name else {}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **own)
     if not model.config.quantization_config.quantization_config.format in PLAIN:  # weights come out in bfloat16
         model.hf_quantizer.compressor.decompress_model(model)
         torch.nn.Module.float(model)
@@ -172,7 +188,7 @@ class Written:
         steps = Steps(config, prepared, lambda _: None, folder)
         self.fitted, self.simulated = {}, {}
         before = {name: value.clone() for name, value in self.lm.model.state_dict().items()}
-        for name, quantizer in {**EXACT, **OTHER_SCALES, **ZERO_POINT, **BLOCKS}.items():
+        for name, quantizer in {**EXACT, **OTHER_SCALES, **ZERO_POINT, **BLOCKS, **CACHES}.items():
             fitted = steps.model(prefix, quantizer).fitted
             if "kept" in name:
                 fitted = replace(fitted, keep=frozenset(KEPT))
@@ -208,6 +224,21 @@ def test_loaded_logits_are_those_of_the_simulation(name: str, written: Written) 
     linears = written.lm.linears(EXACT[name].targets)
     kept = KEPT if "kept" in name else list(linears) if name == "weights" else []
     assert written.seen[name] == {linear: linear not in kept for linear in linears}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_static_cache_in_fp8_is_in_the_file_and_rounds_as_it_did(name: str, written: Written) -> None:
+    file, heads = load_file(written.folder / name / "model.safetensors"), written.lm.model.config.num_key_value_heads
+    with written.fitted[name].on(written.lm):
+        scales = static_cache_scales(written.lm)
+    for layer in range(len(written.lm.blocks)):
+        for own, of in (("k_scale", keys_of), ("v_scale", values_of)):
+            stored = file[f"model.layers.{layer}.self_attn.{own}"]
+            assert torch.equal(stored.flatten(), scales[of(layer)].flatten())
+            assert len(stored) == (1 if name == "cache per tensor" else heads)
+    with replace(written.fitted[name], config=replace(CACHES[name], kv_cache=KvCacheConfig(None))).on(written.lm):
+        assert not torch.equal(logits(written.lm, written.texts, written.prefix), written.simulated[name])
+    assert torch.equal(written.loaded[name], written.simulated[name])
 
 
 @pytest.mark.parametrize("name", OTHER_SCALES)
@@ -316,7 +347,9 @@ REFUSED = {
     "compensation: .* run with quantizer.compensation.method=none": under(
         weights(), static(), compensation=CompensationConfig("lqer")
     ),
-    "kv_cache: .* run with quantizer.kv_cache.bits=null": under(weights(), static(), kv_cache=KvCacheConfig(8)),
+    "quantizer.kv_cache: of caches it has static .* or with quantizer.kv_cache.bits=null": under(
+        weights(), static(), kv_cache=KvCacheConfig(8)
+    ),
 }
 
 
@@ -402,6 +435,18 @@ def test_models_that_transformers_does_not_build_are_refused(
         checkpoint.check_architecture(tiny(family), fitted)
 
 
+def test_a_cache_is_refused_where_the_format_finds_none(tiny: Tiny, tmp_path: Path) -> None:
+    quantizer = CACHES["cache per head"]
+    with pytest.raises(ConfigError, match=r"quantizer\.kv_cache on tiny_opt: its configuration does not say"):
+        checkpoint.check_architecture(tiny("opt"), FittedQuantizer(quantizer))
+    lm = tiny("gpt_neox")
+    fitted = fitted_behind(lm, Prefix.empty(), quantizer, random_texts(2, 16))
+    before = list(lm.model.state_dict())
+    with pytest.raises(ConfigError, match="finds the attention of 0 of its 3 blocks; run with"):
+        checkpoint.save(lm, fitted, schemes.scheme_of(quantizer), tmp_path)
+    assert list(lm.model.state_dict()) == before
+
+
 def whole_runs(text: Path, output: Path) -> dict[str, RunConfig]:
     """Runs whose own row needs something of the run besides its configuration, and one that needs nothing."""
     runs = {}
@@ -418,6 +463,7 @@ def whole_runs(text: Path, output: Path) -> dict[str, RunConfig]:
     )
     runs["kept"].quantizer = under(weights(), static(), qfem=QFeMConfig(alpha=1.4))
     runs["plain"].search = SearchConfig()
+    runs["plain"].quantizer = replace(runs["plain"].quantizer, kv_cache=CACHES["cache per head"].kv_cache)
     return runs
 
 
@@ -437,7 +483,7 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
     export(FinishedRun.read(runs[name]), "compressed-tensors", made)
     row = json.loads((runs[name] / "result.json").read_text())["rows"][-1]
     card = (made / "README.md").read_text()
-    assert f"the model of the row {row['label']!r}" in card
+    assert f"the model of the row {row['label']!r}" in card.replace("\\_", "_")
     perplexity = f"{row['values']['perplexity/text']:.4f}"
     assert "on the first 4 blocks of 32 tokens of 'text': the largest difference of a logit" in card
     agreed = f"is 0; perplexity {perplexity}, in the simulation {perplexity}. The run measured {perplexity} on these"
@@ -445,6 +491,7 @@ def test_an_export_is_the_runs_own_row(name: str, runs: dict[str, Path], tmp_pat
     folded = "Folded into the weights: smoothing (alpha 0.8)" in card
     assert (folded, "(QFeM, arXiv 2405.14428)" in card) == (name != "kept", name == "kept")
     assert (made / "prefix").is_dir() == ("in `prefix/` as a PEFT adapter" in card) == (name != "plain")
+    assert ('attn_implementation="eager"' in card) == (",attn_implementation=eager" in card) == (name == "plain")
     if name == "learned":
         adapter = json.loads((made / "prefix" / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == "made"
