@@ -138,7 +138,7 @@ def _led(lm: LanguageModel, bos: bool, texts: Tensor) -> Tensor:
 def _encoder(lm: LanguageModel, bos: bool) -> Callable[[str], Tensor]:
     """Text to token ids, (tokens,): without a BOS that the text itself begins with where the run puts one in front.
 
-    A chat template may write it, and the texts would have two.
+    A chat template may write it, and the texts would have two. Where a text is cut at a later chat's, it still does.
     """
 
     def encode(text: str) -> Tensor:

@@ -70,10 +70,10 @@ def _what(run: FinishedRun, scheme: Scheme, kept: list[str]) -> list[str]:
     ]
     if scheme.cache is not None:
         scales = {"tensor": "one for the keys of a layer and one for its values", "attn_head": "one for each head"}
+        beside = " Those of the prefix are not, here; a server may round them too." if run.record["prefix"] else ""
         found.append(
-            f"Cached keys and values are in FP8 with static scales, {scales[scheme.cache['strategy']]}; those of the "
-            "prefix are not, here. A server may round them too. The simulation computes attention as the eager one of "
-            "transformers does; other kernels sum in another order."
+            f"Cached keys and values are in FP8 with static scales, {scales[scheme.cache['strategy']]}.{beside} The "
+            "simulation computes attention as the eager one of transformers does; other kernels sum in another order."
         )
     quantizer = run.config["quantizer"]
     folded = [

@@ -23,6 +23,10 @@ TARGET = "compressed-tensors"
 
 WEIGHT_STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group"}
 INPUT_STRATEGIES = {"per_tensor": "tensor", "per_token": "token"}
+FITTING_CACHE = {
+    "bits": 8, "format": "fp8_e4m3", "symmetric": True, "range": "static", "layout": "token", "protect": 0,
+}  # fmt: skip
+"""What `quantizer.kv_cache` must be for the scales of its cache to be written."""
 CACHE_STRATEGIES = {"per_tensor": "tensor", "per_head": "attn_head"}
 TYPES = {"int": "int", "fp8_e4m3": "float"}
 """Formats of numbers whose scales are free, and the type that they are there."""
@@ -115,15 +119,20 @@ def scheme_of(quantizer: QuantizerConfig) -> Scheme:
 
 
 def _cache(quantizer: QuantizerConfig) -> dict[str, Any] | None:
-    """Arguments of cached keys and values; servers take static scales of FP8 alone, for a tensor or for each head."""
+    """Arguments of cached keys and values: static scales of FP8, for a tensor or for each head."""
     own = quantizer.kv_cache
     if own.bits is None:
         return None
-    is_plain = own.range == "static" and own.layout == "token" and own.symmetric and not own.protect
-    if own.format != "fp8_e4m3" or not is_plain:
-        why = "of caches it has static symmetric scales of FP8 alone"
-        fits = "range=static, granularity=per_head (or per_tensor), format=fp8_e4m3, symmetric=true and protect=0"
-        raise _refusal("this quantizer.kv_cache", why, f"run with {fits}, or with quantizer.kv_cache.bits=null")
+    if own.granularity not in CACHE_STRATEGIES:
+        why, way_out = "a cache has scales for a tensor or for each head", "run with per_head and range=static"
+        raise _refusal(f"quantizer.kv_cache.granularity={own.granularity}", why, f"{way_out}, or with bits=null")
+    for key, wanted in FITTING_CACHE.items():
+        value = getattr(own, key)
+        if value != wanted:
+            why = "of caches it has static symmetric scales of FP8 alone"
+            found, fits = (one if isinstance(one, str) else written(one) for one in (value, wanted))
+            way_out = f"run with {fits}, or with quantizer.kv_cache.bits=null"
+            raise _refusal(f"quantizer.kv_cache.{key}={found}", why, way_out)
     strategy = CACHE_STRATEGIES[own.granularity]
     return {"num_bits": own.bits, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
 

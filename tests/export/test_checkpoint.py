@@ -347,8 +347,14 @@ REFUSED = {
     "compensation: .* run with quantizer.compensation.method=none": under(
         weights(), static(), compensation=CompensationConfig("lqer")
     ),
-    "quantizer.kv_cache: of caches it has static .* or with quantizer.kv_cache.bits=null": under(
+    "kv_cache.granularity=per_token: .* run with per_head and .*bits=null": under(
         weights(), static(), kv_cache=KvCacheConfig(8)
+    ),
+    "kv_cache.format=int: of caches .* run with fp8_e4m3, or": under(
+        weights(), static(), kv_cache=KvCacheConfig(8, "per_head", range="static")
+    ),
+    "kv_cache.protect=4: of caches .* run with 0, or": under(
+        weights(), static(), kv_cache=replace(with_cache(FULL, "per_head").kv_cache, protect=4)
     ),
 }
 

@@ -82,7 +82,7 @@ Refused, with the way out:
 | `quantizer.smoothing_pairs=values` and `all` | the cache, and so a prefix, holds scaled values: `up` |
 | `quantizer.zero_point=real` | an offset is a whole number of steps: `integer` |
 | `quantizer.levels=paper` where it leaves codes unused, or for dynamic ranges | `full` |
-| `quantizer.kv_cache` but for static symmetric FP8 (`range=static`, `format=fp8_e4m3`, `symmetric=true`) | of caches servers take that alone |
+| `quantizer.kv_cache` but for `range=static` with `granularity=per_tensor` or `per_head`, `format=fp8_e4m3`, `symmetric=true`, `protect=0` | of caches that alone is written |
 | `quantizer.attention`, `quantizer.input_rotation`, `quantizer.compensation`, parts of plugins | they are in no plain checkpoint of this format |
 | `quantizer.weights.bits=null`; `fp8_e5m2`; two formats of which one has blocks | there is no such scheme |
 | `quantizer.activations.range=dynamic` of NVFP4 | the scale of a whole input is in the file: `static` |
