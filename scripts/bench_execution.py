@@ -30,7 +30,7 @@ from torch import nn
 
 from cushion.activations import ChannelRanges
 from cushion.config import ActivationConfig, ModelConfig, PathsConfig, QuantizerConfig, WeightConfig
-from cushion.evaluation.compiling import check_compiler, compiled
+from cushion.evaluation.compiling import check_compiler, compiled, forget_graphs
 from cushion.evaluation.latency import Timing, prompts, timed
 from cushion.execution.int8 import Int8Linear
 from cushion.execution.int8_matmul import check_int8_matmul, slowdown
@@ -97,7 +97,7 @@ def linears_of(inputs: int, outputs: int, rows: int, compiles: bool = False) -> 
     if other is not None:
         sides["torchao token"] = partial(other, values)
     if compiles:
-        torch._dynamo.reset()  # versions of a module count for what is timed next alone
+        forget_graphs()
         modules = {"float32": plain, "int8 static": static, "int8 token": token, "torchao token": other}
         for name, module in modules.items():
             if module is not None:

@@ -25,16 +25,15 @@ is right, and many times slower than float32: there it is for comparing numbers,
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import ScalingType
 
-from cushion.errors import ConfigError, NotFiniteError
-from cushion.execution.base import Execution
-from cushion.execution.refusals import not_multiplied_in, plain_weight, simulation_warnings
+from cushion.errors import ConfigError
+from cushion.execution.on_codes import LinearOnCodes, OnCodes, not_multiplied_in, simulation_warnings
 from cushion.models import LanguageModel
 from cushion.quantization.formats.floats import Fp8E4M3
-from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
+from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -107,7 +106,7 @@ def check_fp8_matmul(device: torch.device) -> None:
             )
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(LinearOnCodes):
     """A linear layer on E4M3 numbers.
 
     Args:
@@ -120,26 +119,17 @@ class Fp8Linear(nn.Module):
 
     """
 
+    execution, word = "fp8", "number"
     numbers: Tensor
-    scale: Tensor
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: ActivationQuantizer) -> None:
-        super().__init__()
-        if not bool(weight.codes.isfinite().all()):
-            raise NotFiniteError("a weight is not finite, and execution=fp8 has no number for it: mend the model")
-        self.out_features, self.in_features = weight.shape
-        self.activation = activation
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("numbers", padded_weight(weight.codes, weight.codes.device.type == "cuda"))
-        self.register_buffer("scale", weight.scale.float().reshape(-1))  # (1,) or (out_features,)
+        super().__init__(weight, bias, activation)
+        self.register_buffer("numbers", padded_weight(weight.codes, self.on_gpu))
 
     def forward(self, values: Tensor) -> Tensor:
         """`values`: (..., in_features) -> (..., out_features), in their dtype."""
         numbers, scale = self.activation.once(values, self._numbers)
-        result = fp8_matmul(numbers, self.numbers, self.out_features).mul_(scale).mul_(self.scale)
-        if self.bias is not None:
-            result = result.add_(self.bias.float())
-        return result.to(values.dtype).reshape(*values.shape[:-1], self.out_features)
+        return self.scaled(fp8_matmul(numbers, self.numbers, self.out_features), scale, values)
 
     def _numbers(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Of the input: E4M3 numbers, as `padded_values` gives them, and the scale, (tokens, 1) or (1, 1)."""
@@ -147,8 +137,10 @@ class Fp8Linear(nn.Module):
         return padded_values(found.values.reshape(-1, self.in_features), self.numbers), found.scale.reshape(-1, 1)
 
 
-class Fp8(Execution):
+class Fp8(OnCodes):
     """Linears on FP8 numbers; those whose inputs QFeM keeps in full precision have their dequantized weights."""
+
+    module, grid = Fp8Linear, Fp8E4M3
 
     def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
         """Refuse what is not made of E4M3 numbers, and a device without their product."""
@@ -166,17 +158,3 @@ class Fp8(Execution):
                 "(execution=fp8)"
             )
         return found + simulation_warnings(quantizer, "fp8", "FP8 numbers")
-
-    def linear(
-        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
-    ) -> nn.Module:
-        """An `Fp8Linear`, or a linear in floating point where the input stays so; arguments as in `Execution`.
-
-        Raises:
-            ConfigError: a part of the quantizer left a weight in full precision, or gave the input a quantizer of its
-                own kind.
-
-        """
-        if activation is None:
-            return QuantizedLinear(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight, bias, None)
-        return Fp8Linear(plain_weight(weight, activation, Fp8E4M3, "fp8"), bias, activation)

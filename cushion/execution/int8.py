@@ -86,14 +86,20 @@ by numbers over many tokens with a tolerance of some per cent.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cushion.errors import ConfigError, NotFiniteError
-from cushion.execution.base import Execution
+from cushion.errors import ConfigError
 from cushion.execution.int8_matmul import check_int8_matmul, int8_matmul, padded_weight, slowdown
-from cushion.execution.refusals import BITS, SIMULATED_INSTEAD, not_multiplied_in, plain_weight, simulation_warnings
+from cushion.execution.on_codes import (
+    BITS,
+    SIMULATED_INSTEAD,
+    LinearOnCodes,
+    OnCodes,
+    not_multiplied_in,
+    simulation_warnings,
+)
 from cushion.models import LanguageModel
-from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
+from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid, QuantizedWeight
 from cushion.quantization.quantizer import QuantizerConfig
 
@@ -116,7 +122,7 @@ def unsupported(quantizer: QuantizerConfig) -> str | None:
     return reason
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(LinearOnCodes):
     """A linear layer on 8-bit codes.
 
     Args:
@@ -129,20 +135,13 @@ class Int8Linear(nn.Module):
 
     """
 
+    execution = "int8"
     codes: Tensor
-    scale: Tensor
     sums: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, activation: ActivationQuantizer) -> None:
-        super().__init__()
-        if not bool(weight.codes.isfinite().all()):
-            raise NotFiniteError("a weight is not finite, and execution=int8 has no code for it: mend the model")
-        self.out_features, self.in_features = weight.shape
-        self.on_gpu = weight.codes.device.type == "cuda"
-        self.activation = activation
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        super().__init__(weight, bias, activation)
         self.register_buffer("codes", padded_weight(weight.codes, self.on_gpu))
-        self.register_buffer("scale", weight.scale.float().reshape(-1))  # (1,) or (out_features,)
         self.shift = 0 if activation.grid.symmetric else 2 ** (BITS - 1)
         sums = None if activation.grid.symmetric else weight.codes.sum(1, dtype=torch.float64).to(torch.int32)
         self.register_buffer("sums", sums)
@@ -154,10 +153,7 @@ class Int8Linear(nn.Module):
         if zero is not None:
             assert self.sums is not None
             whole = whole - zero * self.sums
-        result = whole.float().mul_(scale).mul_(self.scale)
-        if self.bias is not None:
-            result = result.add_(self.bias.float())
-        return result.to(values.dtype).reshape(*values.shape[:-1], self.out_features)
+        return self.scaled(whole.float(), scale, values)
 
     def _codes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of the input: int8 codes, (tokens, in_features); scale, (tokens, 1); and what to take off them, or None.
@@ -174,8 +170,10 @@ class Int8Linear(nn.Module):
         return codes.sub_(self.shift).to(torch.int8), scale, zero.sub_(self.shift).to(torch.int32)
 
 
-class Int8(Execution):
+class Int8(OnCodes):
     """Linears on 8-bit codes; those whose inputs QFeM keeps in full precision have their dequantized weights."""
+
+    module, grid = Int8Linear, Grid
 
     def check(self, lm: LanguageModel, quantizer: QuantizerConfig) -> None:
         """Refuse what 8-bit codes cannot express, sums that int32 cannot hold, and a device whose product is wrong."""
@@ -199,17 +197,3 @@ class Int8(Execution):
                 "here (execution=int8)"
             )
         return found + simulation_warnings(quantizer, "int8", "8-bit codes")
-
-    def linear(
-        self, weight: QuantizedWeight | Tensor, bias: Tensor | None, activation: ActivationQuantizer | None
-    ) -> nn.Module:
-        """An `Int8Linear`, or a linear in floating point where the input stays so; arguments as in `Execution`.
-
-        Raises:
-            ConfigError: a part of the quantizer left a weight in full precision, or gave the input a quantizer of its
-                own kind.
-
-        """
-        if activation is None:
-            return QuantizedLinear(weight.dequantize() if isinstance(weight, QuantizedWeight) else weight, bias, None)
-        return Int8Linear(plain_weight(weight, activation, Grid, "int8"), bias, activation)

@@ -182,8 +182,8 @@ def static_cache_scales(lm: LanguageModel) -> dict[str, Tensor]:
         A scalar for the keys of a layer and one for its values, or (key-value heads, 1, 1).
 
     """
-    found = {name: own.parameters for name, own in _ACTIVE[id(lm.model.config)].static.items() if own is not None}
-    return {name: own[0] for name, own in found.items() if own is not None}
+    static = _ACTIVE[id(lm.model.config)].static.items()
+    return {name: own.parameters[0] for name, own in static if own is not None and own.parameters is not None}
 
 
 def _beyond(values: Tensor, start: int, quantizer: ActivationQuantizer | None, dim: int) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import calibrated, random_texts, random_values
 from omegaconf import OmegaConf
+from on_codes import SHAPES, assert_every_linear_agrees, assert_near, assert_what_is_not_finite_stays_so
 from torch import Tensor, nn
 
 from cushion.checks import structured
@@ -28,7 +29,7 @@ from cushion.execution.simulated import Simulated
 from cushion.models import LanguageModel
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.formats.floats import Fp8E4M3
-from cushion.quantization.linear import ActivationQuantizer, QuantizedLinear
+from cushion.quantization.linear import ActivationQuantizer
 from cushion.quantization.numerics import Grid, quantize_weight
 
 Tiny = Callable[..., LanguageModel]
@@ -55,27 +56,18 @@ def test_a_linear_on_fp8_numbers_is_the_simulated_one(case: str, on_gpu: bool, m
     if on_gpu:
         padded = fp8.padded_weight
         monkeypatch.setattr(fp8, "padded_weight", lambda numbers, _: padded(numbers, True))
-    for granularity, bias, rows, inputs, outputs in (
-        ("per_tensor", False, 1, 16, 8),
-        ("per_channel", True, 17, 37, 11),
-        ("per_channel", False, 2, 48, 5),
-    ):
+    for granularity, bias, rows, inputs, outputs in SHAPES:
         exact, simulated = pair(case, granularity, inputs, outputs, bias)
         assert isinstance(exact, Fp8Linear)
         assert exact.numbers.shape == ((-(-inputs // 16) * 16, 16) if on_gpu else (inputs, outputs))
         values = 1.5 * random_values(2, rows, inputs, seed=rows)
-        found, wanted = exact(values), simulated(values)
-        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max(), (granularity, rows, inputs, outputs)
+        assert_near(exact(values), simulated(values), (granularity, rows, inputs, outputs))
 
 
 @pytest.mark.parametrize("case", INPUTS)
 def test_what_is_not_finite_stays_so(case: str) -> None:
     exact, simulated = pair(case, "per_channel", 16, 4, bias=True)
-    for bad in (float("nan"), float("inf")):
-        values = random_values(3, 16)
-        values[1, 5] = bad
-        assert torch.equal(exact(values).isfinite(), simulated(values).isfinite()), bad
+    assert_what_is_not_finite_stays_so(exact, simulated, 16)
     weight = random_values(4, 16)
     weight[0, 0] = float("nan")
     with pytest.raises(NotFiniteError, match="a weight is not finite"):
@@ -87,26 +79,7 @@ def test_every_linear_of_a_model_agrees_on_the_very_same_input(tiny: Tiny, famil
     lm, text = tiny(family), random_texts(4, 24)
     config = option("fp8_static")
     fitted = FittedQuantizer(config, calibrated(lm, text))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = inputs[0].clone(), output.clone()
-
-        return note
-
-    with torch.no_grad(), fitted.on(lm, execution="fp8"):
-        placed = {name: module for name, module in lm.model.named_modules() if isinstance(module, Fp8Linear)}
-        hooks = [module.register_forward_hook(noting(name)) for name, module in placed.items()]
-        lm.body(text)
-        for hook in hooks:
-            hook.remove()
-    assert seen
-    with torch.no_grad(), fitted.on(lm):
-        for name, (values, output) in seen.items():
-            module = lm.model.get_submodule(name)
-            assert isinstance(module, QuantizedLinear)
-            assert (module(values) - output).abs().max() <= 1e-6 * output.abs().max(), name
+    assert_every_linear_agrees(lm, text, fitted, "fp8")
 
 
 def option(name: str) -> QuantizerConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import calibrated, random_texts, random_values
+from on_codes import SHAPES, assert_every_linear_agrees, assert_near, assert_what_is_not_finite_stays_so
 from tiny_run import small_config
 from torch import Tensor, nn
 
@@ -76,17 +77,11 @@ def test_a_linear_on_codes_is_the_simulated_one(case: str, on_gpu: bool, monkeyp
         monkeypatch.setattr(
             int8, "int8_matmul", lambda values, weight, outputs, _: product(values, weight, outputs, True)
         )
-    for granularity, bias, rows, inputs, outputs in (
-        ("per_tensor", False, 1, 16, 8),
-        ("per_channel", True, 17, 37, 11),
-        ("per_channel", False, 2, 48, 5),
-    ):
+    for granularity, bias, rows, inputs, outputs in SHAPES:
         exact, simulated, _ = pair(case, granularity, inputs, outputs, bias)
         assert isinstance(exact, Int8Linear)
         values = 1.5 * random_values(2, rows, inputs, seed=rows)
-        found, wanted = exact(values), simulated(values)
-        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max(), (granularity, rows, inputs, outputs)
+        assert_near(exact(values), simulated(values), (granularity, rows, inputs, outputs))
 
 
 @pytest.mark.parametrize("case", INPUTS)
@@ -140,28 +135,7 @@ def test_every_linear_of_a_model_agrees_on_the_very_same_input(tiny: Tiny, famil
     lm, text = tiny(family), random_texts(4, 24)  # every expert sees some of it
     config = QuantizerConfig("int8", WeightConfig(granularity="per_channel"), ActivationConfig(narrow_range=False))
     fitted = FittedQuantizer(config, calibrated(lm, text))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def noting(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = inputs[0].clone(), output.clone()
-
-        return note
-
-    with torch.no_grad(), fitted.on(lm, execution="int8"):
-        placed = {name: module for name, module in lm.model.named_modules() if isinstance(module, Int8Linear)}
-        assert placed.keys() >= seen.keys()
-        hooks = [module.register_forward_hook(noting(name)) for name, module in placed.items()]
-        lm.body(text)
-        for hook in hooks:
-            hook.remove()
-    assert seen
-    with torch.no_grad(), fitted.on(lm):
-        for name, (values, output) in seen.items():
-            module = lm.model.get_submodule(name)
-            assert isinstance(module, QuantizedLinear)
-            assert (module(values) - output).abs().max() <= 1e-6 * output.abs().max(), name
-    assert not any(isinstance(module, Int8Linear) for module in lm.model.modules())
+    assert_every_linear_agrees(lm, text, fitted, "int8")
 
 
 def test_linears_that_read_one_tensor_quantize_it_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,10 +163,7 @@ def test_kept_linears_stay_in_floating_point(tiny: Tiny) -> None:
 @pytest.mark.parametrize("case", ["static", "token, zero point", "dynamic"])
 def test_what_is_not_finite_stays_so(case: str) -> None:
     exact, simulated, _ = pair(case, "per_channel", 16, 4, bias=True)
-    for bad in (float("nan"), float("inf")):
-        values = random_values(3, 16)
-        values[1, 5] = bad
-        assert torch.equal(exact(values).isfinite(), simulated(values).isfinite()), bad
+    assert_what_is_not_finite_stays_so(exact, simulated, 16)
     weight = random_values(4, 16)
     weight[0, 0] = float("nan")
     with pytest.raises(NotFiniteError, match="a weight is not finite"):
