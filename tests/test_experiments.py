@@ -214,6 +214,7 @@ NOT_AS_PUBLISHED = {
     "smoothquant": {"quantizer.calibration.samples"},
     "quarot_w4a4kv4": {"quantizer.calibration.samples", "quantizer.calibration.length"},
     "rptq": {"quantizer.calibration.samples", "quantizer.calibration.length"},
+    "rptq_zero_shot": {"quantizer.calibration.samples", "quantizer.calibration.length"},
     "qfem_modules": {"quantizer.calibration.samples", "quantizer.calibration.length"},
     "qfep_qfem": {"quantizer.calibration.samples", "quantizer.calibration.length"},
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cushion.quantization.effect import Effect, Site, Turn, Work
+from cushion.quantization.gram import gram_matrices, within_groups
 from cushion.quantization.numerics import Grid, fake_quantize, quantize_weight
 from cushion.quantization.weights import KeptShare, weight_grid
 
@@ -59,18 +60,17 @@ def clipped_shares(groups: Tensor, products: Tensor, grid: Grid) -> Tensor:
 class _Clipping(Effect):
     def fit(self, turn: Turn) -> dict[str, Tensor]:
         """The shares of the block's linears, by full name. An expert that no token reaches is left out."""
-        weights, products = turn.work.config.weights, dict[str, Tensor]()
-        for name, values in turn.linear_inputs(full_precision=True):
-            if is_clipped(name):
-                size = weights.group_size if weights.granularity == "per_group" else values.shape[-1]
-                inputs = values.flatten(0, -2).float().unflatten(1, (-1, size)).transpose(0, 1)
-                product = torch.bmm(inputs.transpose(1, 2), inputs)
-                products[name] = products[name] + product if name in products else product
-        found = {}
-        for name, product in products.items():
-            weight = turn.sites[name].linear.weight.detach()
-            groups = weight.unflatten(1, (len(product), -1))
-            found[name] = clipped_shares(groups, product, weight_grid(turn.work.config))
+        weights, found = turn.work.config.weights, dict[str, Tensor]()
+
+        def of_text(values: Tensor) -> Tensor:
+            return within_groups(values, weights.group_size if weights.granularity == "per_group" else values.shape[-1])
+
+        clipped = list(filter(is_clipped, turn.sites))
+        for readers, products in gram_matrices(turn.shared_inputs(True, clipped), of_text).items():
+            for name in readers:
+                assert name not in found
+                groups = turn.sites[name].linear.weight.detach().unflatten(1, (len(products), -1))
+                found[name] = clipped_shares(groups, products, weight_grid(turn.work.config))
         return found
 
     def at(self, work: Work, site: Site) -> None:

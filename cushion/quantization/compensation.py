@@ -36,6 +36,7 @@ into the norm before; the function is the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,7 @@ from torch import Tensor
 from cushion.errors import CalibrationError
 from cushion.float64 import in_float64
 from cushion.quantization.effect import Effect, Site, Turn, Work
+from cushion.quantization.gram import gram_matrices, whole
 from cushion.quantization.numerics import QuantizedWeight
 from cushion.quantization.parts.compensation import CompensationConfig
 from cushion.quantization.weights import WEIGHTS
@@ -116,43 +118,45 @@ def outlier_scales(magnitudes: Tensor, weight: Tensor, channels: int) -> Tensor:
     return scales
 
 
-@dataclass
-class _Inputs:
-    """Of what one linear reads, in float64.
+@dataclass(frozen=True)
+class _Magnitudes:
+    """Of what linears read, in float64.
 
     Args:
-        gram: `X^T X`, (in_features, in_features), or (0, 0) where no one asks for it.
         sums: of |X_j| over all tokens, (in_features,).
         largest: the largest mean of |X_j| of any text, (in_features,).
         tokens: how many there are.
 
     """
 
-    gram: Tensor
     sums: Tensor
     largest: Tensor
     tokens: int
 
     @classmethod
-    def of(cls, values: Tensor, with_gram: bool) -> _Inputs:
+    def of(cls, values: Tensor) -> _Magnitudes:
         """Of one text, (..., in_features)."""
-        rows = in_float64(values.flatten(0, -2))
-        sizes = rows.abs()
-        return cls(rows.T @ rows if with_gram else rows.new_zeros(0, 0), sizes.sum(0), sizes.mean(0), len(rows))
+        sizes = in_float64(values.flatten(0, -2)).abs()
+        return cls(sizes.sum(0), sizes.mean(0), len(sizes))
 
-    def with_text(self, other: _Inputs) -> _Inputs:
+    def with_text(self, other: _Magnitudes) -> _Magnitudes:
         """Of the texts so far and one more."""
         largest = torch.maximum(self.largest, other.largest)
-        return _Inputs(self.gram.add_(other.gram), self.sums + other.sums, largest, self.tokens + other.tokens)
+        return _Magnitudes(self.sums + other.sums, largest, self.tokens + other.tokens)
 
 
-def _weighting(config: CompensationConfig, inputs: _Inputs, divisor: Tensor) -> Tensor:
-    """S of a method, for the inputs divided by `divisor`, (in_features,)."""
+def _not_needed(values: Tensor) -> Tensor:
+    """In place of the Gram matrix of a text."""
+    return values.new_zeros(0)
+
+
+def _weighting(config: CompensationConfig, inputs: _Magnitudes, gram: Tensor, divisor: Tensor) -> Tensor:
+    """S of a method, for the inputs divided by `divisor`, (in_features,); `gram` is their Gram matrix before that."""
     if config.method == "lqer":
         return torch.eye(len(divisor), dtype=divisor.dtype, device=divisor.device)
     if config.method == "l2qer":
         return torch.diag(inputs.largest / divisor)
-    return cholesky_factor(inputs.gram / (divisor[:, None] * divisor), config.damping)
+    return cholesky_factor(gram / (divisor[:, None] * divisor), config.damping)
 
 
 def _name_of_scales(name: str) -> str:
@@ -185,23 +189,32 @@ class _Compensation(Effect):
 
         Factors are float32, (rank, out_features + in_features), as `low_rank` gives them; scales (in_features,).
         """
-        config, seen = turn.work.config.compensation, dict[str, _Inputs]()
-        for name, values in turn.linear_inputs():
-            text = _Inputs.of(values, config.method == "aser")
-            seen[name] = seen[name].with_text(text) if name in seen else text
+        config, seen = turn.work.config.compensation, dict[tuple[str, ...], _Magnitudes]()
+
+        def measured() -> Iterator[tuple[tuple[str, ...], Tensor]]:
+            for readers, values in turn.shared_inputs():
+                text = _Magnitudes.of(values)
+                seen[readers] = seen[readers].with_text(text) if readers in seen else text
+                yield readers, values
+
+        grams = gram_matrices(measured(), whole if config.method == "aser" else _not_needed)
         found = {}
-        for name, inputs in seen.items():
-            site, scales = turn.sites[name], None
-            weight = in_float64(site.linear.weight.detach())
-            divisor = torch.ones_like(inputs.sums)
-            if config.outliers:
-                scales = outlier_scales(inputs.sums / inputs.tokens, weight, config.outliers).float()
-                divisor = _divisor(scales).double()
-                found[_name_of_scales(name)] = scales
-            rounded = in_float64(_rounded(turn.work, site, scales).dequantize())
-            weighting = _weighting(config, inputs, divisor)
-            factors = low_rank(weight * divisor - rounded, weighting, config.rank, config.share, config.outliers or 1)
-            found[name] = factors.float()
+        for readers, inputs in seen.items():
+            for name in readers:
+                site, scales = turn.sites[name], None
+                weight = in_float64(site.linear.weight.detach())
+                divisor = torch.ones_like(inputs.sums)
+                if config.outliers:
+                    scales = outlier_scales(inputs.sums / inputs.tokens, weight, config.outliers).float()
+                    divisor = _divisor(scales).double()
+                    found[_name_of_scales(name)] = scales
+                rounded = in_float64(_rounded(turn.work, site, scales).dequantize())
+                weighting = _weighting(config, inputs, grams[readers], divisor)
+                factors = low_rank(
+                    weight * divisor - rounded, weighting, config.rank, config.share, config.outliers or 1
+                )
+                assert name not in found
+                found[name] = factors.float()
         return found
 
     def at(self, work: Work, site: Site) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cushion.errors import CalibrationError
 from cushion.float64 import in_float64
 from cushion.quantization.effect import Effect, Site, Turn, Work
+from cushion.quantization.gram import gram_matrices
 from cushion.quantization.numerics import Grid, QuantizedWeight, quantize
 from cushion.quantization.replacements import Replacements
 from cushion.quantization.weights import weight_grid
@@ -177,14 +178,9 @@ class _Gptq(Effect):
     def _fit_stage(self, turn: Turn, names: list[str]) -> dict[str, Tensor]:
         """The codes of some of the linears, the others as they stand at the moment."""
         weights, grid = turn.work.config.weights, weight_grid(turn.work.config)
-        hessians: dict[tuple[str, ...], Tensor] = {}
-        for readers, values in turn.shared_inputs(among=names):
-            inputs = in_float64(values.flatten(0, -2))
-            product = inputs.T @ inputs
-            hessians[readers] = hessians[readers].add_(product, alpha=2) if readers in hessians else 2 * product
         found = {}
-        for readers, hessian in hessians.items():
-            columns = Columns.of(hessian, weights.damping, weights.column_order)
+        for readers, gram in gram_matrices(turn.shared_inputs(among=names)).items():
+            columns = Columns.of(2 * gram, weights.damping, weights.column_order)
             for name in readers:
                 site = turn.sites[name]
                 assert isinstance(site.weight, QuantizedWeight) and name not in found

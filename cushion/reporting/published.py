@@ -18,7 +18,7 @@ what they are. It is filled from the runs whose `experiment` is `<name>`. A new 
 | `corpus` | the corpus of a perplexity; where a run measured only another one, that is shown with a note |
 | `tasks` | the tasks whose mean the published accuracy is; where ours is the mean of others, a note names both |
 | `rows`, `columns` | the layout: which of `index` and of the keys in `values` go down and across |
-| `select` | for each value of an index, what it is among runs: `config.<key>: value` (or a list of values), `stage: none | found | tuned`, `quantized: true | false` |
+| `select` | for each value of an index, what it is among runs: `config.<key>: value` (or a list of values), `stage: none | found | tuned`, `quantized: true | false`, and `reconstructed: true` for a method that learns from the outputs of blocks: without it rows are those of the frozen model |
 | `setting` | the published configuration, as far as it is stated: by key (`eval.block_length: 2048`) its value, or a list of them. A note of the table names every key in which our runs are not as published, with both values |
 | `titles` | how values are written |
 
@@ -63,6 +63,9 @@ _OPEN = ("config.quantizer.plugins.", "config.quantizer.activations.estimator_op
 """Groups of the configuration whose keys are a run's own."""
 _NEEDED = {"title", "source", "values", "rows", "columns"}
 _KEYS = _NEEDED | {"index", "measure", "corpus", "select", SETTING, "tasks", "titles", "notes"}
+
+_SWITCHES = ("quantized", "reconstructed")
+"""Of `select`: what a row is or is not."""
 
 Coordinates = dict[str, str]
 NOT_RUN = Cell("not run", kind="missing")
@@ -215,7 +218,7 @@ def _check(table: PublishedTable, path: Path) -> None:
 
 def _check_select(table: PublishedTable, path: Path) -> None:
     """It says of every published value what it is among runs, by keys that there are."""
-    allowed = ["stage", "quantized", *flatten(to_dict(RunConfig()), "config")]
+    allowed = ["stage", *_SWITCHES, *flatten(to_dict(RunConfig()), "config")]
     for dimension, selections in table.specification.get("select", {}).items():
         for key in table.keys(dimension):
             if key not in selections:
@@ -223,9 +226,13 @@ def _check_select(table: PublishedTable, path: Path) -> None:
             for name in selections[key]:
                 if name not in allowed and not name.startswith(_OPEN):
                     raise ArtifactError(
-                        f"{path}: select.{dimension}.{key} has no key {name!r}: stage, quantized, or config. and a "
-                        f"key of the configuration{did_you_mean(name, allowed)}"
+                        f"{path}: select.{dimension}.{key} has no key {name!r}: stage, quantized, "
+                        f"reconstructed, or config. and a key of the configuration{did_you_mean(name, allowed)}"
                     )
+            for name in _SWITCHES:
+                value = selections[key].get(name, True)
+                if not isinstance(value, bool):
+                    raise ArtifactError(f"{path}: select.{dimension}.{key}.{name}={value!r}: true or false")
             stage = selections[key].get("stage", NO_PREFIX)
             if stage not in STAGES:
                 raise ArtifactError(f"{path}: select.{dimension}.{key}.stage={stage!r}: one of {', '.join(STAGES)}")

@@ -111,13 +111,13 @@ def _is_of_one_configuration(by_seed: Iterable[Sequence[tuple[float, Run, Row]]]
 
 
 def _rows(runs: Sequence[Run], wanted: Mapping[str, Any]) -> list[tuple[Run, Row]]:
-    """The rows of runs that are of the stage asked for, and quantized or not as asked for."""
-    stage, quantized = wanted.get("stage"), wanted.get("quantized")
+    """The rows of runs of the stage asked for, quantized or not, of the frozen model or reconstructed."""
+    stage, quantized, reconstructed = (wanted.get(key) for key in ("stage", "quantized", "reconstructed"))
     return [
         (run, row)
         for run in runs
         for row in run.record["rows"]
-        if is_frozen(row)  # the papers' tables are of frozen models
+        if (row.get("reconstructed", False) if reconstructed else is_frozen(row))
         and stage in (None, row["stage"])
         and quantized in (None, row["quantized"])
     ]

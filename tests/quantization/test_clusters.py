@@ -144,6 +144,9 @@ def test_each_channel_is_rounded_in_the_range_of_its_cluster_and_readers_share_i
                 rounded[..., own] = fake_quantize(values[..., own], scale, low[own].min(), Grid(4, False))
             expected = functional.linear(rounded, linears[name].weight)
             torch.testing.assert_close(module(values), expected)
+            order = labels.argsort(stable=True)  # as it is run: channels permuted, so that a cluster is a slice
+            by_slice = functional.linear(rounded[..., order], linears[name].weight[:, order])
+            torch.testing.assert_close(module(values), by_slice)
         query, key, value, output = (placed[name].activation for name in names)
         assert query is key is value is not output
 

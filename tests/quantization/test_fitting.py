@@ -36,7 +36,7 @@ from cushion.quantization.effect import Turn
 from cushion.quantization.fitted import FittedQuantizer
 from cushion.quantization.fitting import fit_block, fit_blocks, walk
 from cushion.quantization.fitting_step import FittingStep
-from cushion.quantization.numerics import Grid, quantize_weight
+from cushion.quantization.numerics import Grid, QuantizedWeight, quantize_weight
 from cushion.quantization.parts.registry import PARTS
 from cushion.quantization.parts.weights import COLUMN_ORDERS
 from cushion.quantization.rotation import rotated
@@ -125,6 +125,30 @@ def test_gptq_is_nearer_to_the_outputs_than_the_nearest_codes(tiny: Tiny) -> Non
         assert (own[name] - weights[name]).square().sum() > (nearest[name] - weights[name]).square().sum()
 
 
+def test_gptq_loses_less_than_the_nearest_codes_over_all_linears(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the outputs on the inputs that each was fitted to: (W - Q) X^T X (W - Q)^T, in the mean over the linears."""
+    hessians, ratios = list[Tensor](), list[float]()
+    of, codes_of = gptq.Columns.of, gptq.gptq_codes
+
+    def error(weight: Tensor, rounded: QuantizedWeight) -> float:
+        lost = weight.double() - rounded.dequantize().double()
+        return float(((lost @ hessians[-1]) * lost).sum())
+
+    def judged(weight: Tensor, nearest: QuantizedWeight, *rest: Any) -> Tensor:
+        codes = codes_of(weight, nearest, *rest)
+        ratios.append(error(weight, replace(nearest, codes=codes)) / error(weight, nearest))
+        return codes
+
+    monkeypatch.setattr(gptq.Columns, "of", lambda h, *options: hessians.append(h) or of(h, *options))
+    monkeypatch.setattr(gptq, "gptq_codes", judged)
+    lm = tiny()
+    list(
+        fit_blocks(lm, Prefix.empty(), FittedQuantizer(with_gptq(replace(PLAIN, weights=W4)), fits={"gptq": {}}), TEXTS)
+    )
+    assert len(ratios) == len(lm.linears())
+    assert sum(ratios) / len(ratios) < 0.9
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
 @pytest.mark.parametrize("groups", [None, 3])
@@ -152,12 +176,15 @@ def test_gptq_gives_the_codes_of_repeated_least_squares(
     assert not torch.equal(codes, nearest.codes.reshape(5, 6))
 
 
-def test_an_input_that_is_always_zero_has_the_nearest_codes_and_one_that_says_nothing_is_refused() -> None:
+def test_inputs_of_zero_or_of_no_common_part_have_the_nearest_codes_and_those_that_say_nothing_are_refused() -> None:
     weight, grid = random_values(5, 6).double(), Grid(3, True)
     nearest = quantize_weight(weight, grid, "per_channel")
     inputs = gptq.Columns.of(torch.zeros(6, 6).double(), 0.01, "diagonal")
     codes = gptq.gptq_codes(weight, nearest, inputs, grid)
     assert torch.equal(codes, nearest.codes)
+    for order in COLUMN_ORDERS:  # inputs that do not depend on each other: no column can make good another's error
+        alone = gptq.Columns.of(3 * torch.eye(6).double(), 0.01, order)
+        assert torch.equal(gptq.gptq_codes(weight, nearest, alone, grid), nearest.codes)
     with pytest.raises(CalibrationError, match=r"not positive definite with quantizer.weights.damping=1e-30"):
         gptq.Columns.of(torch.ones(6, 6).double(), 1e-30, "given")
 

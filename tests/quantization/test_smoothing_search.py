@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UNLIKE
+from conftest import SMOOTHABLE
 from helpers import random_texts
 from torch import Tensor
 from untouched import assert_untouched, snapshot
@@ -233,9 +234,11 @@ def unrounded(lm: LanguageModel, config: QuantizerConfig, behind: Prefix) -> Ite
         yield folds
 
 
-@pytest.mark.parametrize("family", UNLIKE)
-@pytest.mark.parametrize("method", ["awq", "smoothquant", "os_plus"])
-def test_any_scales_leave_the_function_as_it_was(tiny: Tiny, family: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*(("os_plus", family) for family in SMOOTHABLE), *itertools.product(["awq", "smoothquant"], ["llama", "opt"])],
+)
+def test_any_scales_and_shifts_leave_the_function_as_it_was(tiny: Tiny, method: str, family: str) -> None:
     lm = tiny(family)
     prefix, before = Prefix.from_tokens(lm.model, [17, 42]), snapshot(lm)
     plain = logits(lm, prefix)

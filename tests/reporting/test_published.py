@@ -96,6 +96,18 @@ def test_rows_whose_quantizer_learned_are_not_in_a_papers_table(tmp_path: Path, 
     assert cell(table, "LLaMA2-7B ours", "Per-tensor static", "CushionCache") == "not measured"
 
 
+def test_a_method_that_learns_has_its_rows_in_its_own_table(tmp_path: Path) -> None:
+    """Of one run: the row of full precision, one that was not reconstructed, and one that was."""
+    rows = [row("full_precision", 5.5), row("quantized", 9.0), row("quantized", 6.5) | {"reconstructed": True}]
+    table = ours(tmp_path, "omniquant_activations", record(model=LLAMA2, rows=rows, quantizer="omniquant"))
+    place = table.headings().index("LLaMA2-7B ours")
+    assert {line[0].text: line[place].text for line in table.body} == {
+        "FP16": "5.50",
+        "W6A6": "missing",
+        "W4A4": "6.50",
+    }
+
+
 def test_another_model_gets_a_column_of_its_own(tmp_path: Path) -> None:
     planted = record(model="embedded:smollm2-135m", rows=[row("quantized", 66.1)], **PAPER)
     table = ours(tmp_path, "cushioncache_table1", planted)
@@ -323,6 +335,7 @@ MISTAKES = {
     "unknown model": ("../models.yaml", "llama2_7b:", "llama:", r"models\.yaml has no model 'llama2_7b'"),
     "unknown setting": ("table.yaml", "  search.tau:", "  search.tua:", r"names 'search\.tua', which no .* 'sea"),
     "unknown key of a row": ("table.yaml", "fp16: {quantized:", "fp16: {quantised:", r"fp16 has no key 'quantised'"),
+    "neither true nor false": ("table.yaml", "{quantized: false}", "{quantized: 3}", r"none\.quantized=3: true or"),
     "no model": ("table.yaml", "model: ", "modell: ", r"table\.yaml: no value is of a model: name it in a column of"),
     "no YAML": ("table.yaml", "rows: [", "rows: [[", r"table\.yaml cannot be read"),
 }  # fmt: skip
