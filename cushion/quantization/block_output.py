@@ -20,7 +20,8 @@ the best, +-.01 to +-.05, none above 1.
   attention is masked at all times; the range that it starts from is that of all texts and not a moving average. Keys
   and values of a static cache keep min-max for each head, where PrefixQuant searches theirs by scores and values;
   `weights.estimator=mse` stands for its search of the weights' scales by the output of the linear; dynamic scales
-  have no clipping; symmetric scales are max / (2^(N-1) - 1), where it has 2 max / (2^N - 1).
+  have no clipping; symmetric scales are max / (2^(N-1) - 1), where it has 2 max / (2^N - 1), and cached values leave
+  the lowest code out, which it reaches.
 - `quantizer=prefixquant` is of the frozen model. PrefixQuant's published figures are those after its training
   (`reconstruction=prefixquant`), a row of its own.
 """

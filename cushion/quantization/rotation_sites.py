@@ -14,7 +14,8 @@ of the cache, as far as the quantizer rounds them. H is taken where it is strict
 rounded nothing is rotated. The errors of all sites are in `sites.json` of the cached step `rotation_sites`. Ours: the
 terms are summed as they stand, as in the paper; weights are rounded to nearest also where GPTQ rounds them later;
 static scales are judged by the range of each text; the stream (R1) and keys (R3) are not chosen but set; inputs that
-QFeM keeps count as rounded.
+QFeM keeps count as rounded. `quantizer=quarot_adaptive` has QuaRot's grids and GPTQ, where RoSTE trains what it rounds
+to nearest.
 """
 
 from __future__ import annotations

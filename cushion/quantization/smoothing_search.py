@@ -18,8 +18,9 @@ Linears outside `targets` have no say.
   0 is not the model as it was: it evens out the columns of the weights.
 - `awq` (arXiv [2306.00978](https://arxiv.org/abs/2306.00978), section 3.2): s_j = (mean|X_j|)^alpha, at least 1e-4,
   divided by sqrt(max s * min s); alpha from 0 (nothing is changed) to 1 in `smoothing_steps` steps. The authors' code
-  stops at 0.95, measures the output of attention and MLP where we take the linears' own, has asymmetric weights, and
-  scales between value and output and between up and down projection too.
+  stops at 0.95, measures the output of attention and MLP where we take the linears' own, has asymmetric weights in
+  groups of 128 (`quantizer=awq` has 64, which divides the widths of small models too), and scales between value and
+  output and between up and down projection too.
 - `os_plus` (Outlier Suppression+, arXiv [2304.09145](https://arxiv.org/abs/2304.09145), section 4): the linears read
   (X - z) / s, with z_j = (max X_j + min X_j) / 2 and s_j = max(1, max|X_j - z_j| / t); t from max|X - z| down to a
   `smoothing_steps`-th of it. Their bias becomes b + W z; a linear without one gets it. The norm's bias becomes (b -

@@ -14,6 +14,8 @@ its text.
   prefix.
 - Where one token is the only one of its kind, and an outlier in less than a tenth of the texts, it is left out, as in
   the authors' code.
+- The scales are those of the model as it is. The authors' code rotates first, the inputs of the down projections too,
+  so that it sees an outlier token spread over all channels.
 - **Open** in the paper, and ours: texts begin with BOS as the key `bos` says; with experts, a token's scale is the
   largest at the down projections of its experts; frequencies are counted over all down projections together, ties go
   to the smaller token id.
