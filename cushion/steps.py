@@ -134,11 +134,27 @@ class Steps:
             return seen
         texts = self._texts.calibration
         assert texts is not None
-        fitted = compute(FittingStep(behind, quantizer, seen, keep, texts), self._context)
+        under = quantizer.fitted_under
+        if under is quantizer:
+            step = FittingStep(behind, quantizer, seen, keep, texts)
+        else:
+            step = FittingStep(behind, under, self._seen_of_weights(behind, under, seen), frozenset(), texts)
+        fitted = compute(step, self._context)
         seen = seen or Calibration(None, "", 0.0)
         return replace(
             seen, key=digest([seen.key, fitted.key]), seconds=seen.seconds + fitted.seconds, fits=fitted.fits
         )
+
+    def _seen_of_weights(self, behind: Prefix, under: QuantizerConfig, seen: Calibration | None) -> Calibration | None:
+        """What a quantizer of weights alone has to know; it transforms the model as `seen` found for the whole one."""
+        if SEARCHED in under.gathered:
+            return seen
+        if LEFT_ALONE not in under.gathered:
+            return self._see_inputs(behind, under)
+        assert seen is not None
+        ranges, sites = self._ranges_if_needed(behind, under), seen.inputs[LEFT_ALONE]
+        key = digest([None if ranges is None else ranges.key, sorted(sites)])
+        return Calibration(None if ranges is None else ranges.ranges, key, 0.0, {LEFT_ALONE: sites})
 
     def _see_inputs(self, behind: Prefix, quantizer: QuantizerConfig) -> Calibration | None:
         ranges = self._ranges_if_needed(behind, quantizer)

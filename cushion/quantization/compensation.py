@@ -16,7 +16,8 @@ methods differ in S:
 | `l2qer` (the same paper) | diag(a), a_j the largest mean of \|X_j\| of any calibration text, as in its public code | between the two |
 | `aser` (ASER, arXiv [2411.07762](https://arxiv.org/abs/2411.07762)) | the Cholesky factor of X^T X | the error of the linear's outputs on the calibration texts |
 
-X is what the linear reads behind the row's own prefix where the blocks before are quantized; rows with other prefixes
+X is what the linear reads behind the row's own prefix where the blocks before are quantized (their weights alone with
+`weights.fitted_with=weights`); rows with other prefixes
 have other branches. The weights may be rounded in any way (`rtn`, `gptq`, groups, any format), behind smoothing and
 rotations. Without its smoothing `aser` is QERA's exact solution (arXiv
 [2410.06040](https://arxiv.org/abs/2410.06040)) too.

@@ -9,8 +9,9 @@ least-squares fit of the rest to what is left of the output. With X (inputs x to
     H = 2 X X^T,  d = damping * mean(diag H),  U^T U = (H + d I)^-1,  U upper triangular
     e = (w_i - q(w_i)) / U_ii,    w_j := w_j - e U_ij    for all j > i
 
-X is the linear's input behind the row's prefix where the blocks before are quantized, and with `true_sequential` where
-the earlier linears of the block have their rounded weights too. Linears that read the same tensor have one H. Scales
+X is the linear's input behind the row's prefix where the blocks before are quantized (their weights alone with
+`weights.fitted_with=weights`, as in GPTQ's and QuaRot's codes), and with `true_sequential` where the earlier linears of
+the block have their rounded weights too. Linears that read the same tensor have one H. Scales
 are those of the weight as it was, also where groups of inputs have their own.
 
 Prefix tuning on the quantized model sees the weights that were rounded behind the found prefix; the tuned row has its

@@ -14,7 +14,7 @@ from cushion.quantization.parts.base import RANGES, Needed, Part
 from cushion.quantization.parts.compensation import CompensationConfig
 from cushion.quantization.parts.kv_cache import KvCacheConfig
 from cushion.quantization.parts.qfem import QFeMConfig
-from cushion.quantization.parts.registry import PARTS, parts
+from cushion.quantization.parts.registry import PARTS, parts, weights_alone
 from cushion.quantization.parts.weights import WeightConfig
 
 LEVELS = ("full", "paper")
@@ -203,6 +203,11 @@ class QuantizerConfig:
     def blockwise(self) -> list[Part]:
         """The parts that are on and must be fitted to one decoder block after another, in order."""
         return [part for part in parts() if part.blockwise and part.is_on(self)]
+
+    @property
+    def fitted_under(self) -> QuantizerConfig:
+        """What the blocks before have while such a part is fitted to one: this quantizer, or its weights alone."""
+        return self if self.weights.fitted_with == "everything" else weights_alone(self)
 
     @property
     def needs_calibration_text(self) -> bool:

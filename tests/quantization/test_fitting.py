@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import calibrated, random_texts, random_values
+from safetensors.torch import load_file
+from tiny_run import small_config
 from torch import Tensor
 from untouched import assert_untouched, snapshot
 
+from cushion import pipeline
 from cushion.activations import observe_inputs, observe_outputs
 from cushion.artifacts import ArtifactStore, Checkpoint
 from cushion.config import (
     ActivationConfig,
+    CompensationConfig,
     KvCacheConfig,
     QFeMConfig,
     QuantizerConfig,
@@ -27,6 +31,7 @@ from cushion.config import (
     TuningConfig,
     WeightConfig,
 )
+from cushion.config_warnings import options_without_effect
 from cushion.errors import CalibrationError, ConfigError
 from cushion.models import LanguageModel
 from cushion.prefix import Prefix
@@ -328,3 +333,52 @@ def test_what_is_not_fitted_is_refused(tiny: Tiny) -> None:
         )
     with pytest.raises(ConfigError, match=r"no weights to round with quantizer.weights.bits=null"):
         with_gptq(QuantizerConfig(weights=WeightConfig(None)))
+
+
+KEPT_ALONE = {"rotation": "hadamard", "input_rotation": "down_and_heads", "head_rotation": "values"}
+
+
+def test_one_fitting_of_weights_alone_serves_all_that_differs_in_activations(text_file: Path, tmp_path: Path) -> None:
+    """And it is that of the quantizer without activations."""
+
+    def fittings(**changes: Any) -> tuple[RunConfig, list[str]]:
+        config = small_config(text_file, tmp_path / "out")
+        weights = replace(W4, method="gptq", fitted_with=changes.pop("fitted_with", "weights"))
+        config.quantizer = QuantizerConfig("mine", weights, calibration=config.quantizer.calibration, **changes)
+        result = pipeline.run(config)
+        assert result.status == "completed" and result.warnings == []
+        return config, sorted(path.name for path in (tmp_path / "out" / "cache" / "fitting").iterdir() if path.is_dir())
+
+    static, token = ActivationConfig(8), ActivationConfig(4, "per_token", "dynamic")
+    _, alone = fittings(fitted_with="everything", activations=ActivationConfig(None))
+    for changes in ({"activations": static}, {"activations": token, "kv_cache": KvCacheConfig(4)}):
+        assert fittings(**changes)[1] == alone
+    assert len(fittings(activations=static, smoothing_alpha=0.5)[1]) == 2
+    assert len(fittings(activations=token, smoothing_alpha=0.5)[1]) == 2
+    assert len(fittings(activations=static, rotation_sites="adaptive", **KEPT_ALONE)[1]) == 3
+    searched = replace(static, estimator="mse")
+    _, before = fittings(activations=searched, rotation_sites="adaptive", **KEPT_ALONE)
+    assert len(before) == 3
+    config, after = fittings(fitted_with="everything", activations=token)
+    (everything,) = set(after) - set(before)
+    own, other = (
+        load_file(config.paths.cache / "fitting" / name / "fits.safetensors") for name in (*alone, everything)
+    )
+    assert own.keys() == other.keys() and any(not torch.equal(own[name], other[name]) for name in own)
+
+
+def test_what_is_rounded_meanwhile_is_told_where_it_decides_nothing_and_refused_with_searched_ranges() -> None:
+    weights = replace(W4, fitted_with="weights")
+    message = r"estimator=block_output searches ranges while .* quantizer.weights.fitted_with=weights rounds no act"
+    with pytest.raises(ConfigError, match=message):
+        QuantizerConfig(weights=replace(weights, method="gptq"), activations=ActivationConfig(estimator="block_output"))
+    for changes, why in (
+        ({}, "with quantizer.weights.method=rtn"),
+        ({"activations": None}, "with nothing else rounded"),
+    ):
+        activations = ActivationConfig(None if "activations" in changes else 8)
+        own = replace(weights, method="gptq") if "activations" in changes else weights
+        told = options_without_effect(RunConfig(quantizer=QuantizerConfig(weights=own, activations=activations)))
+        assert f"quantizer.weights.fitted_with='weights' has no effect {why}" in told
+    branch = QuantizerConfig(weights=weights, compensation=CompensationConfig("aser", 4))
+    assert not [line for line in options_without_effect(RunConfig(quantizer=branch)) if "fitted_with" in line]

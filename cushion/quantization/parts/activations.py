@@ -193,6 +193,7 @@ class Activations(Part):
 
     name = "activations"
     order = 20
+    of_activations = True
     effect = "cushion.quantization.inputs:INPUTS"
     fields = ("activations",)
     in_linears = True

@@ -47,6 +47,7 @@ class Attention(DynamicGrid):
 
     name = "attention"
     order = 40
+    of_activations = True
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("attention",)
     own = AttentionConfig

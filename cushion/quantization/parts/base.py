@@ -58,6 +58,9 @@ class Part(ABC):
     blockwise: ClassVar[bool] = False
     """Whether its effect is fitted (`Effect.fit`) to one decoder block after another, those before it quantized."""
 
+    of_activations: ClassVar[bool] = False
+    """Whether it rounds what flows through the model, or says how that is rounded, and leaves the weights alone."""
+
     weights_may_learn: ClassVar[bool] = False
     """Whether what a `blockwise` part found still holds where the weights learn after it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from cushion.errors import ConfigError
 from cushion.quantization.parts.base import Part, Quantizer
 from cushion.quantization.parts.registry import register
 
@@ -14,6 +15,7 @@ class BlockOutput(Part):
 
     name = "block_output"
     order = 21
+    of_activations = True
     effect = "cushion.quantization.block_output:BLOCK_OUTPUT"
     in_linears = True
     blockwise = True
@@ -36,6 +38,14 @@ class BlockOutput(Part):
             return quantizer
         activations = replace(quantizer.activations, estimator="minmax", estimator_options={})
         return replace(quantizer, activations=activations)
+
+    def check(self, quantizer: Quantizer) -> None:
+        """What is fitted to the weights is fitted in the same walk through the blocks."""
+        if self.is_on(quantizer) and quantizer.weights.fitted_with != "everything":
+            raise ConfigError(
+                f"{self.key} searches ranges while the weights are fitted, and quantizer.weights.fitted_with="
+                f"{quantizer.weights.fitted_with} rounds no activations then: use everything, or another estimator"
+            )
 
     def identity(self, quantizer: Quantizer) -> dict[str, Any]:
         """How much text decides; the ranges that it starts from are those of the activations."""

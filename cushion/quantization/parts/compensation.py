@@ -9,6 +9,7 @@ from cushion.checks import at_least, one_of, require, without_effect
 from cushion.errors import ConfigError
 from cushion.quantization.parts.base import Part, Quantizer
 from cushion.quantization.parts.registry import register
+from cushion.quantization.parts.weights import fitted_with
 
 COMPENSATIONS = ("none", "lqer", "l2qer", "aser")
 
@@ -116,7 +117,7 @@ class Compensation(Part):
         own = dict(vars(quantizer.compensation))
         if own["method"] != "aser":
             del own["damping"]
-        return {"compensation": own}
+        return {"compensation": own | fitted_with(quantizer)}
 
     def label(self, quantizer: Quantizer) -> str:
         """` ASER 64`: the method, the rank or the share of the singular values, and how many channels it smooths."""

@@ -8,7 +8,8 @@ from typing import Any
 from cushion.checks import without_effect
 from cushion.errors import ConfigError
 from cushion.quantization.parts.base import Part, Quantizer
-from cushion.quantization.parts.registry import register
+from cushion.quantization.parts.registry import PARTS, register, rounds_activations
+from cushion.quantization.parts.weights import fitted_with
 
 
 class Gptq(Part):
@@ -32,6 +33,8 @@ class Gptq(Part):
     def off(self, quantizer: Quantizer) -> Quantizer:
         """Weights rounded to nearest."""
         weights = replace(quantizer.weights, method="rtn", damping=0.01, column_order="given", true_sequential=False)
+        if not PARTS["compensation"].is_on(quantizer):
+            weights = replace(weights, fitted_with="everything")
         return replace(quantizer, weights=weights)
 
     def check(self, quantizer: Quantizer) -> None:
@@ -45,19 +48,25 @@ class Gptq(Part):
         own: dict[str, Any] = {"damping": weights.damping, "column_order": weights.column_order}
         if weights.true_sequential:
             own["true_sequential"] = True
-        return {"gptq": own}
+        return {"gptq": own | fitted_with(quantizer)}
 
     def label(self, quantizer: Quantizer) -> str:
         """` GPTQ`."""
         return " GPTQ" if self.is_on(quantizer) else ""
 
     def warnings(self, quantizer: Quantizer) -> list[str]:
-        """Damping and order without GPTQ."""
-        if self.is_on(quantizer):
-            return []
-        why = f"with quantizer.weights.method={quantizer.weights.method}"
-        keys = ("damping", "column_order", "true_sequential")
-        return without_effect("quantizer.weights", quantizer.weights, keys, why)
+        """Damping and order without GPTQ; `fitted_with` with nothing fitted, or nothing but weights rounded."""
+        why, keys = f"with quantizer.weights.method={quantizer.weights.method}", list[str]()
+        if not self.is_on(quantizer):
+            keys += ["damping", "column_order", "true_sequential"]
+            if not PARTS["compensation"].is_on(quantizer):
+                keys += ["fitted_with"]
+        found = without_effect("quantizer.weights", quantizer.weights, keys, why)
+        if "fitted_with" not in keys and not rounds_activations(quantizer):
+            found += without_effect(
+                "quantizer.weights", quantizer.weights, ["fitted_with"], "with nothing else rounded"
+            )
+        return found
 
 
 register(Gptq())

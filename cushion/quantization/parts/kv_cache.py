@@ -145,6 +145,7 @@ class KvCache(DynamicGrid):
 
     name = "kv_cache"
     order = 30
+    of_activations = True
     effect = "cushion.quantization.attention:ATTENTION"
     fields = ("kv_cache",)
     own = KvCacheConfig

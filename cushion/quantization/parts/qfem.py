@@ -66,6 +66,7 @@ class QFeM(Part):
 
     name = "qfem"
     order = 70
+    of_activations = True
     effect = "cushion.quantization.qfem:QFEM"
     fields = ("qfem",)
     in_linears = True

@@ -61,6 +61,16 @@ def rounds(quantizer: Any) -> bool:
     return any(part.is_on(quantizer) and not part.keeps_function for part in parts())
 
 
+def rounds_activations(quantizer: Any) -> bool:
+    """Whether anything that flows through the model is rounded."""
+    return any(part.is_on(quantizer) and part.of_activations for part in parts())
+
+
+def weights_alone(quantizer: Q) -> Q:
+    """What a quantizer does to a model but for the rounding of what flows through it."""
+    return turned_off(quantizer, lambda part: part.of_activations)
+
+
 def transforms(quantizer: Any) -> bool:
     """Whether a part that is on changes the model and keeps its function: rotation or smoothing."""
     return any(part.is_on(quantizer) and part.keeps_function for part in parts())

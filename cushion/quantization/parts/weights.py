@@ -9,12 +9,13 @@ from cushion.checks import at_least, one_of, require, without_effect
 from cushion.quantization.formats.registry import FORMATS, check_format
 from cushion.quantization.parts.base import NOTHING, Part, Quantizer
 from cushion.quantization.parts.grids import grid_keys, width
-from cushion.quantization.parts.registry import register
+from cushion.quantization.parts.registry import register, rounds_activations
 
 WEIGHT_GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_block")
 WEIGHT_ESTIMATORS = ("minmax", "mse", "output")
 WEIGHT_METHODS = ("rtn", "gptq")
 COLUMN_ORDERS = ("given", "diagonal")
+FITTED_WITH = ("everything", "weights")
 
 
 @dataclass
@@ -24,8 +25,8 @@ class WeightConfig:
     `estimator` says how their ranges are found: `minmax`, `mse`, those with the smallest squared error, or
     `output`, those with the smallest error of the outputs on calibration text; `method` how
     the codes are: `rtn`, each the nearest, or `gptq`, with its `damping`, the order in which it takes the columns, and
-    whether the linears of a block are rounded one after another (`true_sequential`). `narrow_range: false` lets codes
-    reach -2^(N-1), where ranges are searched.
+    whether the linears of a block are rounded one after another (`true_sequential`). `fitted_with` says what is rounded
+    in the blocks before meanwhile. `narrow_range: false` lets codes reach -2^(N-1), where ranges are searched.
     """
 
     bits: int | None = 8
@@ -83,6 +84,13 @@ class WeightConfig:
 
     Allowed: true, false
     """
+    fitted_with: str = "everything"
+    """With `gptq` or a `compensation`: what the blocks before have rounded while they are found: all that the quantizer
+    rounds, or weights alone, as in GPTQ's and QuaRot's codes. What is found so serves all quantizers that differ in
+    activations and cache
+
+    Allowed: `everything`, `weights`
+    """
     narrow_range: bool = True
     """Whether codes leave out the lowest one, -8 of 4 bits, which `estimator=mse` and `output` and `gptq` can reach;
     false in GPTQ's and QuaRot's codes
@@ -98,6 +106,7 @@ class WeightConfig:
         one_of("quantizer.weights.method", self.method, WEIGHT_METHODS)
         require(self.damping > 0, "quantizer.weights.damping", self.damping, "a share above 0")
         one_of("quantizer.weights.column_order", self.column_order, COLUMN_ORDERS)
+        one_of("quantizer.weights.fitted_with", self.fitted_with, FITTED_WITH)
         reason = f"quantizer.weights.format={self.format} has no such code: only int has, or leave it true"
         require(self.narrow_range or self.format == "int", "quantizer.weights.narrow_range", False, reason)
         if self.bits is not None and FORMATS[self.format].block is not None:
@@ -106,8 +115,14 @@ class WeightConfig:
             require(self.method == "rtn", "quantizer.weights.method", self.method, f"rtn with format={self.format}")
 
 
-_OF_GPTQ = ("method", "damping", "column_order", "true_sequential")
-"""What the part `gptq` answers for."""
+_OF_GPTQ = ("method", "damping", "column_order", "true_sequential", "fitted_with")
+"""What the part `gptq` answers for, the last one with `compensation`."""
+
+
+def fitted_with(quantizer: Quantizer) -> dict[str, Any]:
+    """For the identity of a part that is fitted: what was rounded meanwhile, where that is not all."""
+    own = quantizer.weights.fitted_with
+    return {"fitted_with": own} if own != "everything" and rounds_activations(quantizer) else {}
 
 
 class Weights(Part):
