@@ -21,7 +21,7 @@ with V = 4 and K = 12 a quarter of a pruned step.
 On the embedded text (seed 0) `|')` has the lowest L_q on the search text, and the blank is sixth. Over all five texts
 the blank is best, and its perplexity is 29.85 where that of `|')` is 32.38. Five texts are still a sample: on C4
 seeds 0 to 3 find the blank and seed 4 another token, 6 % worse in perplexity (54.77 and 51.72). That token is best over
-nine texts of 128 tokens too, and the blank not among the last 20: more texts do not mend it. Longer ones were not tried.
+nine texts of 128 tokens too, and the blank not among the last 20: more texts do not mend it. Longer ones: not tried.
 """
 
 from __future__ import annotations
